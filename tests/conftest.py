@@ -1,0 +1,129 @@
+"""Tiny real models with a tokenizer of their own, and real ranks."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from atropos_server import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB = 96
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    import torch
+
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none"))
+        if "slow" in item.keywords and not config.getoption("--all"):
+            item.add_marker(pytest.mark.skip(reason="minutes long; run by launch/test.sh --all"))
+
+
+def make_model(folder, family="llama", tied=True, pad_token=True, **changes):
+    """A random model of a few thousand parameters, saved in float32 with a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+    torch.manual_seed(0)
+    config = {"llama": LlamaConfig, "qwen": Qwen2Config, "gemma": Gemma2Config}[family]
+    shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config(**{**shape, **changes}), dtype=torch.float32)
+    model.save_pretrained(folder)
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>") | ({"pad_token": "<pad>"} if pad_token else {})
+    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tied")
+
+
+@pytest.fixture(scope="session")
+def tiny_untied_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
+
+
+def make_group(rng, lengths, prompt=2, **changes):
+    """One Atropos record of random tokens: label masks, token-level advantages."""
+    tokens = [rng.integers(4, VOCAB, n).tolist() for n in lengths]
+    masks = [[-100] * prompt + row[prompt:] for row in tokens]
+    advantages = [[0.0] * prompt + rng.normal(0.3, 1.0, n - prompt).round(3).tolist() for n in lengths]
+    keys = "ref_logprobs messages generation_params inference_logprobs overrides group_overrides images env_id"
+    keys = [*keys.split(), "distill_token_ids", "distill_logprobs"]
+    group = dict(tokens=tokens, masks=masks, scores=[float(s) for s in rng.normal(size=len(lengths))], advantages=advantages)
+    return group | dict.fromkeys(keys) | changes
+
+
+def write_groups(path, groups):
+    Path(path).write_text("".join(json.dumps(group) + "\n" for group in groups))
+    return str(path)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def clean_environment(**more):
+    """This process's environment, without what a run in this process left of ranks, and with the tools of its Python."""
+    env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return env | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
+
+
+def run_together(commands, environments, timeout=240, during=None):
+    """Processes side by side: [(exit code, output)]. `during(processes)` runs meanwhile. Leaves none running."""
+    processes = [
+        subprocess.Popen(
+            list(map(str, command)), env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command, env in zip(commands, environments, strict=True)
+    ]
+    outputs = [""] * len(processes)
+
+    def read(i):
+        outputs[i] = processes[i].communicate()[0]
+
+    readers = [threading.Thread(target=read, args=(i,)) for i in range(len(processes))]
+    for reader in readers:
+        reader.start()
+    try:
+        if during:
+            during(processes)
+        for reader in readers:
+            reader.join(timeout)
+        hung = [i for i, process in enumerate(processes) if process.poll() is None]
+    finally:
+        for process in processes:
+            process.kill()
+        for reader in readers:
+            reader.join()
+    assert not hung, f"processes {hung} still ran after {timeout} s:\n" + "\n".join(outputs)
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def run_ranks(command, num_ranks, **options):
+    """The Python command once per rank, as a launcher would start it: [(exit code, output)]."""
+    shared = clean_environment(WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+    return run_together([[sys.executable, *command]] * num_ranks, environments, **options)

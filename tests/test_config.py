@@ -1,0 +1,156 @@
+"""Settings: alike from Python, YAML and flags; what is wrong is said in a sentence."""
+
+import json
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from wsft import WeightedSFTConfig
+from wsft.config import UserError
+from wsft.ds_config import resolve
+
+
+def said(argv, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        WeightedSFTConfig.from_args(argv)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_python_yaml_and_flags_agree(tmp_path):
+    settings = dict(model_name="m", learning_rate=2e-5, batch_size=8, gradient_checkpointing=False, data="x.jsonl")
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    python = WeightedSFTConfig(**settings)
+    assert python == WeightedSFTConfig.from_args(flags) == WeightedSFTConfig.from_args(["--config", str(path)])
+
+
+def test_flags_win_over_yaml_and_the_resolved_yaml_reads_back(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name: m\nlearning_rate: 1e-5\n")  # YAML 1.1 reads 1e-5 as a string
+    config = WeightedSFTConfig.from_args(["--config", str(path), "--learning_rate", "3e-5", "--local_rank=0"])
+    assert config.learning_rate == 3e-5
+    path.write_text(config.to_yaml())
+    assert WeightedSFTConfig.from_args(["--config", str(path)]) == config
+
+
+def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, capsys):
+    assert "--learnin_rate, did you mean --learning_rate?" in said(["--model_name=m", "--learnin_rate", "1"], capsys)
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name: m\nbatchsize: 4\n")
+    assert "batchsize, did you mean batch_size?" in said(["--config", str(path)], capsys)
+    with pytest.raises(ValidationError, match="did you mean micro_batch_tokens"):
+        WeightedSFTConfig(model_name="m", microbatch_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        ([], "model_name is not set"),
+        (["--model_name=m", "--batch_size=0"], "batch_size is '0'"),
+        (["--model_name=m", "--reduction=none"], "reduction is 'none': Input should be 'mean' or 'sum'"),
+        (["--model_name=m", "--learning_rate=nan"], "learning_rate is 'nan'"),
+        (["--model_name=m", "--data=x", "--fetch_mode=per_rank"], "drop one of the two"),
+        (["--model_name=m", "--warmup_steps=9", "--training_steps=9"], "warmup_steps 9 must be below training_steps 9"),
+        (["--model_name=m", "stray"], "unexpected argument 'stray'"),
+        (["--config=/nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_settings_are_said_in_a_sentence(flags, sentence, capsys):
+    assert sentence in said(flags, capsys)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])
+def test_a_config_that_is_no_mapping_is_said(text, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert "run.yaml" in said(["--config", str(tmp_path / "run.yaml")], capsys)
+
+
+def test_only_rank_0_says_it(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert said(["--nonsense"], capsys) == ""
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        WeightedSFTConfig.from_args(["--help"])
+    text = capsys.readouterr().out
+    for name, field in WeightedSFTConfig.model_fields.items():
+        assert f"--{name}" in text and field.description.split()[0] in text
+
+
+def resolved(ds, **settings):
+    return resolve(WeightedSFTConfig(model_name="m", deepspeed=ds, **settings), num_ranks=2, hidden_size=64, native_bf16=True)
+
+
+def test_auto_is_filled_from_the_run():
+    ds = {
+        "bf16": {"enabled": "auto"}, "gradient_clipping": "auto", "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "betas": "auto", "eps": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
+    }  # fmt: skip
+    _, out = resolved(ds, learning_rate=2e-5, weight_decay=0.1, max_grad_norm=0.7)
+    assert out["optimizer"]["params"] == {"lr": 2e-5, "weight_decay": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
+    assert out["gradient_clipping"] == 0.7 and out["bf16"]["enabled"] is True
+    assert out["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 4096, "stage3_param_persistence_threshold": 640}
+    assert (out["train_batch_size"], out["train_micro_batch_size_per_gpu"], out["gradient_accumulation_steps"]) == (2, 1, 1)
+
+
+def test_a_value_of_the_json_stands_where_the_run_says_nothing():
+    config, _ = resolved({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "train_batch_size": 32})
+    assert (config.learning_rate, config.batch_size) == (0.1, 32)
+
+
+@pytest.mark.parametrize(
+    "ds, settings, named",
+    [
+        (
+            {"optimizer": {"params": {"lr": 0.1}}},
+            dict(learning_rate=0.2),
+            ("optimizer.params.lr", "0.1", "learning_rate", "0.2"),
+        ),
+        ({"gradient_clipping": 1.0}, dict(max_grad_norm=0.0), ("gradient_clipping", "max_grad_norm")),
+        ({"train_batch_size": 64}, dict(batch_size=128), ("train_batch_size", "64", "batch_size", "128")),
+        ({"gradient_accumulation_steps": 4}, {}, ("gradient_accumulation_steps", "micro_batch_tokens")),
+        ({"train_micro_batch_size_per_gpu": 4}, {}, ("train_micro_batch_size_per_gpu", "micro_batch_tokens")),
+        ({"scheduler": {"type": "WarmupLR"}}, dict(lr_scheduler="cosine"), ("scheduler", "WarmupLR", "lr_scheduler", "cosine")),
+        ({"fp16": {"enabled": True}}, {}, ("fp16", "bf16")),
+        ({"zero_optimization": {"stage": 4}}, {}, ("stage", "4")),
+        ({"activation_checkpointing": {"number_checkpoints": "auto"}}, {}, ("activation_checkpointing.number_checkpoints",)),
+        ({"optimizer": "AdamW"}, {}, ("optimizer", "AdamW")),
+    ],
+)
+def test_what_contradicts_the_run_is_an_error_naming_both(ds, settings, named):
+    with pytest.raises(UserError) as error:
+        resolved(ds, **settings)
+    assert all(word in str(error.value) for word in named)
+
+
+def test_a_json_that_is_none_is_a_sentence(tmp_path):
+    broken = tmp_path / "ds.json"
+    broken.write_text('{"bf16": ')
+    with pytest.raises(UserError, match=r"ds.json is not JSON: .*line 1"):
+        resolved(str(broken))
+    broken.write_text("[1]")
+    with pytest.raises(UserError, match="expected an object"):
+        resolved(str(broken))
+    with pytest.raises(UserError, match="cannot be read"):
+        resolved(str(tmp_path / "absent.json"))
+
+
+def test_the_users_scheduler_drives_the_run():
+    params = {"warmup_max_lr": "auto", "warmup_min_lr": "auto", "warmup_num_steps": "auto", "total_num_steps": "auto"}
+    _, out = resolved({"scheduler": {"type": "WarmupDecayLR", "params": params}}, warmup_steps=5, training_steps=50)
+    assert out["scheduler"]["params"] == {
+        "warmup_max_lr": 1e-6, "warmup_min_lr": 0, "warmup_num_steps": 5, "total_num_steps": 50,
+    }  # fmt: skip
+
+
+def test_resolving_leaves_the_users_dict_alone():
+    ds = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+    before = json.dumps(ds)
+    resolved(ds)
+    assert json.dumps(ds) == before

@@ -1,0 +1,90 @@
+"""A step does not depend on how it is split: parameters against a dense, single-process float64 reference."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import make_group, run_ranks, write_groups
+from safetensors.torch import load_file
+
+LEARNING_RATE, MOMENTUM, BATCH_SIZE = 1.0, 0.9, 6
+STAGES, MICRO_BATCH_TOKENS, RANKS = (0, 1, 2, 3), (24, 1000), (1, 2)
+
+
+def batches_of_uneven_groups(rng):
+    """Four steps: uneven rollouts; one trained rollout among masked ones; nothing trained at all; a last batch of one."""
+    masked = [[-100] * n for n in (9, 3, 4, 5, 6)]
+    one_trained = [make_group(rng, [12]), make_group(rng, [9, 3, 4, 5, 6], masks=masked)]
+    nothing = [make_group(rng, [9, 3, 4, 5, 6, 7], masks=[*masked, [-100] * 7])]
+    return [make_group(rng, [3, 40, 7]), make_group(rng, [25, 11, 4])], one_trained, nothing, [make_group(rng, [17])]
+
+
+def reference(model_name, batches, normalize):
+    """SGD with momentum on the loss as the issue states it: one rollout at a time, no padding, float64."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float64, attn_implementation="eager")
+    velocity = {}
+    for groups in batches:
+        rows = [row for g in groups for row in zip(g["tokens"], g["masks"], g["advantages"], strict=True)]
+        trained = [[m != -100 and t > 0 for t, m in enumerate(mask)] for _, mask, _ in rows]
+        known = torch.tensor(
+            [a for (_, _, adv), on in zip(rows, trained, strict=True) for a, o in zip(adv, on, strict=True) if o],
+            dtype=torch.float64,
+        )
+        mean, std = (known.mean(), known.std(correction=0).clamp(min=1e-8)) if normalize and len(known) else (0.0, 1.0)
+        loss = 0.0
+        for (tokens, _, advantages), on in zip(rows, trained, strict=True):
+            logp = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            for t in range(1, len(tokens)):
+                if on[t]:
+                    loss = loss - (advantages[t] - mean) / std * logp[t - 1, tokens[t]] / len(known)
+        model.zero_grad()
+        if len(known):
+            loss.backward()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                gradient = p.grad if p.grad is not None else torch.zeros_like(p)
+                velocity[name] = MOMENTUM * velocity.get(name, 0) + gradient
+                p -= LEARNING_RATE * velocity[name]
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("normalization", ["none", "batch"])
+def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
+    num_ranks, normalization, tiny_model, tiny_untied_model, tmp_path, rng
+):
+    batches = batches_of_uneven_groups(rng)
+    data = write_groups(tmp_path / "data.jsonl", [group for batch in batches for group in batch])
+    runs, combinations = [], list(itertools.product((tiny_model, tiny_untied_model), STAGES, MICRO_BATCH_TOKENS))
+    for i, (model, stage, micro_batch_tokens) in enumerate(combinations):
+        ds = {
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": MOMENTUM}},
+            "gradient_clipping": "auto",
+        }
+        runs.append(
+            dict(
+                model_name=model, data=data, deepspeed=ds, batch_size=BATCH_SIZE, micro_batch_tokens=micro_batch_tokens,
+                learning_rate=LEARNING_RATE, max_grad_norm=0, advantage_normalization=normalization, device="cpu",
+                output_dir=str(tmp_path / f"run{i}"), gradient_checkpointing=bool(i % 3),
+            )
+        )  # fmt: skip
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    for code, output in run_ranks(["tests/train_many.py", tmp_path / "runs.json"], num_ranks, timeout=500):
+        assert code == 0, output[-4000:]
+    for model in (tiny_model, tiny_untied_model):
+        wanted = reference(model, batches, normalization == "batch")
+        start = load_file(f"{model}/model.safetensors")
+        for i, (of, stage, micro_batch_tokens) in enumerate(combinations):
+            if of != model:
+                continue
+            got = load_file(tmp_path / f"run{i}" / "final" / "model.safetensors")
+            assert got.keys() == wanted.keys()
+            for name, value in wanted.items():
+                error = ((got[name].double() - value).norm() / value.norm()).item()
+                moved = ((value - start[name].double()).norm() / value.norm()).item()
+                assert moved > 1e-4, f"{name} hardly moved: this would show nothing"
+                assert error < 1e-5, f"{name}: {error} at stage {stage}, micro_batch_tokens {micro_batch_tokens}"

@@ -1,0 +1,55 @@
+"""What needs a GPU: the head against its dense twin, and runs of the shipped configs. Skipped with a reason elsewhere."""
+
+import json
+import sys
+
+import pytest
+import torch
+from atropos_server import free_port
+from conftest import clean_environment, make_group, run_together, write_groups
+
+from wsft.loss_head import weighted_linear_cross_entropy
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_the_head_on_a_gpu_gives_the_dense_gradients(dtype, tolerance):
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    hidden, lm_head, weights = random(300, 64).to(dtype), (random(5000, 64) / 8).to(dtype), random(300)
+    targets = torch.randint(5000, (300,), device="cuda", generator=generator)
+    inputs = [hidden.requires_grad_(), lm_head.requires_grad_()]
+    loss = weighted_linear_cross_entropy(hidden, lm_head, targets, weights, 0.7, chunk_tokens=128)
+    gradients = torch.autograd.grad(loss, inputs)
+    logp = (hidden.double() @ lm_head.double().T / 0.7).log_softmax(-1)
+    dense = -(weights.double() * logp.gather(1, targets[:, None]).squeeze(1)).sum()
+    assert (loss - dense).abs() < tolerance * dense.abs()
+    for ours, theirs in zip(gradients, torch.autograd.grad(dense, inputs), strict=True):
+        assert (ours.double() - theirs.double()).norm() < tolerance * theirs.double().norm()
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_path, rng):
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14, 9, 22]) for _ in range(3)])
+    losses = {}
+    for device in ("cuda", "cpu"):
+        out = tmp_path / device
+        command = ["deepspeed", "--num_gpus", "1", "--master_port", str(free_port()), "train.py", f"--output_dir={out}"]
+        command += [f"--deepspeed=ds_configs/{name}.json", f"--model_name={tiny_model}", f"--data={data}", "--batch_size=4"]
+        ((code, output),) = run_together([[*command, f"--device={device}"]], [clean_environment()], timeout=400)
+        assert code == 0, output
+        losses[device] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.02)
+
+
+def test_more_ranks_than_gpus_are_refused_by_name(tiny_model, tmp_path):
+    environment = clean_environment(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="99", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+    )
+    command = [sys.executable, "train.py", f"--model_name={tiny_model}", f"--output_dir={tmp_path / 'run'}"]
+    ((code, output),) = run_together([command], [environment])
+    assert code != 0 and "local rank 99 has no GPU of its own" in output

@@ -1,0 +1,203 @@
+"""Records of every form that the real server was seen to deliver, and every fault it was seen to pass on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_group
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wsft.advantages import Override
+from wsft.groups import REASONS, Decoder
+
+TOKENS = [5, 6, 7, 8]
+LABELS = [-100, -100, 7, 8]
+
+
+def one(**fields):
+    """A group of one good sequence, changed as said."""
+    return dict(tokens=[TOKENS], masks=[LABELS], scores=[0.5], advantages=None) | fields
+
+
+def decode(group, **rules):
+    decoder = Decoder(**rules)
+    rollouts = decoder.group(group, "group 0")
+    return rollouts, dict(decoder.rejected)
+
+
+def test_label_masks_and_zero_one_masks_say_the_same():
+    for mask in (LABELS, [0, 0, 1, 1], [False, False, True, True], [0.0, 0.0, 1.0, 1.0]):
+        (rollout,), _ = decode(one(masks=[mask]))
+        assert rollout.loss_mask.tolist() == [False, False, True, True]
+
+
+def test_label_masks_over_token_ids_0_and_1_are_labels():
+    (rollout,), _ = decode(one(tokens=[[5, 0, 1, 0]], masks=[[-100, 0, 1, 0]]))
+    assert rollout.loss_mask.tolist() == [False, True, True, True]
+
+
+def test_a_mask_may_interleave_over_several_turns():
+    (rollout,), _ = decode(one(masks=[[-100, 6, -100, 8]]))
+    assert rollout.loss_mask.tolist() == [False, True, False, True]
+
+
+def test_the_first_token_is_never_trained():
+    (rollout,), _ = decode(one(masks=[TOKENS]))
+    assert rollout.loss_mask.tolist() == [False, True, True, True]
+
+
+def test_token_sequence_and_absent_advantages_mix():
+    group = one(
+        tokens=[TOKENS] * 5, masks=[LABELS] * 5, scores=[1.0, 0.0, 0.0, 0.0, 4.0],
+        advantages=[[0, 0, 0.25, -1], 2.5, [3.5], None],
+    )  # fmt: skip
+    rollouts, rejected = decode(group, score_advantages="group_center")
+    assert not rejected
+    assert [r.advantages[2:].tolist() for r in rollouts] == [[0.25, -1], [2.5] * 2, [3.5] * 2, [-1.0] * 2, [3.0] * 2]
+
+
+@pytest.mark.parametrize("absent", [None, []])
+def test_absent_fields_are_null_or_empty(absent):
+    names = ["advantages", "overrides", "group_overrides", "inference_logprobs", "generation_params", "messages"]
+    (rollout,), rejected = decode(one(**dict.fromkeys(names, absent)))
+    assert rollout.advantages.tolist() == [0, 0, 0.5, 0.5] and not rejected
+
+
+def test_scores_become_group_norm_center_or_raw():
+    group = one(tokens=[TOKENS] * 3, masks=[LABELS] * 3, scores=[1.0, 2.0, 6.0])
+    deviation = np.sqrt((4 + 1 + 9) / 3)
+    wanted = dict(group_norm=np.array([-2, -1, 3]) / deviation, group_center=[-2, -1, 3], raw=[1, 2, 6])
+    for method, values in wanted.items():
+        rollouts, _ = decode(group, score_advantages=method)
+        assert np.allclose([r.advantages[3] for r in rollouts], values)
+
+
+def test_a_group_without_variance_has_no_advantage():
+    rollouts, _ = decode(one(tokens=[TOKENS] * 2, masks=[LABELS] * 2, scores=[0.7, 0.7]))
+    assert [r.advantages.tolist() for r in rollouts] == [[0] * 4] * 2
+
+
+def test_overrides_stay_out_of_the_groups_statistics():
+    group = one(tokens=[TOKENS] * 4, masks=[LABELS] * 4, scores=[1.0, 3.0, 100.0, None])
+    group["overrides"] = [None, {}, {"set_advantage_to_zero": True}, {"sft": True}]
+    rollouts, rejected = decode(group)
+    assert [r.override for r in rollouts] == [Override.NONE, Override.NONE, Override.ZERO, Override.SFT]
+    assert [r.advantages[3] for r in rollouts[:2]] == [-1, 1] and not rejected
+
+
+@pytest.mark.parametrize(
+    "overrides, group_overrides, wanted",
+    [
+        (None, {"sft": True}, Override.SFT),
+        ([], {"set_advantage_to_zero": True}, Override.ZERO),
+        ([{"sft": False}], {"sft": True}, Override.NONE),
+        ([{"set_advantage_to_zero": True}, {"sft": True}, None], {"sft": True}, Override.ZERO),
+        (["x"], "y", Override.NONE),
+    ],
+)
+def test_overrides_of_any_length_and_form(overrides, group_overrides, wanted):
+    (rollout,), _ = decode(one(overrides=overrides, group_overrides=group_overrides))
+    assert rollout.override == wanted
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        (dict(tokens=[[]], masks=[[]]), "fewer than two tokens"),
+        (dict(tokens=[[5]], masks=[[5]]), "fewer than two tokens"),
+        (dict(tokens=[[5, -1, 7, 8]]), "token id outside the vocabulary"),
+        (dict(tokens=[[5, 96, 7, 8]]), "token id outside the vocabulary"),
+        (dict(tokens=[[5, 2**63 - 1, 7, 8]]), "token id outside the vocabulary"),
+        (dict(tokens=[[5, 2**63, 7, 8]]), "tokens are not a list of integers"),
+        (dict(tokens=[[5, 2**80, 7, 8]]), "tokens are not a list of integers"),
+        (dict(tokens=[[5, 6.5, 7, 8]]), "tokens are not a list of integers"),
+        (dict(tokens=[[5, None, 7, 8]]), "tokens are not a list of integers"),
+        (dict(tokens=["text"]), "tokens are not a list of integers"),
+        (dict(tokens=[[[5], [6]]]), "tokens are not a list of integers"),
+        (dict(tokens=[[5, [6], 7, 8]]), "tokens are not a list of integers"),
+        (dict(tokens=[None]), "tokens are not a list of integers"),
+        (dict(masks=None), "no mask"),
+        (dict(masks=[]), "no mask"),
+        (dict(masks=[None]), "no mask"),
+        (dict(masks=[[-100, 6]]), "mask length differs from tokens"),
+        (dict(masks=[[-100, -100, 9, 8]]), "mask is neither labels nor 0/1"),
+        (dict(masks=[[0, 0, 2, 1]]), "mask is neither labels nor 0/1"),
+        (dict(masks=["1111"]), "mask is neither labels nor 0/1"),
+        (dict(advantages=[[1.0, 2.0]]), "advantages do not fit the tokens"),
+        (dict(advantages=[["a"] * 4]), "advantages do not fit the tokens"),
+        (dict(advantages=[{}]), "advantages do not fit the tokens"),
+        (dict(advantages=[[0, 0, float("nan"), 1]]), "advantage of a trained token is not finite"),
+        (dict(advantages=[[0, 0, 1e300, 1]]), "advantage of a trained token is not finite"),
+        (dict(advantages=[float("inf")]), "advantage of a trained token is not finite"),
+        (dict(scores=None), "no finite score and no advantages"),
+        (dict(scores=[None]), "no finite score and no advantages"),
+        (dict(scores=[float("nan")]), "no finite score and no advantages"),
+        (dict(scores=[10**400]), "no finite score and no advantages"),
+        (dict(scores=["high"]), "no finite score and no advantages"),
+        (dict(tokens=5), "record is not a group"),
+    ],
+)  # fmt: skip
+def test_what_is_malformed_is_left_out_with_its_reason(fields, reason):
+    rollouts, rejected = decode(one(**fields), vocab_size=96)
+    assert rollouts == [] and rejected == {reason: 1}
+
+
+@pytest.mark.parametrize("group", [None, 3, "text", [], {}, {"tokens": None}])
+def test_what_is_no_group_is_left_out(group):
+    assert decode(group) == ([], {"record is not a group": 1})
+
+
+def test_not_finite_advantages_of_untrained_tokens_do_not_matter():
+    (rollout,), rejected = decode(one(advantages=[[float("nan"), float("inf"), 1, 2]]))
+    assert rollout.advantages.tolist() == [0, 0, 1, 2] and not rejected
+
+
+def test_a_group_loses_only_what_is_bad():
+    group = one(tokens=[TOKENS, [5, -6, 7, 8], TOKENS], masks=[LABELS] * 3, scores=[1.0, 2.0, 3.0])
+    rollouts, rejected = decode(group)
+    assert [round(r.advantages[3], 3) for r in rollouts] == [-1.225, 1.225]
+    assert rejected == {"token id outside the vocabulary": 1}
+
+
+def test_overlong_sequences_are_dropped_or_truncated_and_counted():
+    assert decode(one(), max_token_len=3) == ([], {"longer than max_token_len": 1})
+    (rollout,), rejected = decode(one(), max_token_len=3, overlong="truncate")
+    assert rollout.tokens.tolist() == [5, 6, 7] and rollout.loss_mask.tolist() == [False, False, True]
+    assert rejected == {"truncated": 1}
+
+
+def test_each_reason_is_logged_once_with_its_place(caplog):
+    decoder = Decoder()
+    decoder.group(one(tokens=[TOKENS] * 3, masks=None), "group 7")
+    counts = decoder.take_counts()
+    assert counts[REASONS.index("no mask")] == 3 and decoder.take_counts().sum() == 0
+    assert caplog.text.count("no mask") == 1 and "group 7, sequence 0" in caplog.text
+
+
+@pytest.mark.parametrize("name, sizes", [("two_envs", 8), ("token_level_advantages", 4)])
+def test_bodies_of_the_real_server_lose_nothing(name, sizes):
+    body = json.loads((Path(__file__).parent / "bodies" / f"{name}.json").read_text())
+    decoder = Decoder(vocab_size=49152)
+    rollouts = [r for i, group in enumerate(body["batch"]) for r in decoder.group(group, f"group {i}")]
+    assert len(rollouts) == sizes and not decoder.rejected
+    assert all(r.loss_mask.any() and not r.loss_mask[0] for r in rollouts)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=12,
+)
+fields = st.sampled_from(["tokens", "masks", "scores", "advantages", "overrides", "group_overrides"])
+
+
+@given(fields, anything, st.integers(0, 5))
+@settings(max_examples=300, deadline=None)
+def test_no_record_ends_a_run_or_trains_a_bad_token(field, value, seed):
+    group = make_group(np.random.default_rng(seed), [5, 6, 7]) | {field: value}
+    for rollout in decode(group, vocab_size=96)[0]:
+        shape = rollout.tokens.shape
+        assert rollout.loss_mask.shape == rollout.advantages.shape == shape and not rollout.loss_mask[0]
+        assert ((rollout.tokens >= 0) & (rollout.tokens < 96)).all() and np.isfinite(rollout.advantages).all()

@@ -1,0 +1,37 @@
+"""The README's Python runs as it stands there."""
+
+import re
+import threading
+
+from atropos_server import atropos_server, post_group, register_env
+from conftest import RANK_VARIABLES, ROOT, make_group, write_groups
+
+
+def test_the_three_uses_of_the_readme_run(tiny_model, tmp_path, rng, monkeypatch):
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    alone, server_batch, trainer = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+    names = {}
+    exec(alone, names)
+    assert names["logits"].grad.abs().sum() > 0 and names["result"]["num_tokens"] == 6
+
+    groups = [make_group(rng, [6, 9]) for _ in range(2)]
+    with atropos_server() as server:
+        import requests
+
+        registration = dict(wandb_group="", wandb_project="", batch_size=4, max_token_len=64, checkpoint_dir="")
+        registration |= dict(save_checkpoint_interval=0, starting_step=0, num_steps=1)
+        requests.post(f"{server.url}/register", json=registration).raise_for_status()
+        assert requests.get(f"{server.url}/batch").json() == {"batch": None}
+        env = register_env(server.url, group_size=2)
+        for group in groups:
+            post_group(server.url, env, group)
+        names = {"url": server.url}
+        exec(server_batch, names)
+    assert {tuple(t.shape) for t in names["tensors"].values()} == {(4, 9)}
+
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [6, 9]) for _ in range(4)])
+    exec(trainer, {"model": tiny_model, "data": data, "out": str(tmp_path / "out")})
+    assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+    assert threading.active_count() < 20

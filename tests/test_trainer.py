@@ -1,0 +1,218 @@
+"""One rank in this process: what a run writes, and what it says when something is wrong."""
+
+import json
+import os
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import RANK_VARIABLES, VOCAB, clean_environment, make_group, make_model, run_together, write_groups
+from safetensors.torch import load_file
+
+from wsft import WeightedSFTConfig, WeightedSFTTrainer
+from wsft.config import UserError
+from wsft.trainer import TrainingDiverged
+
+FP32 = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
+KEYS = (
+    "step", "loss", "grad_norm", "learning_rate", "tokens/trained", "tokens/total", "advantage/mean", "advantage/std",
+    "logp/positive", "logp/negative", "entropy", "data/rejected", "time/step", "time/wait",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """One rank, and the group of an earlier test gone."""
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if torch.distributed.is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path, rng):
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(3)])
+    return dict(model_name=tiny_model, data=data, batch_size=2, device="cpu", output_dir=str(tmp_path / "run"), deepspeed=FP32)
+
+
+def train(settings, **changes):
+    trainer = WeightedSFTTrainer(WeightedSFTConfig(**settings | changes))
+    return trainer.train(), [json.loads(line) for line in (trainer.folder / "metrics.jsonl").open()]
+
+
+def test_a_run_leaves_config_metrics_and_a_model_that_loads(settings, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    final, steps = train(settings, learning_rate=0.1)
+    assert [s["step"] for s in steps] == [1, 2, 3] and all(key in s for s in steps for key in KEYS)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["learning_rate"] == 0.1 and config["micro_batch_tokens"] == 8192
+    WeightedSFTConfig(**config)
+    model, trained = AutoModelForCausalLM.from_pretrained(final), load_file(final / "model.safetensors")
+    for name, param in model.named_parameters():
+        assert torch.equal(param, trained[name])
+    assert len(AutoTokenizer.from_pretrained(final)) == VOCAB
+    start = load_file(f"{settings['model_name']}/model.safetensors")
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
+
+
+def test_metrics_are_what_the_dense_model_says(settings, tiny_model, tmp_path, rng):
+    from transformers import AutoModelForCausalLM
+
+    group = make_group(rng, [10, 14, 7])
+    _, (values,) = train(settings, data=write_groups(tmp_path / "one.jsonl", [group]), batch_size=3, temperature=0.7)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    logps, entropies, advantages = [], [], []
+    for tokens, row in zip(group["tokens"], group["advantages"], strict=True):
+        logp = (model(torch.tensor([tokens])).logits[0].detach().double() / 0.7).log_softmax(-1)
+        logps += [logp[t - 1, tokens[t]].item() for t in range(2, len(tokens))]
+        entropies += [-(logp[t - 1].exp() * logp[t - 1]).sum().item() for t in range(2, len(tokens))]
+        advantages += row[2:]
+    a, logp = torch.tensor(advantages).double(), torch.tensor(logps).double()
+    wanted = {
+        "loss": -(a * logp).mean(), "logp/positive": logp[a > 0].mean(), "logp/negative": logp[a < 0].mean(),
+        "entropy": sum(entropies) / len(a), "advantage/mean": a.mean(), "advantage/std": a.std(correction=0),
+        "tokens/trained": 25, "tokens/total": 31,
+    }  # fmt: skip
+    assert {key: values[key] for key in wanted} == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-5)
+
+
+def test_the_three_optimizer_schedules_follow_their_course(settings):
+    courses = {}
+    for name in ("constant", "linear", "cosine"):
+        _, steps = train(
+            settings, lr_scheduler=name, warmup_steps=1, training_steps=3, learning_rate=0.1, overwrite_output_dir=True
+        )
+        courses[name] = [s["learning_rate"] for s in steps]
+    assert courses == {
+        "constant": pytest.approx([0.05, 0.1, 0.1]),
+        "linear": pytest.approx([0.05, 0.1, 0.05]),
+        "cosine": pytest.approx([0.05, 0.1, 0.05]),
+    }
+
+
+def test_a_last_smaller_batch_is_trained_and_training_steps_ends_first(settings):
+    _, steps = train(settings, batch_size=4)
+    assert [s["data/sequences"] for s in steps] == [4, 2]
+    _, steps = train(settings, training_steps=2, overwrite_output_dir=True)
+    assert len(steps) == 2
+
+
+def test_a_broken_line_is_named_and_the_others_are_trained(settings, tmp_path, rng, capfd):
+    path = tmp_path / "broken.jsonl"
+    lines = [json.dumps(make_group(rng, [6, 7])), '{"tokens": [[1,', json.dumps(make_group(rng, [6, 7]))]
+    path.write_text("\n".join(lines) + "\n\n")
+    _, steps = train(settings, data=str(path), batch_size=8)
+    assert steps[0]["data/sequences"] == 4 and steps[0]["data/rejected"] == 1
+    assert "line 2 of" in capfd.readouterr().err
+
+
+def test_token_ids_outside_the_vocabulary_are_left_out_and_said(settings, tmp_path, rng, capfd):
+    bad = make_group(rng, [6])
+    bad["tokens"][0][3] = bad["masks"][0][3] = VOCAB
+    path = write_groups(tmp_path / "vocabulary.jsonl", [bad, make_group(rng, [6])])
+    _, steps = train(settings, data=path)
+    assert steps[0]["data/rejected"] == 1
+    assert f"found {VOCAB}, expected 0 to {VOCAB - 1}" in capfd.readouterr().err
+
+
+def test_data_without_one_usable_sequence_is_an_error(settings, tmp_path, rng):
+    path = write_groups(tmp_path / "useless.jsonl", [make_group(rng, [6], masks=None)])
+    with pytest.raises(UserError, match="no usable sequence"):
+        train(settings, data=path)
+
+
+def test_another_runs_results_are_kept_unless_asked(settings, tmp_path):
+    _, first = train(settings)
+    mine = tmp_path / "run" / "notes.txt"
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=r"not empty .*--overwrite_output_dir"):
+        train(settings)
+    _, second = train(settings, overwrite_output_dir=True, training_steps=1)
+    assert len(first) == 3 and len(second) == 1 and mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_that_are_not_finite_are_skipped_shouted_and_end_the_run(stage, settings, tiny_model, tmp_path, rng, capfd):
+    good, huge = make_group(rng, [6]), make_group(rng, [8], advantages=[[0.0, 0.0] + [3e38] * 6])
+    path = write_groups(tmp_path / "huge.jsonl", [huge, good, huge, huge, huge])
+    ds = FP32 | {"zero_optimization": {"stage": stage}}
+    with pytest.raises(TrainingDiverged, match="3 steps in a row"):
+        train(settings, data=path, batch_size=1, deepspeed=ds, reduction="sum")
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [s["grad_norm"] is None for s in steps] == [True, False, True, True, True]
+    assert capfd.readouterr().err.count("the step was skipped") == 4
+    # the step after the skipped one starts from the untouched parameters
+    _, (alone,) = train(
+        settings, data=write_groups(tmp_path / "good.jsonl", [good]), batch_size=1, deepspeed=ds, reduction="sum",
+        overwrite_output_dir=True,
+    )  # fmt: skip
+    assert steps[1]["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        (dict(model_name="no/such/folder"), "no tokenizer in 'no/such/folder'"),
+        (dict(data="absent.jsonl"), "absent.jsonl"),
+        (dict(device="cuda"), "finds no CUDA device"),
+        (dict(deepspeed="absent.json"), "absent.json cannot be read"),
+        (dict(data=None, atropos_url="localhost:8000"), "http://localhost:8000"),
+        (dict(data=None, atropos_url="http://127.0.0.1:9", atropos_timeout=1), "unreachable"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_sentence(changes, sentence, settings):
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(UserError, match=sentence):
+        train(settings, **changes)
+
+
+def test_train_py_ends_with_the_sentence_and_no_traceback(settings):
+    command = [sys.executable, "train.py", "--model_name=no/such/folder", "--device=cpu"]
+    ((code, output),) = run_together([command], [clean_environment()])
+    assert code == 1 and "train.py: error: no tokenizer in 'no/such/folder'" in output and "Traceback" not in output
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_eos_and_says_so_once(settings, tmp_path, capfd):
+    model = make_model(tmp_path / "unpadded", pad_token=False)
+    train(settings, model_name=model)
+    assert capfd.readouterr().err.count("no pad token") == 1
+
+
+def test_a_model_with_unknown_arithmetic_before_its_logits_is_refused(settings, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(UserError, match="does something between its hidden states and its logits"):
+        train(settings)
+
+
+@pytest.mark.parametrize("family", ["qwen", "gemma"])
+def test_other_families_train(family, settings, tmp_path):
+    changes = {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8} if family == "gemma" else {}
+    model = make_model(tmp_path / family, family=family, **changes)
+    _, steps = train(settings, model_name=model)
+    assert len(steps) == 3
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero2", "zero3_cpu"])
+def test_each_shipped_deepspeed_config_trains(name, settings):
+    _, steps = train(settings, deepspeed=f"ds_configs/{name}.json", learning_rate=1e-3)
+    assert len(steps) == 3 and steps[-1]["grad_norm"] > 0
+
+
+def test_wandb_gets_the_same_offline(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    train(settings, wandb_project="tests", wandb_group="g", wandb_run_name="n")
+    logged = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert logged and b"logp/positive" in logged[0].read_bytes()

@@ -1,0 +1,31 @@
+"""Train a causal language model by loss-masked, advantage-weighted SFT on rollouts from Atropos.
+
+    deepspeed train.py --deepspeed ds_configs/zero3.json --model_name Qwen/Qwen2.5-7B-Instruct --atropos_url http://host:8000
+    torchrun --nproc_per_node 8 train.py --config run.yaml
+    srun python train.py --config run.yaml
+    python train.py --model_name FOLDER --data rollouts.jsonl           # one rank, no server, no GPU needed
+
+`python train.py --help` explains every setting. What a run is: config -> trainer -> train; the loop is in wsft/trainer.py.
+"""
+
+import sys
+
+from wsft import WeightedSFTConfig
+
+
+def main() -> None:
+    config = WeightedSFTConfig.from_args()
+
+    from wsft import WeightedSFTTrainer  # torch and transformers load here: after a wrong flag was said at once
+    from wsft.config import UserError
+
+    try:
+        WeightedSFTTrainer(config).train()
+    except UserError as error:
+        sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""WeightedSFTConfig: every setting of a run, validated alike from Python, a YAML file and the command line.
+
+Knows nothing of torch, DeepSpeed or HTTP. The DeepSpeed JSON that a run points to is resolved in `ds_config.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its sentence is shown without a traceback."""
+
+
+class WeightedSFTConfig(BaseModel):
+    """The settings of one run. An unknown name is an error that suggests the near one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # model
+    model_name: str = Field(description="Folder or hub name of the Hugging Face causal language model to train.")
+    tokenizer_name: str | None = Field(None, description="Folder or hub name of the tokenizer; the model's own if unset.")
+    attn_implementation: str | None = Field(
+        None, description="Attention of the model: sdpa, eager, flash_attention_2, ...; the model's own choice if unset."
+    )
+    gradient_checkpointing: bool = Field(
+        True,
+        description="Recompute each layer's activations in the backward pass: less memory, about a third more time.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is any.")
+    deepspeed: str | dict[str, Any] | None = Field(
+        None, description="DeepSpeed JSON (path, or a dict from Python). Unset: ZeRO-3, AdamW, bf16."
+    )
+
+    # data
+    atropos_url: str = Field("http://localhost:8000", description="The Atropos server that batches come from.")
+    atropos_timeout: float = Field(
+        600,
+        gt=0,
+        description="Seconds the Atropos server may be unreachable or unusable at a stretch before the run ends.",
+    )
+    data: str | None = Field(None, description="Train one pass over this JSONL file of Atropos groups; no server is used.")
+    fetch_mode: Literal["rank0", "per_rank"] = Field(
+        "rank0", description="rank0: one rank fetches for all. per_rank: each fetches its batch_size / ranks sequences."
+    )
+    batch_size: int = Field(128, ge=1, description="Sequences in one optimizer step, over all ranks.")
+    max_token_len: int = Field(4096, ge=2, description="Longest sequence that is trained, in tokens.")
+    overlong: Literal["drop", "truncate"] = Field("drop", description="What happens to a sequence over max_token_len.")
+    micro_batch_tokens: int = Field(
+        8192,
+        ge=2,
+        description="Tokens, padding included, in one forward pass on one rank; one longer sequence goes alone.",
+    )
+
+    # optimisation
+    training_steps: int = Field(1000, ge=1, description="Optimizer steps of the run.")
+    learning_rate: float = Field(1e-6, ge=0, allow_inf_nan=False, description="Peak learning rate.")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warmup; linear and cosine fall towards 0."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Clip the global gradient norm; 0: no clipping.")
+    seed: int = Field(42, ge=0, description="Seed of every random generator.")
+
+    # objective
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean: over the trained tokens of the whole global batch. sum: not divided."
+    )
+    advantage_normalization: Literal["none", "batch"] = Field(
+        "none", description="batch: zero mean, unit deviation over the trained tokens of the whole global batch."
+    )
+    score_advantages: Literal["group_norm", "group_center", "raw"] = Field(
+        "group_norm", description="How scores become advantages in groups that bring no token-level ones."
+    )
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax.")
+
+    # output
+    output_dir: str = Field("runs/wsft", description="Folder for config.yaml, metrics.jsonl and final/.")
+    overwrite_output_dir: bool = Field(False, description="Replace the results of an earlier run in output_dir.")
+    wandb_project: str | None = Field(None, description="Log to this Weights & Biases project as well.")
+    wandb_group: str | None = Field(None, description="Group of the W&B run.")
+    wandb_run_name: str | None = Field(None, description="Name of the W&B run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_names(cls, values: Any) -> Any:
+        unknown = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
+        if unknown:
+            raise ValueError("; ".join(map(_unknown_setting, unknown)))
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> WeightedSFTConfig:
+        if self.data is not None and self.fetch_mode == "per_rank":
+            raise ValueError("fetch_mode per_rank fetches from a server, but data names a file: drop one of the two")
+        if self.warmup_steps >= self.training_steps and self.warmup_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below training_steps {self.training_steps}")
+        return self
+
+    @classmethod
+    def from_args(cls, argv: list[str] | None = None) -> WeightedSFTConfig:
+        """Settings from `--config run.yaml` with flags on top. What is wrong is said on stderr; exit code 2."""
+        parser = _parser(cls)
+        flags, strangers = parser.parse_known_args(argv)
+        given = vars(flags)
+        given.pop("local_rank")  # the deepspeed launcher passes it; LOCAL_RANK says the same
+        path = given.pop("config")
+        try:
+            if strangers:
+                name = strangers[0].split("=")[0]
+                known = name.startswith("--")
+                raise ValueError(_unknown_setting(name[2:], "--") if known else f"unexpected argument {name!r}")
+            return cls(**{**(_read_yaml(path) if path else {}), **given})
+        except ValidationError as error:
+            message = "; ".join(map(_sentence, error.errors()))
+        except (ValueError, OSError) as error:
+            message = str(error)
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # say it once, not once a rank
+            print(f"{parser.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def to_yaml(self) -> str:
+        """The whole config as YAML, which `--config` reads back."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+def _unknown_setting(name: str, prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, WeightedSFTConfig.model_fields, n=1, cutoff=0.5)
+    hint = f", did you mean {prefix}{near[0]}?" if near else "; --help lists all settings"
+    return f"unknown setting {prefix}{name}{hint}"
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    """One pydantic error as a sentence: the setting, what was found, what was expected."""
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    if error["type"] == "missing":
+        return f"{error['loc'][0]} is not set: give --{error['loc'][0]}"
+    return f"{error['loc'][0]} is {error['input']!r}: {message}"
+
+
+def _parser(cls: type[WeightedSFTConfig]) -> argparse.ArgumentParser:
+    """Flags made from the fields. Values stay strings; pydantic parses and checks them as it does those from YAML."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a causal language model by loss-masked, advantage-weighted SFT on Atropos rollouts.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+    )
+    parser.add_argument("--config", default=None, metavar="RUN.YAML", help="Settings from a YAML file; flags win over it.")
+    parser.add_argument("--local_rank", default=None, help=argparse.SUPPRESS)
+    for name, field in cls.model_fields.items():
+        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
+        metavar = "|".join(choices) or name.split("_")[-1].upper()
+        default = "required" if field.is_required() else f"default: {field.default}"
+        switch = {"nargs": "?", "const": True} if field.annotation is bool else {}
+        text = f"{field.description} ({default})".replace("%", "%%")
+        parser.add_argument(f"--{name}", metavar=metavar, help=text, **switch)
+    return parser
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds {type(settings).__name__}, expected lines of `setting: value`")
+    return settings

@@ -1,0 +1,156 @@
+"""The user's DeepSpeed JSON -> the one DeepSpeed gets: "auto" filled from the run, contradictions refused.
+
+Pure: no torch, no DeepSpeed, no ranks beyond their number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wsft.config import UserError, WeightedSFTConfig
+
+DEFAULT = {
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 3},
+}
+
+# The model gives these sizes; H is its hidden size (the formulas are those of the DeepSpeed guide of transformers).
+_SIZED_BY_HIDDEN = {
+    "reduce_bucket_size": lambda h: h * h,
+    "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+    "stage3_param_persistence_threshold": lambda h: 10 * h,
+}
+
+
+def resolve(
+    config: WeightedSFTConfig, num_ranks: int, hidden_size: int, native_bf16: bool
+) -> tuple[WeightedSFTConfig, dict[str, Any]]:
+    """The run's config and DeepSpeed's, in agreement.
+
+    A JSON value stands where the run left a setting at its default (the returned config then says so too); where both were
+    set and differ, that is a UserError naming both. bf16 "auto" is bf16 where the device computes in it (`native_bf16`), else
+    fp32. Whatever is still "auto" is an error, never passed on.
+    """
+    ds = _load(config.deepspeed)
+    agree = _Agreement(config)
+    params = _section(_section(ds, "optimizer", DEFAULT["optimizer"]), "params", {})
+    agree.on(params, "lr", "optimizer.params.lr", "learning_rate", required=True)
+    agree.on(params, "weight_decay", "optimizer.params.weight_decay", "weight_decay")
+    agree.on(ds, "gradient_clipping", "gradient_clipping", "max_grad_norm", required=True)
+    agree.on(ds, "train_batch_size", "train_batch_size", "batch_size")
+    for name, auto in {"betas": [0.9, 0.999], "eps": 1e-8}.items():
+        if params.get(name) == "auto":
+            params[name] = auto
+    _precision(ds, native_bf16)
+    _micro_batches(ds, num_ranks)
+    _scheduler(ds, agree)
+    zero = _section(ds, "zero_optimization", {"stage": 0})
+    if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage is {zero['stage']!r}, expected 0, 1, 2 or 3")
+    for name, size in _SIZED_BY_HIDDEN.items():
+        if zero.get(name) == "auto":
+            zero[name] = size(hidden_size)
+    if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    ds.setdefault("steps_per_print", 2**31 - 1)  # wsft prints its own progress
+    ds.setdefault("zero_allow_untested_optimizer", True)  # any optimizer: the user chose it
+    _refuse_auto(ds)
+    return agree.config(), ds
+
+
+def _load(source: str | dict | None) -> dict[str, Any]:
+    if source is None or isinstance(source, dict):
+        return json.loads(json.dumps(DEFAULT if source is None else source))
+    try:
+        ds = json.loads(Path(source).read_text())
+    except OSError as error:
+        raise UserError(f"the DeepSpeed JSON {source} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"the DeepSpeed JSON {source} is not JSON: {error}") from error
+    if not isinstance(ds, dict):
+        raise UserError(f"the DeepSpeed JSON {source} holds a {type(ds).__name__}, expected an object")
+    return ds
+
+
+def _section(parent: dict, name: str, default: dict) -> dict:
+    section = parent.setdefault(name, json.loads(json.dumps(default)))
+    if not isinstance(section, dict):
+        raise UserError(f"{name} in the DeepSpeed JSON is {section!r}, expected an object")
+    return section
+
+
+class _Agreement:
+    """Settings that both the run's config and the DeepSpeed JSON name."""
+
+    def __init__(self, config: WeightedSFTConfig):
+        self.run, self.adopted = config, {}
+
+    def on(self, section: dict, key: str, path: str, setting: str, required: bool = False) -> None:
+        mine, theirs = getattr(self.run, setting), section.get(key)
+        if theirs == "auto" or (theirs is None and required):
+            section[key] = mine
+        elif theirs is not None and theirs != mine:
+            if setting in self.run.model_fields_set:
+                raise UserError(
+                    f"{path} in the DeepSpeed JSON is {theirs!r}, but {setting} of the run is {mine!r}: "
+                    f'make them equal, or write "auto" in the JSON'
+                )
+            self.adopted[setting] = theirs
+        elif theirs is None and setting in self.run.model_fields_set and mine:
+            section[key] = mine
+
+    def config(self) -> WeightedSFTConfig:
+        if not self.adopted:
+            return self.run
+        return WeightedSFTConfig(**{**self.run.model_dump(include=self.run.model_fields_set), **self.adopted})
+
+
+def _precision(ds: dict, native_bf16: bool) -> None:
+    if _section(ds, "fp16", {"enabled": False}).get("enabled"):
+        raise UserError(
+            "fp16.enabled is set in the DeepSpeed JSON: wsft trains in bf16 or fp32, whose gradients need no loss scaling; "
+            'write "bf16": {"enabled": true}, or leave both out for fp32'
+        )
+    del ds["fp16"]
+    bf16 = _section(ds, "bf16", {"enabled": False})
+    if bf16.get("enabled") == "auto":
+        bf16["enabled"] = native_bf16
+
+
+def _micro_batches(ds: dict, num_ranks: int) -> None:
+    """Micro-batches are planned from micro_batch_tokens, their number varies with the data; DeepSpeed counts none."""
+    for key, allowed in {"gradient_accumulation_steps": (1,), "train_micro_batch_size_per_gpu": ()}.items():
+        if ds.get(key, "auto") not in ("auto", *allowed):
+            raise UserError(
+                f"{key} in the DeepSpeed JSON is {ds[key]!r}, but micro_batch_tokens and batch_size of the run decide the "
+                f'micro-batches: write "auto", or leave it out'
+            )
+    ds |= {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1, "train_batch_size": num_ranks}
+
+
+def _scheduler(ds: dict, agree: _Agreement) -> None:
+    """A scheduler in the JSON is the user's and drives the run; else the run's lr_scheduler does (engine.py)."""
+    if "scheduler" not in ds:
+        return
+    if "lr_scheduler" in agree.run.model_fields_set:
+        raise UserError(
+            f"the DeepSpeed JSON has a scheduler ({ds['scheduler'].get('type')}) and the run sets lr_scheduler "
+            f"{agree.run.lr_scheduler}: keep one of the two"
+        )
+    params = _section(_section(ds, "scheduler", {}), "params", {})
+    agree.on(params, "warmup_max_lr", "scheduler.params.warmup_max_lr", "learning_rate")
+    agree.on(params, "warmup_num_steps", "scheduler.params.warmup_num_steps", "warmup_steps")
+    agree.on(params, "total_num_steps", "scheduler.params.total_num_steps", "training_steps")
+    if params.get("warmup_min_lr") == "auto":
+        params["warmup_min_lr"] = 0
+
+
+def _refuse_auto(node: Any, path: str = "") -> None:
+    if node == "auto":
+        raise UserError(f'{path} in the DeepSpeed JSON is "auto", which the run has no value for: write the value')
+    for key, child in node.items() if isinstance(node, dict) else ():
+        _refuse_auto(child, f"{path}.{key}".lstrip("."))

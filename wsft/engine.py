@@ -1,0 +1,168 @@
+"""The only file that knows DeepSpeed: it starts the ranks, and makes one optimizer step of many uneven micro-batches.
+
+DeepSpeed divides by a fixed number of accumulation steps and averages over ranks. wsft's loss is a sum whose weights are
+already divided by the *global* count, and the number of micro-batches varies, so both are undone here and nowhere else.
+Knows nothing of Atropos, advantages or objectives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from wsft.config import UserError, WeightedSFTConfig
+from wsft.model import WeightedSFTModel
+from wsft.world import World, ranks_on_this_host
+
+log = logging.getLogger(__name__)
+
+# deepspeed is imported inside functions: it picks its accelerator when it is imported, and start_ranks picks it first
+
+
+def start_ranks(config: WeightedSFTConfig) -> World:
+    """Join the process group (gloo on CPU, NCCL on CUDA) and take this rank's device."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no CUDA device: use --device auto or cpu, or mend the driver")
+    kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if kind == "cuda":
+        if local_rank >= num_gpus:
+            raise UserError(f"local rank {local_rank} has no GPU of its own, {num_gpus} are visible: start fewer ranks")
+        torch.cuda.set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:  # else each rank takes every core, and they fight for them
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host()))
+    once = " (the first start on a machine compiles an op for it: a minute or two)" if kind == "cpu" else ""
+    log.info("starting %s rank(s) on %s%s", os.environ["WORLD_SIZE"], kind, once)
+    os.environ["DS_ACCELERATOR"] = kind
+    import deepspeed
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
+    # that a user can mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
+    set_seed(config.seed)
+    return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices itself. On a CPU that does not, they take 5 to 100 times as long as fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass: rows [B, T], the flat positions of its trained tokens [N], their weights [N]; see model.py.
+
+    `sign_N` is the sign of each token's advantage, for the metrics.
+    """
+
+    tokens_BT: torch.Tensor
+    trained_N: torch.Tensor
+    weights_N: torch.Tensor
+    sign_N: torch.Tensor
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, the same on every rank. Sums are over all trained tokens of the global batch."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool  # False: gradients were not finite, parameters are as before
+    logp_positive: float  # sum of logp where the advantage is positive
+    logp_negative: float
+    entropy: float  # sum, nats
+
+
+class Engine:
+    def __init__(self, config: WeightedSFTConfig, ds: dict[str, Any], model: WeightedSFTModel, world: World):
+        import deepspeed
+
+        self.world, self.stage = world, ds["zero_optimization"]["stage"]
+        schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=ds,
+            lr_scheduler=schedule,
+            dist_init_required=False,
+        )
+
+    def step(self, micro_batches: list[MicroBatch]) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many."""
+        engine, device = self._engine, self.world.device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        for i, mb in enumerate(micro_batches):
+            engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            out = engine(mb.tokens_BT.to(device), mb.trained_N.to(device), mb.weights_N.to(device))
+            engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
+            sign_N, logp_N = mb.sign_N.to(device), out.logp_N
+            picked = (out.loss.detach(), logp_N[sign_N > 0].sum(), logp_N[sign_N < 0].sum(), out.entropy_N.sum())
+            sums += torch.stack([x.double() for x in picked])
+        learning_rate = engine.get_lr()[0]
+        grad_norm = self._apply()
+        loss, logp_positive, logp_negative, entropy = self.world.sums(sums)
+        applied = math.isfinite(grad_norm)
+        return StepResult(loss, grad_norm, learning_rate, applied, logp_positive, logp_negative, entropy)
+
+    def _apply(self) -> float:
+        """The optimizer step; the norm of the gradient before clipping, not finite where the step was not taken.
+
+        Stages 1 to 3 look for non-finite gradients themselves and skip the step without a word; stage 0 does not look.
+        """
+        engine = self._engine
+        if self.stage > 0:
+            engine.step()
+            return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+        if math.isfinite(norm):
+            engine.step()
+        else:
+            engine.optimizer.zero_grad()
+            engine.zero_grad()
+        return norm
+
+    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Name and whole value (on the CPU) of every parameter and persistent buffer of the Hugging Face model, one at a time.
+
+        A collective: all ranks walk it together; only rank 0 gets values, the others None. Tied ones come once.
+        """
+        import deepspeed
+
+        model = self._engine.module.model
+        for name, param in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([param], enabled=self.stage == 3):
+                value = param.detach().cpu().clone() if self.world.rank == 0 else None
+            yield name, value
+        persistent = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                yield name, buffer.cpu() if self.world.rank == 0 else None
+
+
+def _schedule(config: WeightedSFTConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The course of the learning rate. No step has rate 0, as the usual schedules have at their first: batches are dear."""
+    warmup, total = config.warmup_steps, config.training_steps
+
+    def factor(step: int) -> float:  # of the update after `step` others
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        left = max(0, total - step) / (total - warmup)
+        return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.lr_scheduler]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

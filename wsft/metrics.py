@@ -1,0 +1,132 @@
+"""What a run tells: one progress line, metrics.jsonl, wandb. Floats only; no tensors, no process groups.
+
+Rank 0 gets a `Metrics`, the others a `Silence`, so that nobody asks for ranks where something is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from wsft.config import UserError, WeightedSFTConfig
+
+QUIET_S = 10.0  # without a terminal, a wait is said after this long, then every WAIT_S
+WAIT_S = 60.0
+
+
+def speak(rank: int) -> None:
+    """Send this package's log to stderr, above the progress line; off rank 0 only warnings."""
+    root = logging.getLogger("wsft")
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    if not root.handlers:
+        handler = _AboveProgressLine()
+        handler.setFormatter(logging.Formatter(f"wsft %(levelname)s (rank {rank}): %(message)s"))
+        root.addHandler(handler)
+        root.propagate = False
+
+
+class _AboveProgressLine(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record) if record.levelno > logging.INFO else record.getMessage()
+        tqdm.write(text, file=sys.stderr)
+
+
+class Metrics:
+    """The sinks of rank 0."""
+
+    def __init__(self, config: WeightedSFTConfig, folder: Path):
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._wandb = _open_wandb(config, folder) if config.wandb_project else None
+        self._line = _TerminalLine(config.training_steps) if sys.stderr.isatty() else _LogLines(config.training_steps)
+
+    def doing(self, what: str) -> None:
+        """What the run is at: "waiting for a batch", "training"."""
+        self._line.doing(what)
+
+    def step(self, values: dict[str, Any]) -> None:
+        """One step's values. What is not finite is written as null, which every JSON reader takes."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        if self._wandb:
+            self._wandb.log({k: v for k, v in clean.items() if v is not None}, step=values["step"])
+        self._line.step(values)
+
+    def close(self, failed: bool = False) -> None:
+        self._line.close()
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=int(failed))
+
+
+class Silence:
+    """The sinks of every other rank."""
+
+    def doing(self, what: str) -> None: ...
+
+    def step(self, values: dict[str, Any]) -> None: ...
+
+    def close(self, failed: bool = False) -> None: ...
+
+
+class _TerminalLine:
+    """One line that stays: tqdm's, with its time left."""
+
+    def __init__(self, total: int):
+        form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=total, desc="starting", bar_format=form, file=sys.stderr, dynamic_ncols=True)
+
+    def doing(self, what: str) -> None:
+        self._bar.set_description_str(what)
+
+    def step(self, values: dict[str, Any]) -> None:
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens/per_second']:.0f} tokens/s", refresh=False)
+        self._bar.update(values["step"] - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _LogLines:
+    """Where stderr is a file or a pipe: a line a step, and a word on a long wait."""
+
+    def __init__(self, total: int):
+        self._total, self._start, self._what, self._since, self._next = total, time.monotonic(), "", 0.0, 0.0
+
+    def doing(self, what: str) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._since, self._next = what, now, now + QUIET_S
+        elif now >= self._next:
+            print(f"{what} ({now - self._since:.0f} s)", file=sys.stderr, flush=True)
+            self._next = now + WAIT_S
+
+    def step(self, values: dict[str, Any]) -> None:
+        step, spent = values["step"], time.monotonic() - self._start
+        left = tqdm.format_interval(spent / step * (self._total - step))
+        said = f"loss {values['loss']:+.4f}  grad_norm {values['grad_norm']:.3g}  {values['tokens/per_second']:.0f} tokens/s"
+        times = f"{values['time/step']:.1f} s, {values['time/wait']:.1f} s of it waiting  left {left}"
+        print(f"step {step}/{self._total}  {said}  {times}", file=sys.stderr, flush=True)
+
+    def close(self) -> None: ...
+
+
+def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb_project is set, but wandb is not installed: pip install wandb") from error
+    return wandb.init(
+        project=config.wandb_project,
+        group=config.wandb_group,
+        name=config.wandb_run_name,
+        dir=folder,
+        config=config.model_dump(),
+        settings=wandb.Settings(silent=True),
+    )

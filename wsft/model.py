@@ -1,0 +1,119 @@
+"""The tokenizer and the model, loaded (partitioned at once under ZeRO-3), with the chunked head put in.
+
+Knows nothing of Atropos, advantages or objectives: it is given weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import HfDeepSpeedConfig
+
+from wsft.config import UserError, WeightedSFTConfig
+from wsft.loss_head import HeadOutput, LossHead
+
+log = logging.getLogger(__name__)
+
+
+class WeightedSFTModel(torch.nn.Module):
+    """What DeepSpeed trains: a causal language model whose forward pass ends in the weighted loss, never in logits."""
+
+    def __init__(self, model: PreTrainedModel, temperature: float):
+        super().__init__()
+        self.model = model
+        self.logit_options = {"temperature": temperature, **_logit_options(model.config.get_text_config())}
+        # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
+        model.get_output_embeddings().__class__ = LossHead
+
+    def forward(self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, weights_N: torch.Tensor) -> HeadOutput:
+        """The sum of weight * -log p over the trained tokens.
+
+        Args:
+            tokens_BT: [B, T] int64 rows, padded on the right. No attention mask: under a causal one nothing sees the padding.
+            trained_N: [N] flat positions in [B, T] of the trained tokens; never a row's position 0. N may be 0.
+            weights_N: [N] float32.
+        """
+        hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
+        targets_N = tokens_BT.flatten()[trained_N]
+        return self.model.get_output_embeddings()(hidden_NH, targets_N, weights_N, **self.logit_options)
+
+    @torch.no_grad()
+    def check_head(self, device: torch.device) -> None:
+        """Hold the head against the model's own logits on a few tokens: a model may do more between the two than we know."""
+        vocab = self.model.config.get_text_config().vocab_size
+        tokens = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
+        trained = torch.arange(1, 8, device=device)
+        logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float() / self.logit_options["temperature"]
+        theirs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+        ours = self(tokens, trained, torch.zeros(7, device=device)).logp_N
+        tolerance = 1e-3 if logits.dtype == next(self.model.parameters()).dtype else 0.1
+        if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
+            raise UserError(
+                f"{type(self.model).__name__} does something between its hidden states and its logits that wsft does not know: "
+                f"log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model, or add it to "
+                f"model._logit_options"
+            )
+
+
+def _logit_options(config: Any) -> dict[str, float | None]:
+    """What lies between lm_head and softmax, under the names that transformers' model configs give it."""
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is not None:  # Granite divides by it, others multiply
+        scale = 1 / scaling if config.model_type.startswith("granite") else scaling
+    return {"logit_scale": scale, "final_logit_softcapping": getattr(config, "final_logit_softcapping", None)}
+
+
+def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
+    name = config.tokenizer_name or config.model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {name!r} has neither a pad nor an eos token: add one of them to it")
+        tokenizer.pad_token = tokenizer.eos_token
+        log.info("the tokenizer has no pad token: eos (%r) pads instead; padding is never trained", tokenizer.eos_token)
+    return tokenizer
+
+
+def load_model_config(config: WeightedSFTConfig) -> Any:
+    """The model's own config: its shape is needed before its weights."""
+    try:
+        return AutoConfig.from_pretrained(config.model_name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no model in {config.model_name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})"
+        ) from error
+
+
+def load_model(config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
+    """The model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
+    # from_pretrained looks for this object (a weak global reference) to partition while it loads
+    zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model_name,
+            dtype=torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32,
+            attn_implementation=config.attn_implementation,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"the model in {config.model_name!r} cannot be loaded: {_first_line(error)}") from error
+    del zero3
+    model.train()
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise UserError(f"{type(model).__name__} has no linear lm_head: wsft trains decoder-only language models")
+    return WeightedSFTModel(model, config.temperature)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,185 @@
+"""The ranks of a run: who they are, what they say to each other, and that they end together.
+
+Imports torch.distributed only. Control messages and batches go over gloo on the host, never over NCCL, so that they need
+no stream, no device memory, and no rank can wait on a collective that another never enters without the watch below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, MutableMapping
+from datetime import timedelta
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from wsft.config import UserError
+
+log = logging.getLogger(__name__)
+
+_FAILURE = "wsft/failure"  # key in the rendezvous store: the message of the rank that failed first
+_LOOK_S = 1.0  # between two looks at it
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed; its message is this one's."""
+
+
+def ranks_from_environment() -> int:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and deepspeed do, where they are missing:
+    from SLURM_* under `srun`, and to one rank for a plain `python train.py`. This process's rank."""
+    env = os.environ
+    if "RANK" not in env:
+        _take_ranks_from_slurm(env) if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env else _be_alone(env)
+    env.setdefault("LOCAL_RANK", "0")
+    return int(env["RANK"])
+
+
+def _take_ranks_from_slurm(env: MutableMapping[str, str]) -> None:
+    env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
+    if "MASTER_ADDR" not in env:
+        hosts = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
+        env["MASTER_ADDR"] = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def _be_alone(env: MutableMapping[str, str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def ranks_on_this_host() -> int:
+    """As torchrun, deepspeed or srun say; 1 where nobody does."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
+class World:
+    """This rank among the others. Made after the process group (engine.py)."""
+
+    def __init__(self, device: torch.device):
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        # hours may pass while rank 0 waits for data, but no single message takes so long: see feed.py
+        self._hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
+
+    def broadcast(self, arrays: object | None, like: type, source: int) -> object:
+        """A dataclass of 1-D NumPy arrays from one rank to all: one message of sizes, then one per field.
+
+        No pickling: `like` gives the fields, and each field's dtype code travels with its size.
+        """
+        fields = [f.name for f in dataclasses.fields(like)]
+        header = torch.zeros(len(fields), 2, dtype=torch.int64)
+        if self.rank == source:
+            local = [np.ascontiguousarray(getattr(arrays, name)) for name in fields]
+            header = torch.tensor([[len(a), _DTYPES.index(a.dtype)] for a in local], dtype=torch.int64)
+        dist.broadcast(header, source, group=self._hosts)
+        received = []
+        for i, (size, code) in enumerate(header.tolist()):
+            array = local[i] if self.rank == source else np.empty(size, _DTYPES[code])
+            if size:
+                dist.broadcast(torch.from_numpy(array.view(np.uint8)), source, group=self._hosts)
+            received.append(array)
+        return like(**dict(zip(fields, received, strict=True)))
+
+    def words(self, word: int) -> list[int]:
+        """Every rank's word, on every rank."""
+        gathered = torch.zeros(self.size, dtype=torch.int64)
+        gathered[self.rank] = word
+        dist.all_reduce(gathered, group=self._hosts)
+        return gathered.tolist()
+
+    def sums(self, values: torch.Tensor) -> list[float]:
+        """A vector's sum over ranks, in float64."""
+        total = values.detach().to("cpu", torch.float64)
+        dist.all_reduce(total, group=self._hosts)
+        return total.tolist()
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""
+        failed = [rank for rank, word in enumerate(self.words(int(error is not None))) if word]
+        if not failed:
+            return
+        text = np.array(list(_sentence(error).encode() if error else b""), dtype=np.uint8)
+        said = self.broadcast(_Text(text) if self.rank == failed[0] else None, _Text, failed[0])
+        raise error or PeerFailed(f"rank {failed[0]}: {bytes(said.text).decode()}")
+
+    @contextlib.contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """An exception on one rank inside ends every rank, within seconds, with that rank's message.
+
+        The others may sit in a collective that will never complete, so no collective can tell them. The failing rank writes
+        its message into the rendezvous store, where a thread of every rank looks, and lingers so that they read it before
+        its sockets close.
+        """
+        if self.size == 1:
+            yield
+            return
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        over, dying = threading.Event(), threading.Lock()
+        threading.Thread(target=self._watch, args=(store, over, dying), daemon=True).start()
+        try:
+            yield
+        except BaseException as error:
+            self._die(self._first_failure(store, error), dying)
+        over.set()
+        dist.barrier(group=self._hosts)  # the store lives on rank 0: nobody may find it gone while still watching
+
+    def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:
+        """Mine, now in the store for the others, or that of the rank that was there before me."""
+        with contextlib.suppress(dist.DistError):  # the store died with rank 0
+            if store.check([_FAILURE]):
+                return PeerFailed(store.get(_FAILURE).decode())
+            if not isinstance(mine, PeerFailed):
+                store.set(_FAILURE, f"rank {self.rank}: {_sentence(mine)}")
+        return mine
+
+    def _watch(self, store: dist.TCPStore, over: threading.Event, dying: threading.Lock) -> None:
+        while not over.wait(_LOOK_S):
+            try:
+                if not store.check([_FAILURE]):
+                    continue
+                message = store.get(_FAILURE).decode()
+            except dist.DistError:
+                message = "rank 0: gone without a message (killed, or out of memory?)"
+            if not over.is_set():
+                self._die(PeerFailed(message), dying)
+
+    def _die(self, error: BaseException, dying: threading.Lock) -> NoReturn:
+        """Say why and end this process at once: a normal exit would wait for threads and collectives that never end."""
+        if not dying.acquire(blocking=False):
+            threading.Event().wait()  # the other thread of this process is saying it
+        if isinstance(error, PeerFailed):
+            log.error("ended by %s", error)
+        elif not isinstance(error, SystemExit | KeyboardInterrupt):
+            text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+            log.error("%s", text)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.rank == 0 or not isinstance(error, PeerFailed):
+            time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, outlive the other ranks' next look
+        os._exit(1)
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    text: np.ndarray  # [bytes] uint8
+
+
+_DTYPES = [np.dtype(name) for name in ("uint8", "bool", "int64", "float64")]
