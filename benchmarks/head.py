@@ -1,6 +1,6 @@
 """The chunked head beside its dense twin: time and peak memory of forward and backward, alternating in one run.
 
-    python benchmarks/head.py [--tokens 4096] [--threads 2] [--rounds 3] [--dtype float32]
+    python -m benchmarks.head [--tokens 4096] [--threads 2] [--rounds 3] [--dtype float32]
 
 Half of the tokens carry no loss: the head never sees them, the dense twin computes and masks them. Peak memory is that of a
 process of its own, above what it held before the forward pass.
@@ -62,7 +62,12 @@ def main() -> None:
     results = {"chunked": [], "dense": []}
     for _ in range(args.rounds):
         for name, found in results.items():
-            child = subprocess.run([sys.executable, *sys.argv, "--only", name], capture_output=True, text=True, check=True)
+            child = subprocess.run(
+                [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--only", name],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             found.append(json.loads(child.stdout))
     medians = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in results.items()}
     for name, found in results.items():

@@ -182,7 +182,7 @@ def test_a_restarted_server_is_told_the_trainers_own_step(server, caplog):  # 7
     client.step = 41
     restart(server)
     client.poll()
-    assert client.state == "server without a trainer for 0 s"
+    assert client.state == "server without a trainer"
     client.poll()
     assert info(server)["batch_size"] == 4
     assert requests.get(f"{server.url}/status", timeout=10).json()["current_step"] == 41
@@ -313,7 +313,7 @@ def test_a_connect_timeout_loses_nothing(monkeypatch):  # 1
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=20, registers=False)
         assert client.poll() is None
-        assert client.state == "server unreachable for 0 s"
+        assert client.state == "server unreachable"
         assert client.possibly_lost == 0
 
 
@@ -327,7 +327,7 @@ def test_an_outage_is_said_once_and_survived(server, caplog):  # 7
     server.stop()
     for _ in range(4):
         assert client.poll() is None
-    assert client.state.startswith("server unreachable for ")
+    assert client.state.startswith("server unreachable")
     assert warnings(caplog, "Trying again for another 20 s") == 1
     server.start()
     while not client.state.startswith("waiting"):

@@ -44,7 +44,7 @@ class _Fault(Exception):
 
     def __init__(self, reason: str, *, state: str = "unusable", quiet: bool = False):
         super().__init__(reason)
-        self.state = state  # "server {state} for 30 s"
+        self.state = state  # "server {state}"
         self.quiet = quiet  # said already, or expected: not worth a warning until it lasts
 
 
@@ -223,7 +223,8 @@ class AtroposClient:
             raise _Fault("it answers /register with 200 and stays unregistered")
         self._require_ours(info)
         self._registered = True
-        log.info("registered at %s (%s); waiting for environments to fill a batch", self.url, self._asked())
+        asked = ", ".join(f"{name} {value}" for name, value in self._asked().items())
+        log.info("registered at %s with %s; environments can start now", self.url, asked)
 
     def _post_registration(self) -> None:
         registration = self._asked() | {
@@ -328,7 +329,7 @@ class AtroposClient:
         if self._outage is None:
             self._outage = _Outage(since=now, next_warning=now + REMIND_SECONDS)
         outage, down = self._outage, now - self._outage.since
-        self.state = f"server {fault.state} for {down:.0f} s"
+        self.state = f"server {fault.state}"
         if down >= self.timeout:
             raise AtroposError(
                 f"the Atropos server at {self.url} has been {fault.state} for {down:.0f} s (limit {self.timeout:g} s): "

@@ -94,15 +94,19 @@ class _TerminalLine:
 
 
 class _LogLines:
-    """Where stderr is a file or a pipe: a line a step, and a word on a long wait."""
+    """Where stderr is a file or a pipe: a line a step, and a word on what is done first or waited for long."""
 
     def __init__(self, total: int):
         self._total, self._start, self._what, self._since, self._next = total, time.monotonic(), "", 0.0, 0.0
+        self._said = set()
 
     def doing(self, what: str) -> None:
         now = time.monotonic()
         if what != self._what:
             self._what, self._since, self._next = what, now, now + QUIET_S
+            if what not in self._said:
+                print(what, file=sys.stderr, flush=True)
+            self._said.add(what)
         elif now >= self._next:
             print(f"{what} ({now - self._since:.0f} s)", file=sys.stderr, flush=True)
             self._next = now + WAIT_S
