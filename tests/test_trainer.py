@@ -143,6 +143,7 @@ def test_steps_that_are_not_finite_are_skipped_shouted_and_end_the_run(stage, se
         train(settings, data=path, batch_size=1, deepspeed=ds, reduction="sum")
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert [s["grad_norm"] is None for s in steps] == [True, False, True, True, True]
+    assert [s["steps/not_finite"] for s in steps] == [1, 1, 2, 3, 4]
     assert capfd.readouterr().err.count("the step was skipped") == 4
     # the step after the skipped one starts from the untouched parameters
     _, (alone,) = train(
@@ -155,7 +156,7 @@ def test_steps_that_are_not_finite_are_skipped_shouted_and_end_the_run(stage, se
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        (dict(model_name="no/such/folder"), "no tokenizer in 'no/such/folder'"),
+        (dict(model_name="no/such/folder"), "no model in 'no/such/folder'"),
         (dict(data="absent.jsonl"), "absent.jsonl"),
         (dict(device="cuda"), "finds no CUDA device"),
         (dict(deepspeed="absent.json"), "absent.json cannot be read"),
@@ -173,7 +174,7 @@ def test_what_a_user_can_mend_is_a_sentence(changes, sentence, settings):
 def test_train_py_ends_with_the_sentence_and_no_traceback(settings):
     command = [sys.executable, "train.py", "--model_name=no/such/folder", "--device=cpu"]
     ((code, output),) = run_together([command], [clean_environment()])
-    assert code == 1 and "train.py: error: no tokenizer in 'no/such/folder'" in output and "Traceback" not in output
+    assert code == 1 and "train.py: error: no model in 'no/such/folder'" in output and "Traceback" not in output
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_eos_and_says_so_once(settings, tmp_path, capfd):

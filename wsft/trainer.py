@@ -68,8 +68,8 @@ class WeightedSFTTrainer:
 
     def _set_up(self, world: World) -> None:
         self.world = world
-        self.tokenizer = load_tokenizer(self.config)
         shape = load_model_config(self.config).get_text_config()
+        self.tokenizer = load_tokenizer(self.config)
         native_bf16 = bf16_is_native(world.device)
         self.config, ds = ds_config.resolve(self.config, world.size, shape.hidden_size, native_bf16)
         self.processor = AtroposBatchProcessor(
@@ -106,7 +106,7 @@ class WeightedSFTTrainer:
         (self.folder / "config.yaml").write_text(self.config.to_yaml())
 
     def _loop(self) -> None:
-        bad = step = 0
+        bad = step = self.not_finite = 0
         while step < self.config.training_steps:
             start = time.monotonic()
             self.metrics.doing("waiting for a batch")
@@ -117,9 +117,9 @@ class WeightedSFTTrainer:
             self.metrics.doing("training")
             result = self._train_on(batch)
             step += 1
-            values = self._describe(step, batch, result, wait, time.monotonic() - start)
-            self.metrics.step(values)
             bad = 0 if result.applied and math.isfinite(result.loss) else bad + 1
+            self.not_finite += bad > 0
+            self.metrics.step(self._describe(step, batch, result, wait, time.monotonic() - start))
             self._shout(step, result, bad)
         if step == 0:
             raise UserError(f"data {self.config.data} holds no usable sequence: nothing was trained")
@@ -161,6 +161,7 @@ class WeightedSFTTrainer:
             "data/rejected": int(batch.counts.sum()) - truncated,
             "data/truncated": truncated,
             "data/possibly_lost_batches": self.feed.possibly_lost,
+            "steps/not_finite": self.not_finite,
             "time/step": spent,
             "time/wait": wait,
         }
