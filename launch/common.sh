@@ -28,7 +28,7 @@ patiently() {
 
 # make_environment [REQUIREMENTS]: .venv with requirements.txt, and those of the demonstration or the tests if named.
 make_environment() {
-  local python=${PYTHON:-python3} wanted installed
+  local python=${PYTHON:-python3} wanted stamp
   if [ ! -x .venv/bin/python ]; then
     command -v "$python" >/dev/null || die "no $python on PATH: install Python 3.10 or newer, or name one with PYTHON=..."
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$python is older than 3.10: name another with PYTHON=..."
@@ -36,11 +36,11 @@ make_environment() {
   fi
   # shellcheck disable=SC1091
   source .venv/bin/activate
-  wanted=$(cat requirements.txt launch/requirements.txt tests/requirements.txt | cksum)-${1:-}
-  installed=$(cat .venv/wsft-installed 2>/dev/null || true)
-  if [ "$wanted" != "$installed" ]; then
+  wanted=$(cat requirements.txt launch/requirements.txt tests/requirements.txt | cksum)
+  stamp=.venv/installed-$(printf %s "${1:-requirements.txt}" | tr / -)
+  if [ "$wanted" != "$(cat "$stamp" 2>/dev/null)" ]; then
     patiently "installing packages into .venv (the first time takes a few minutes)" install_packages "$@"
-    printf '%s' "$wanted" >.venv/wsft-installed
+    printf %s "$wanted" >"$stamp"
   fi
   if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
     export DS_ACCELERATOR=cpu # else DeepSpeed warns in every process that it found nothing else

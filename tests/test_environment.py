@@ -21,16 +21,14 @@ from conftest import ROOT, clean_environment
 
 from wsft import AtroposBatchProcessor
 from wsft.config import UserError
-from wsft.environment import (
+from wsft.environment import QUEUED_BATCHES, AtroposEnvironment, run
+from wsft.weighted_texts import (
     CUSTOM,
     PATTERNS,
-    QUEUED_BATCHES,
-    AtroposEnvironment,
     built_in_texts,
     groups,
     load_tokenizer,
     read_texts,
-    run,
     tokenise,
     tokenise_all,
 )

@@ -16,6 +16,7 @@ checkpoint feed
 engine
 model metrics world
 environment batching ds_config
+weighted_texts
 loss loss_head atropos
 groups
 advantages config
@@ -35,6 +36,7 @@ NEVER_KNOWS = {
     "engine": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},
     "environment": {"torch"},
+    "weighted_texts": {"torch", "requests", "wsft.atropos"},
 }
 
 

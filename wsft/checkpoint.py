@@ -26,6 +26,6 @@ def publish(engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             tokenizer.save_pretrained(aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
-        except OSError as failure:  # a full disk is rank 0's alone: the others must hear of it
+        except Exception as failure:  # a full disk is rank 0's alone: the others must hear of it
             error = failure
     world.agree(error)

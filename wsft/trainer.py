@@ -60,7 +60,6 @@ class WeightedSFTTrainer:
             except BaseException:
                 self.metrics.close(failed=True)
                 raise
-            self.metrics.doing("saving")
             self.metrics.close()
             log.info("saving the model in %s", self.folder / "final")
             publish(self.engine, self.model.model, self.tokenizer, self.folder / "final", world)

@@ -1,0 +1,66 @@
+"""The quickstart as a new user meets it: the whole (minutes), and interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, clean_environment
+
+from wsft import AtroposBatchProcessor
+
+RUN = ROOT / "runs" / "quickstart"
+
+
+def processes_of(mark):
+    """Command lines of the processes that carry the mark in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # gone, or not ours
+            continue
+    return found
+
+
+def start(**variables):
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = clean_environment(**variables)
+    return subprocess.Popen(["bash", "launch/quickstart.sh"], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+
+
+@pytest.mark.parametrize("signal_number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_quickstart_leaves_no_process(signal_number, code):
+    mark = f"WSFT_TEST_MARK={os.getpid()}-{signal_number}"
+    quickstart = start(STEPS="50", WSFT_TEST_MARK=mark.split("=")[1])
+    for line in quickstart.stdout:
+        if line.startswith("loading "):  # server, environment and ranks are up
+            break
+    assert any("uvicorn" in command for command in processes_of(mark))
+    assert any("train.py" in command for command in processes_of(mark))
+    quickstart.send_signal(signal_number)
+    quickstart.communicate(timeout=60)
+    assert quickstart.returncode == code
+    deadline = time.monotonic() + 5
+    while (left := processes_of(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_quickstart_teaches_and_runs_twice():
+    for _ in range(2):
+        quickstart = start()
+        output, _ = quickstart.communicate(timeout=420)
+        assert quickstart.returncode == 0, output
+        assert "favoured tokens became likelier, disfavoured ones less likely" in output
+        assert "Traceback" not in output and "Warning" not in output
+        steps = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
+        assert [s["step"] for s in steps] == list(range(1, 13)) and (RUN / "curves.png").stat().st_size > 10_000
+        groups = [json.loads(line) for line in (RUN / "groups.jsonl").open()]
+        assert not AtroposBatchProcessor().process_atropos_batch(groups).rejected
