@@ -8,7 +8,7 @@ trap end_groups EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-RUN=runs/quickstart MODEL=runs/models/SmolLM2-135M-Instruct LOGS=runs/quickstart-logs STEPS=${STEPS:-12}
+RUN=runs/quickstart MODEL=runs/models/SmolLM2-135M-Instruct LOGS=runs/quickstart-logs STEPS=${STEPS:-10}
 make_environment launch/requirements.txt
 mkdir -p "$LOGS"
 if [ ! -f "$MODEL/config.json" ]; then
