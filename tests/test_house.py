@@ -31,7 +31,7 @@ NEVER_KNOWS = {
     "loss": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "loss_head": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "batching": {"requests", "deepspeed", "torch.distributed", "transformers", "wsft.world"},
-    "atropos": {"torch", "numpy", "torch.distributed", "wsft.world", "pathlib"},
+    "atropos": {"torch", "torch.distributed", "wsft.world", "pathlib"},
     "model": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
     "engine": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},

@@ -102,10 +102,11 @@ def test_a_last_smaller_batch_is_trained_and_training_steps_ends_first(settings)
 
 def test_a_broken_line_is_named_and_the_others_are_trained(settings, tmp_path, rng, capfd):
     path = tmp_path / "broken.jsonl"
-    lines = [json.dumps(make_group(rng, [6, 7])), '{"tokens": [[1,', json.dumps(make_group(rng, [6, 7]))]
+    unscored = make_group(rng, [6, 7], advantages=None) | {"scores": [float("nan"), 1.0]}
+    lines = [json.dumps(make_group(rng, [6, 7])), '{"tokens": [[1,', json.dumps(make_group(rng, [6, 7])), json.dumps(unscored)]
     path.write_text("\n".join(lines) + "\n\n")
     _, steps = train(settings, data=str(path), batch_size=8)
-    assert steps[0]["data/sequences"] == 4 and steps[0]["data/rejected"] == 1
+    assert steps[0]["data/sequences"] == 5 and steps[0]["data/rejected"] == 2
     assert "line 2 of" in capfd.readouterr().err
 
 

@@ -7,17 +7,16 @@ registration can heal is healed inside `poll`; the others are an `AtroposError`.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import KW_ONLY, dataclass, field
 from urllib.parse import urlsplit
 
-import orjson
 import requests
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from wsft.config import UserError
+from wsft.groups import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +56,7 @@ def decode(body: bytes) -> list[dict]:
 
 
 def _parse(body: bytes) -> dict:
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:  # also raised for integers beyond float range, which json can read
-        answer = json.loads(body)
+    answer = parse_json(body)
     if not isinstance(answer, dict):
         raise ValueError(f"the body is a JSON {type(answer).__name__}, not an object")
     return answer

@@ -14,12 +14,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
-import orjson
-
 from wsft.atropos import AtroposClient, decode
 from wsft.batching import AtroposBatchProcessor, Batch
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.groups import Rollout
+from wsft.groups import Rollout, parse_json
 from wsft.world import World
 
 log = logging.getLogger(__name__)
@@ -64,8 +62,8 @@ class FileSource:
                 if not line.strip():
                     continue
                 try:
-                    group = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
+                    group = parse_json(line)
+                except ValueError as error:
                     decoder.reject("line is not JSON", f"line {number} of {path}", str(error))
                     continue
                 yield from decoder.group(group, f"line {number}")

@@ -5,12 +5,14 @@ NumPy only: no torch, no HTTP, no ranks. The record format and every fault handl
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import orjson
 
 from wsft.advantages import Override, from_scores
 
@@ -35,6 +37,14 @@ REASONS = (
     "line is not JSON",
     "truncated",
 )
+
+
+def parse_json(text: bytes) -> Any:
+    """JSON as producers of records write it: also NaN and integers of any size, which orjson refuses. ValueError otherwise."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)
 
 
 @dataclass(frozen=True)
