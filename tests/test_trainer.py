@@ -213,6 +213,30 @@ def test_each_shipped_deepspeed_config_trains(name, settings):
     assert len(steps) == 3 and steps[-1]["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bf16_follows_fp32_at_every_stage(stage, settings, capfd):
+    losses = {}
+    for bf16 in (False, True):
+        ds = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}
+        _, steps = train(settings, deepspeed=ds, learning_rate=1e-2, overwrite_output_dir=True)
+        losses[bf16] = [s["loss"] for s in steps]
+    assert losses[True] == pytest.approx(losses[False], rel=0.03, abs=0.01)
+    assert ("no float32 copy" in capfd.readouterr().err) == (stage == 0)
+
+
+@pytest.mark.parametrize(
+    "ds, named",
+    [
+        ({"optimizer": {"type": "NoSuch", "params": {}}}, "NoSuch"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "unsupported mix"),
+    ],
+)
+def test_what_deepspeed_refuses_is_a_sentence(ds, named, settings):
+    with pytest.raises(UserError, match=f"(?s)DeepSpeed cannot start.*{named}"):
+        train(settings, deepspeed=ds)
+
+
 def test_wandb_gets_the_same_offline(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(settings, wandb_project="tests", wandb_group="g", wandb_run_name="n")

@@ -95,13 +95,16 @@ class Engine:
 
         self.world, self.stage = world, ds["zero_optimization"]["stage"]
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            config=ds,
-            lr_scheduler=schedule,
-            dist_init_required=False,
-        )
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                config=ds,
+                lr_scheduler=schedule,
+                dist_init_required=False,
+            )
+        except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
 
     def step(self, micro_batches: list[MicroBatch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many."""

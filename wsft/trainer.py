@@ -83,6 +83,10 @@ class WeightedSFTTrainer:
         precision = "bf16" if ds["bf16"]["enabled"] else "fp32"
         if precision == "bf16" and not native_bf16:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
+        if precision == "bf16" and ds["zero_optimization"]["stage"] == 0:
+            log.warning(
+                "ZeRO stage 0 keeps no float32 copy of bf16 parameters: small steps vanish in rounding; use stage 1 to 3"
+            )
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, ds["zero_optimization"]["stage"])
         self.model = load_model(self.config, ds)
         self.engine = Engine(self.config, ds, self.model, world)
