@@ -56,16 +56,20 @@ def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, cap
         (["--model_name=m", "--warmup_steps=9", "--training_steps=9"], "warmup_steps 9 must be below training_steps 9"),
         (["--model_name=m", "stray"], "unexpected argument 'stray'"),
         (["--config=/nowhere.yaml"], "nowhere.yaml"),
+        (["--model_name="], "model_name is ''"),
+        (["--model_name=m", "--output_dir="], "output_dir is ''"),
+        (["--model_name=m", "--seed=99999999999999999999"], "seed is"),
     ],
 )
 def test_wrong_settings_are_said_in_a_sentence(flags, sentence, capsys):
     assert sentence in said(flags, capsys)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n"])
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "on: 1\n", "model_name: m\nbatch_size: true\n"])
 def test_a_config_that_is_no_mapping_is_said(text, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text)
-    assert "run.yaml" in said(["--config", str(tmp_path / "run.yaml")], capsys)
+    message = said(["--config", str(tmp_path / "run.yaml")], capsys)
+    assert "run.yaml" in message or "batch_size is True: expected a number" in message
 
 
 def test_only_rank_0_says_it(monkeypatch, capsys):
@@ -121,6 +125,9 @@ def test_a_value_of_the_json_stands_where_the_run_says_nothing():
         ({"zero_optimization": {"stage": 4}}, {}, ("stage", "4")),
         ({"activation_checkpointing": {"number_checkpoints": "auto"}}, {}, ("activation_checkpointing.number_checkpoints",)),
         ({"optimizer": "AdamW"}, {}, ("optimizer", "AdamW")),
+        ({"gradient_clipping": "1.0"}, {}, ("gradient_clipping", "expected a number")),
+        ({"zero_optimisation": {"stage": 2}}, {}, ("zero_optimisation", "zero_optimization")),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.9]}}}, {}, ("optimizer.params.betas.0",)),
     ],
 )
 def test_what_contradicts_the_run_is_an_error_naming_both(ds, settings, named):
@@ -147,6 +154,13 @@ def test_the_users_scheduler_drives_the_run():
     assert out["scheduler"]["params"] == {
         "warmup_max_lr": 1e-6, "warmup_min_lr": 0, "warmup_num_steps": 5, "total_num_steps": 50,
     }  # fmt: skip
+
+
+def test_a_scheduler_gets_only_what_it_names():
+    _, out = resolved(
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}, training_steps=6, learning_rate=1.0
+    )
+    assert out["scheduler"]["params"] == {"warmup_max_lr": 1.0}
 
 
 def test_resolving_leaves_the_users_dict_alone():

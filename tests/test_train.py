@@ -102,6 +102,7 @@ def test_a_rank_that_fails_ends_all_with_its_message(how, run_flags, tmp_path):
         assert "Traceback" in results[1][1] and "Traceback" not in results[0][1]
     else:
         assert results[1][0] == -signal.SIGKILL
+        assert "gone without a message" in results[0][1] and "Traceback" not in results[0][1]
 
 
 def test_rank_0_alone_reads_a_missing_file_and_all_end(tiny_model, tmp_path):

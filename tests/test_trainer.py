@@ -172,6 +172,35 @@ def test_what_a_user_can_mend_is_a_sentence(changes, sentence, settings):
         train(settings, **changes)
 
 
+def test_an_output_dir_that_cannot_be_is_a_sentence(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written"):
+        train(settings, output_dir=str(tmp_path / "file"))
+
+
+def test_a_lock_left_by_a_killed_compile_does_not_hang_the_next_start(settings, tmp_path):
+    ops = tmp_path / "ops"
+    (ops / "deepspeed_shm_comm_op").mkdir(parents=True)
+    lock = ops / "deepspeed_shm_comm_op" / "lock"
+    lock.touch()
+    from wsft.engine import _compiling_ops
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(ops))
+        with _compiling_ops():
+            assert not lock.exists()
+            lock.touch()
+            with _compiling_ops():  # another start, while the first compiles
+                assert lock.exists()
+
+
+def test_a_byte_order_mark_costs_no_line(settings, tmp_path, rng):
+    path = tmp_path / "bom.jsonl"
+    path.write_text(json.dumps(make_group(rng, [6, 7])) + "\r\n" + json.dumps(make_group(rng, [8, 9])), encoding="utf-8-sig")
+    _, steps = train(settings, data=str(path), batch_size=4)
+    assert steps[0]["data/sequences"] == 4
+
+
 def test_train_py_ends_with_the_sentence_and_no_traceback(settings):
     command = [sys.executable, "train.py", "--model_name=no/such/folder", "--device=cpu"]
     ((code, output),) = run_together([command], [clean_environment()])
@@ -214,14 +243,15 @@ def test_each_shipped_deepspeed_config_trains(name, settings):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_follows_fp32_at_every_stage(stage, settings, capfd):
-    losses = {}
+def test_bf16_follows_fp32_at_every_stage(stage, settings):
+    """AdamW, whose first steps would show a step that was counted twice."""
+    moves, start = {}, load_file(f"{settings['model_name']}/model.safetensors")
     for bf16 in (False, True):
         ds = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}
-        _, steps = train(settings, deepspeed=ds, learning_rate=1e-2, overwrite_output_dir=True)
-        losses[bf16] = [s["loss"] for s in steps]
-    assert losses[True] == pytest.approx(losses[False], rel=0.03, abs=0.01)
-    assert ("no float32 copy" in capfd.readouterr().err) == (stage == 0)
+        final, _ = train(settings, deepspeed=ds, learning_rate=1e-2, weight_decay=0.1, overwrite_output_dir=True)
+        trained = load_file(final / "model.safetensors")
+        moves[bf16] = torch.cat([(trained[name].float() - start[name]).flatten() for name in start])
+    assert (moves[True] - moves[False]).norm() < 0.2 * moves[False].norm()
 
 
 @pytest.mark.parametrize(

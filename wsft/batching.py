@@ -98,6 +98,8 @@ class AtroposBatchProcessor:
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
+        if max_token_len is not None and max_token_len < 2:
+            raise ValueError(f"max_token_len is {max_token_len}, expected at least 2, or None for any length")
         self.pad_token_id = pad_token_id
         self.advantage_normalization = advantage_normalization
         self.decoder = Decoder(max_token_len, overlong, score_advantages, vocab_size)

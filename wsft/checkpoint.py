@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wsft.config import UserError
 from wsft.engine import Engine
 from wsft.world import World
 
@@ -27,5 +28,7 @@ def publish(engine: Engine, model: PreTrainedModel, tokenizer: PreTrainedTokeniz
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         except Exception as failure:  # a full disk is rank 0's alone: the others must hear of it
-            error = failure
+            shutil.rmtree(aside, ignore_errors=True)
+            error = UserError(f"the model cannot be saved in {folder}: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
     world.agree(error)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 
 class UserError(ValueError):
@@ -23,7 +23,7 @@ class UserError(ValueError):
 class WeightedSFTConfig(BaseModel):
     """The settings of one run. An unknown name is an error that suggests the near one."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), str_min_length=1)
 
     # model
     model_name: str = Field(description="Folder or hub name of the Hugging Face causal language model to train.")
@@ -69,7 +69,7 @@ class WeightedSFTConfig(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Clip the global gradient norm; 0: no clipping.")
-    seed: int = Field(42, ge=0, description="Seed of every random generator.")
+    seed: int = Field(42, ge=0, lt=2**32, description="Seed of every random generator.")
 
     # objective
     reduction: Literal["mean", "sum"] = Field(
@@ -97,6 +97,13 @@ class WeightedSFTConfig(BaseModel):
         if unknown:
             raise ValueError("; ".join(map(_unknown_setting, unknown)))
         return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("expected a number")
+        return value
 
     @model_validator(mode="after")
     def _check_together(self) -> WeightedSFTConfig:
@@ -177,4 +184,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, expected lines of `setting: value`")
+    strange = [key for key in settings if not isinstance(key, str)]
+    if strange:
+        raise ValueError(f"{path} names a setting {strange[0]!r}, expected a name (YAML reads on, off, yes and no as booleans)")
     return settings

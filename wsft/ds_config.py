@@ -5,6 +5,7 @@ Pure: no torch, no DeepSpeed, no ranks beyond their number.
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ DEFAULT = {
     "gradient_clipping": "auto",
     "zero_optimization": {"stage": 3},
 }
+
+_SECTIONS = (
+    *("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "data_types", "gradient_clipping", "train_batch_size"),
+    *("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "communication_data_type", "activation_checkpointing"),
+    *("zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor", "steps_per_print"),
+)
 
 # The model gives these sizes; H is its hidden size (the formulas are those of the DeepSpeed guide of transformers).
 _SIZED_BY_HIDDEN = {
@@ -38,9 +45,9 @@ def resolve(
     ds = _load(config.deepspeed)
     agree = _Agreement(config)
     params = _section(_section(ds, "optimizer", DEFAULT["optimizer"]), "params", {})
-    agree.on(params, "lr", "optimizer.params.lr", "learning_rate", required=True)
-    agree.on(params, "weight_decay", "optimizer.params.weight_decay", "weight_decay")
-    agree.on(ds, "gradient_clipping", "gradient_clipping", "max_grad_norm", required=True)
+    agree.on(params, "lr", "optimizer.params.lr", "learning_rate", fill=True)
+    agree.on(params, "weight_decay", "optimizer.params.weight_decay", "weight_decay", fill=config.weight_decay > 0)
+    agree.on(ds, "gradient_clipping", "gradient_clipping", "max_grad_norm", fill=True)
     agree.on(ds, "train_batch_size", "train_batch_size", "batch_size")
     for name, auto in {"betas": [0.9, 0.999], "eps": 1e-8}.items():
         if params.get(name) == "auto":
@@ -63,16 +70,19 @@ def resolve(
 
 
 def _load(source: str | dict | None) -> dict[str, Any]:
-    if source is None or isinstance(source, dict):
-        return json.loads(json.dumps(DEFAULT if source is None else source))
     try:
-        ds = json.loads(Path(source).read_text())
+        text = json.dumps(DEFAULT if source is None else source) if not isinstance(source, str) else Path(source).read_text()
+        ds = json.loads(text)
     except OSError as error:
         raise UserError(f"the DeepSpeed JSON {source} cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"the DeepSpeed JSON {source} is not JSON: {error}") from error
     if not isinstance(ds, dict):
         raise UserError(f"the DeepSpeed JSON {source} holds a {type(ds).__name__}, expected an object")
+    for key in ds:  # DeepSpeed passes over a section that it does not know
+        near = difflib.get_close_matches(key, _SECTIONS, n=1, cutoff=0.85)
+        if near and key not in _SECTIONS:
+            raise UserError(f"the DeepSpeed JSON has {key!r}: did you mean {near[0]!r}?")
     return ds
 
 
@@ -89,19 +99,22 @@ class _Agreement:
     def __init__(self, config: WeightedSFTConfig):
         self.run, self.adopted = config, {}
 
-    def on(self, section: dict, key: str, path: str, setting: str, required: bool = False) -> None:
+    def on(self, section: dict, key: str, path: str, setting: str, *, fill: bool = False) -> None:
+        """Bring section[key] and the run's setting together; with `fill`, also where the JSON does not have the key."""
         mine, theirs = getattr(self.run, setting), section.get(key)
-        if theirs == "auto" or (theirs is None and required):
+        if theirs == "auto" or (theirs is None and fill):
             section[key] = mine
-        elif theirs is not None and theirs != mine:
-            if setting in self.run.model_fields_set:
-                raise UserError(
-                    f"{path} in the DeepSpeed JSON is {theirs!r}, but {setting} of the run is {mine!r}: "
-                    f'make them equal, or write "auto" in the JSON'
-                )
+        elif theirs is None:
+            return
+        elif isinstance(theirs, bool) or not isinstance(theirs, int | float):
+            raise UserError(f'{path} in the DeepSpeed JSON is {theirs!r}, expected a number or "auto"')
+        elif theirs != mine and setting in self.run.model_fields_set:
+            raise UserError(
+                f"{path} in the DeepSpeed JSON is {theirs!r}, but {setting} of the run is {mine!r}: "
+                f'make them equal, or write "auto" in the JSON'
+            )
+        elif theirs != mine:
             self.adopted[setting] = theirs
-        elif theirs is None and setting in self.run.model_fields_set and mine:
-            section[key] = mine
 
     def config(self) -> WeightedSFTConfig:
         if not self.adopted:
@@ -152,5 +165,6 @@ def _scheduler(ds: dict, agree: _Agreement) -> None:
 def _refuse_auto(node: Any, path: str = "") -> None:
     if node == "auto":
         raise UserError(f'{path} in the DeepSpeed JSON is "auto", which the run has no value for: write the value')
-    for key, child in node.items() if isinstance(node, dict) else ():
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
         _refuse_auto(child, f"{path}.{key}".lstrip("."))

@@ -8,6 +8,7 @@ Knows nothing of Atropos, advantages or objectives.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import logging
 import math
@@ -15,9 +16,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import set_seed
 
 from wsft.config import UserError, WeightedSFTConfig
@@ -50,7 +53,7 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
     # that a user can mend
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _compiling_ops():
         deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
     set_seed(config.seed)
     return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
@@ -92,19 +95,23 @@ class StepResult:
 class Engine:
     def __init__(self, config: WeightedSFTConfig, ds: dict[str, Any], model: WeightedSFTModel, world: World):
         import deepspeed
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
         self.world, self.stage = world, ds["zero_optimization"]["stage"]
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=model,
-                model_parameters=[p for p in model.parameters() if p.requires_grad],
-                config=ds,
-                lr_scheduler=schedule,
-                dist_init_required=False,
-            )
+            with _compiling_ops():
+                self._engine, *_ = deepspeed.initialize(
+                    model=model,
+                    model_parameters=[p for p in model.parameters() if p.requires_grad],
+                    config=ds,
+                    lr_scheduler=schedule,
+                    dist_init_required=False,
+                )
         except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
+        if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
+            _undo_warm_up(self._engine.optimizer)
 
     def step(self, micro_batches: list[MicroBatch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many."""
@@ -156,6 +163,34 @@ class Engine:
         for name, buffer in model.named_buffers():
             if name in persistent:
                 yield name, buffer.cpu() if self.world.rank == 0 else None
+
+
+def _undo_warm_up(optimizer: Any) -> None:
+    """At stage 0 in bf16, DeepSpeed's optimizer takes a step on zero gradients to make its state: Adam would count it, and
+    weight decay would be applied once too often."""
+    optimizer.optimizer.state.clear()
+    for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for param, master in zip(params, masters, strict=True):
+            master.data.copy_(param.data)
+
+
+@contextlib.contextmanager
+def _compiling_ops() -> Iterator[None]:
+    """Around whatever may compile an op of DeepSpeed. A start that is killed meanwhile leaves a lock file on which every later
+    one would wait for ever: here each start also holds a lock that dies with its process, and who gets it alone knows that
+    nobody compiles."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # in a cache that cannot be written nothing is compiled
+            root.mkdir(parents=True, exist_ok=True)
+            start = held.enter_context((root / "wsft.lock").open("w"))
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(start, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for stale in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+                    log.info("removing %s, left by a start that was killed while it compiled", stale)
+                    stale.unlink()
+            fcntl.flock(start, fcntl.LOCK_SH)
+        yield
 
 
 def _schedule(config: WeightedSFTConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

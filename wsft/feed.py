@@ -7,6 +7,7 @@ may wait for hours, an error on the fetching rank reaches all, and nobody's coll
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Callable, Iterator
 from enum import IntEnum
@@ -59,6 +60,7 @@ class FileSource:
         decoder = self._processor.decoder
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
                 try:

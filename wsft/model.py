@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -104,7 +105,7 @@ def load_model(config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTMode
             dtype=torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32,
             attn_implementation=config.attn_implementation,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {config.model_name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
     model.train()

@@ -83,10 +83,6 @@ class WeightedSFTTrainer:
         precision = "bf16" if ds["bf16"]["enabled"] else "fp32"
         if precision == "bf16" and not native_bf16:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
-        if precision == "bf16" and ds["zero_optimization"]["stage"] == 0:
-            log.warning(
-                "ZeRO stage 0 keeps no float32 copy of bf16 parameters: small steps vanish in rounding; use stage 1 to 3"
-            )
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, ds["zero_optimization"]["stage"])
         self.model = load_model(self.config, ds)
         self.engine = Engine(self.config, ds, self.model, world)
@@ -103,10 +99,13 @@ class WeightedSFTTrainer:
                 f"output_dir {self.folder} is not empty ({', '.join(found[:4])}): choose another one, or replace the results "
                 f"in it with --overwrite_output_dir"
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (self.folder / name for name in RESULTS):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        (self.folder / "config.yaml").write_text(self.config.to_yaml())
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in (self.folder / name for name in RESULTS):
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            (self.folder / "config.yaml").write_text(self.config.to_yaml())
+        except OSError as error:
+            raise UserError(f"output_dir {self.folder} cannot be written: {error}") from error
 
     def _loop(self) -> None:
         bad = step = self.not_finite = 0

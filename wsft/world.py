@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _FAILURE = "wsft/failure"  # key in the rendezvous store: the message of the rank that failed first
 _LOOK_S = 1.0  # between two looks at it
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo says it
+_RANK_0_GONE = "rank 0: gone without a message (killed, or out of memory?)"  # the store lives there
 
 
 class PeerFailed(RuntimeError):
@@ -139,11 +141,17 @@ class World:
 
     def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:
         """Mine, now in the store for the others, or that of the rank that was there before me."""
-        with contextlib.suppress(dist.DistError):  # the store died with rank 0
+        lost_peer = isinstance(mine, RuntimeError) and any(words in str(mine) for words in _LOST_PEER)
+        if lost_peer:
+            time.sleep(_LOOK_S)  # what the peer had to say may be on its way
+        try:
             if store.check([_FAILURE]):
                 return PeerFailed(store.get(_FAILURE).decode())
-            if not isinstance(mine, PeerFailed):
-                store.set(_FAILURE, f"rank {self.rank}: {_sentence(mine)}")
+            if lost_peer:
+                mine = PeerFailed("another rank: gone without a message (killed, or out of memory?)")
+            store.set(_FAILURE, str(mine) if lost_peer else f"rank {self.rank}: {_sentence(mine)}")
+        except dist.DistError:
+            return PeerFailed(_RANK_0_GONE) if lost_peer else mine
         return mine
 
     def _watch(self, store: dist.TCPStore, over: threading.Event, dying: threading.Lock) -> None:
@@ -153,7 +161,7 @@ class World:
                     continue
                 message = store.get(_FAILURE).decode()
             except dist.DistError:
-                message = "rank 0: gone without a message (killed, or out of memory?)"
+                message = _RANK_0_GONE
             if not over.is_set():
                 self._die(PeerFailed(message), dying)
 
