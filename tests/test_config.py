@@ -156,6 +156,11 @@ def test_the_users_scheduler_drives_the_run():
     }  # fmt: skip
 
 
+def test_the_older_name_of_bf16_is_bf16():
+    _, out = resolved({"bfloat16": {"enabled": "auto"}})
+    assert out["bf16"] == {"enabled": True} and "bfloat16" not in out
+
+
 def test_a_scheduler_gets_only_what_it_names():
     _, out = resolved(
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}, training_steps=6, learning_rate=1.0

@@ -77,6 +77,11 @@ def never_sent(error: requests.RequestException) -> bool:
     return refused or isinstance(error, requests.ConnectTimeout)
 
 
+def _cause(error: requests.RequestException) -> str:
+    """The end of the chain that requests and urllib3 wrap around a failure: "[Errno 111] Connection refused"."""
+    return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
+
+
 def _checked_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -157,7 +162,7 @@ class AtroposClient:
             response = requests.get(f"{self.url}/batch", headers=HEADERS, timeout=(CONNECT_SECONDS, BATCH_READ_SECONDS))
         except requests.RequestException as error:
             if never_sent(error):
-                raise _Fault(f"it cannot be reached ({error})", state="unreachable") from error
+                raise _Fault(f"it cannot be reached ({_cause(error)})", state="unreachable") from error
             raise self._lost(f"broke off: {error!r}") from error
         if response.status_code >= 500:
             raise self._server_error(response.status_code)
@@ -266,7 +271,7 @@ class AtroposClient:
         try:
             response = requests.request(method, self.url + path, headers=HEADERS, timeout=timeout, **arguments)
         except requests.RequestException as error:
-            raise _Fault(f"{method} {path} failed ({error})", state="unreachable") from error
+            raise _Fault(f"{method} {path} failed ({_cause(error)})", state="unreachable") from error
         if response.status_code != 200:
             raise _Fault(f"{method} {path} answers {response.status_code}: {response.text[:200]}")
         return response

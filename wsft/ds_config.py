@@ -129,6 +129,8 @@ def _precision(ds: dict, native_bf16: bool) -> None:
             'write "bf16": {"enabled": true}, or leave both out for fp32'
         )
     del ds["fp16"]
+    if "bfloat16" in ds:  # DeepSpeed's older name for it, which it reads only where "bf16" is absent
+        ds.setdefault("bf16", ds.pop("bfloat16"))
     bf16 = _section(ds, "bf16", {"enabled": False})
     if bf16.get("enabled") == "auto":
         bf16["enabled"] = native_bf16
