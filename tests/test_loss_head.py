@@ -348,7 +348,8 @@ def train(n):
     weighted_linear_cross_entropy(hidden, lm_head, torch.zeros(n, dtype=torch.int64), torch.ones(n)).backward()
     return peak_mb()
 
-print(train(512), train(4096))
+train(512)
+print(train(512), train(4096))  # the first one's buffers, freed, may or may not serve the others
 """
 
 
@@ -356,4 +357,4 @@ print(train(512), train(4096))
 def test_eight_times_the_tokens_take_no_more_memory():
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     few, many = map(int, out.stdout.split())
-    assert many - few < 50  # MB; the logits of 4,096 tokens are 512 MB
+    assert many - few < 150  # MB; one chunk of logits is 64 MB, those of 4,096 tokens are 512 MB
