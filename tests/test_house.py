@@ -12,10 +12,11 @@ from conftest import ROOT
 # top to bottom; a module may import only those below it
 FLOORS = """
 trainer
-checkpoint feed
+export run_folder feed
+checkpoint
 engine
 model metrics world
-environment batching ds_config
+environment batching ds_config journal stopping watchdog
 weighted_texts
 loss loss_head atropos
 groups
@@ -34,6 +35,12 @@ NEVER_KNOWS = {
     "atropos": {"torch", "torch.distributed", "wsft.world", "pathlib"},
     "model": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
     "engine": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
+    "journal": {"torch", "requests", "numpy", "json", "wsft.world", "wsft.atropos", "wsft.batching"},
+    "stopping": {"torch", "requests", "wsft.world", "wsft.checkpoint"},
+    "watchdog": {"torch", "requests", "wsft.world"},
+    "checkpoint": {"requests", "wsft.atropos", "wsft.batching", "wsft.groups", "wsft.feed"},
+    "run_folder": {"torch", "requests", "wsft.world", "wsft.feed"},
+    "export": {"requests", "wsft.atropos", "wsft.batching", "wsft.world"},
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},
     "environment": {"torch"},
     "weighted_texts": {"torch", "requests", "wsft.atropos"},

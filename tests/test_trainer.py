@@ -39,7 +39,7 @@ def settings(tiny_model, tmp_path, rng):
 
 def train(settings, **changes):
     trainer = WeightedSFTTrainer(WeightedSFTConfig(**settings | changes))
-    return trainer.train(), [json.loads(line) for line in (trainer.folder / "metrics.jsonl").open()]
+    return trainer.train(), [json.loads(line) for line in (trainer.folder.path / "metrics.jsonl").open()]
 
 
 def test_a_run_leaves_config_metrics_and_a_model_that_loads(settings, tmp_path):

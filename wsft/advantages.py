@@ -35,17 +35,26 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
     """
     if method == "raw" or len(scores) == 1 or not counted.any():
         return scores
-    known = scores[counted]
-    centred = scores - known.mean()
-    return centred if method == "group_center" else centred / max(known.std(), EPS)
+    centred = _centred(scores, counted)
+    return centred if method == "group_center" else centred / max(centred[counted].std(), EPS)
 
 
 def normalize(advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Advantages [N] shifted and scaled so that the counted tokens have mean 0 and population deviation 1 (eps 1e-8)."""
     if not counted.any():
         return advantages
-    known = advantages[counted]
-    return (advantages - known.mean()) / max(known.std(), EPS)
+    centred = _centred(advantages, counted)
+    return centred / max(centred[counted].std(), EPS)
+
+
+def _centred(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Values [N] minus the mean of the counted ones, after one of them is taken from all.
+
+    So equal values give 0 at any size. The plain mean of many is off by a rounding, which for values beyond 1e8 exceeds
+    EPS: divided by a deviation that is nothing else, it would become an advantage of 1.
+    """
+    shifted = values - values[counted][0]
+    return shifted - shifted[counted].mean()
 
 
 def override(advantages: np.ndarray, overrides: np.ndarray) -> np.ndarray:

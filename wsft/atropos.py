@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import requests
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
-from wsft.config import UserError
+from wsft.config import UserError, without_password
 from wsft.groups import parse_json
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,10 @@ def decode(body: bytes) -> list[dict]:
 
     Integers beyond 64 bits come back as floats, those beyond float range as integers; neither is a token id.
     """
-    return _parse(body).get("batch") or []
+    groups = _parse(body).get("batch") or []
+    if not isinstance(groups, list):
+        raise ValueError(f"its batch is a JSON {type(groups).__name__}, not a list")
+    return groups
 
 
 def _parse(body: bytes) -> dict:
@@ -85,7 +88,7 @@ def _cause(error: requests.RequestException) -> str:
 def _checked_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"atropos_url is {url!r}; expected scheme, host and port, like http://localhost:8000")
+        raise UserError(f"atropos_url is {without_password(url)!r}; expected scheme, host and port, like http://localhost:8000")
     return url.rstrip("/")
 
 
@@ -124,6 +127,7 @@ class AtroposClient:
 
     def __post_init__(self):
         self.url = _checked_url(self.url)
+        self._shown = without_password(self.url)
         self._registered = not self.registers
         self._pause = FIRST_PAUSE
         self._errors = 0  # 500s in a row
@@ -225,7 +229,7 @@ class AtroposClient:
         self._require_ours(info)
         self._registered = True
         asked = ", ".join(f"{name} {value}" for name, value in self._asked().items())
-        log.info("registered at %s with %s; environments can start now", self.url, asked)
+        log.info("registered at %s with %s; environments can start now", self._shown, asked)
 
     def _post_registration(self) -> None:
         registration = self._asked() | {
@@ -253,10 +257,10 @@ class AtroposClient:
         found = {key: info.get(key) for key in self._asked()}
         if found != self._asked():
             raise AtroposError(
-                f"the Atropos server at {self.url} is registered with batch_size {found['batch_size']} and max_token_len "
+                f"the Atropos server at {self._shown} is registered with batch_size {found['batch_size']} and max_token_len "
                 f"{found['max_token_len']}; this run asks for batch_size {self.batch_size} and max_token_len "
                 f"{self.max_token_len}, and the server keeps its first registration. Restart the server, or wipe it with "
-                f"GET {self.url}/reset_data (its queue is dropped), or run with the server's values."
+                f"GET {self._shown}/reset_data (its queue is dropped), or run with the server's values."
             )
 
     def _info(self) -> dict:
@@ -333,14 +337,14 @@ class AtroposClient:
         self.state = f"server {fault.state}"
         if down >= self.timeout:
             raise AtroposError(
-                f"the Atropos server at {self.url} has been {fault.state} for {down:.0f} s (limit {self.timeout:g} s): "
+                f"the Atropos server at {self._shown} has been {fault.state} for {down:.0f} s (limit {self.timeout:g} s): "
                 f"{fault}. Start it or correct --atropos_url, or wait longer with --atropos_timeout."
             ) from fault
         if now >= outage.next_warning or not (fault.quiet or outage.warned):
             outage.next_warning, outage.warned = now + REMIND_SECONDS, True
             log.warning(
                 "the Atropos server at %s is %s: %s. Trying again for another %.0f s",
-                self.url,
+                self._shown,
                 fault.state,
                 fault,
                 self.timeout - down,

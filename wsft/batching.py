@@ -42,6 +42,10 @@ class Batch:
         )
 
     @classmethod
+    def empty(cls) -> Batch:
+        return cls.of([], np.zeros(len(REASONS), dtype=np.int64))
+
+    @classmethod
     def joined(cls, parts: Iterable[Batch]) -> Batch:
         parts = list(parts)
         fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(cls)}

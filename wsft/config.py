@@ -8,12 +8,23 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+_SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
+
+# settings that a resumed run may be given anew: none of them changes what is learned, beyond rounding and the run's length
+RESUME_MAY_CHANGE = {
+    *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
+    *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout"),
+    *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
+    *("wandb_project", "wandb_group", "wandb_run_name"),
+}
 
 
 class UserError(ValueError):
@@ -35,6 +46,7 @@ class WeightedSFTConfig(BaseModel):
         True,
         description="Recompute each layer's activations in the backward pass: less memory, about a third more time.",
     )
+    trust_remote_code: bool = Field(False, description="Run the model's own Python code, from its folder or the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is any.")
     deepspeed: str | dict[str, Any] | None = Field(
         None, description="DeepSpeed JSON (path, or a dict from Python). Unset: ZeRO-3, AdamW, bf16."
@@ -84,8 +96,21 @@ class WeightedSFTConfig(BaseModel):
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax.")
 
     # output
-    output_dir: str = Field("runs/wsft", description="Folder for config.yaml, metrics.jsonl and final/.")
+    output_dir: str = Field("runs/wsft", description="Folder of the run; with several hosts, one that all of them see.")
     overwrite_output_dir: bool = Field(False, description="Replace the results of an earlier run in output_dir.")
+    save_steps: int = Field(100, ge=1, description="Steps between two checkpoints; there is one at the end, too.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    resume: bool | str = Field(
+        False,
+        description="Go on from the newest checkpoint in output_dir, or from step 0 if there is none yet; "
+        "with a path, from that checkpoint.",
+    )
+    journal_gib: float = Field(
+        64, gt=0, description="Disk for batches fetched since the oldest checkpoint kept; it is held by saving earlier."
+    )
+    step_timeout: float = Field(
+        1800, gt=0, description="Seconds without progress after which a run that hangs ends, with the stacks of all ranks."
+    )
     wandb_project: str | None = Field(None, description="Log to this Weights & Biases project as well.")
     wandb_group: str | None = Field(None, description="Group of the W&B run.")
     wandb_run_name: str | None = Field(None, description="Name of the W&B run.")
@@ -105,10 +130,17 @@ class WeightedSFTConfig(BaseModel):
             raise ValueError("expected a number")
         return value
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _read_switch(cls, value: Any) -> Any:
+        return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check_together(self) -> WeightedSFTConfig:
         if self.data is not None and self.fetch_mode == "per_rank":
             raise ValueError("fetch_mode per_rank fetches from a server, but data names a file: drop one of the two")
+        if self.resume is True and self.overwrite_output_dir:
+            raise ValueError("resume goes on with the run in output_dir, overwrite_output_dir replaces it: drop one of the two")
         if self.warmup_steps >= self.training_steps and self.warmup_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below training_steps {self.training_steps}")
         return self
@@ -135,9 +167,26 @@ class WeightedSFTConfig(BaseModel):
             print(f"{parser.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
+    def public(self) -> dict[str, Any]:
+        """The settings as they may be shown and stored: passwords in URLs and keys in the DeepSpeed dict are masked."""
+        return _masked(self.model_dump())
+
     def to_yaml(self) -> str:
-        """The whole config as YAML, which `--config` reads back."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+        """The whole config, less its secrets, as YAML, which `--config` reads back."""
+        return yaml.safe_dump(self.public(), sort_keys=False)
+
+
+def _masked(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, str):
+        return "***" if _SECRET_NAME.search(name) else without_password(value)
+    return value
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown: user and password masked."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", url)
 
 
 def _unknown_setting(name: str, prefix: str = "") -> str:
@@ -171,7 +220,7 @@ def _parser(cls: type[WeightedSFTConfig]) -> argparse.ArgumentParser:
         choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
         metavar = "|".join(choices) or name.split("_")[-1].upper()
         default = "required" if field.is_required() else f"default: {field.default}"
-        switch = {"nargs": "?", "const": True} if field.annotation is bool else {}
+        switch = {"nargs": "?", "const": True} if "bool" in str(field.annotation) else {}
         text = f"{field.description} ({default})".replace("%", "%%")
         parser.add_argument(f"--{name}", metavar=metavar, help=text, **switch)
     return parser

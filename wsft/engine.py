@@ -13,6 +13,8 @@ import io
 import logging
 import math
 import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,13 +52,25 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     import deepspeed
 
     deepspeed.logger.setLevel(logging.WARNING)
+    trust_no_pickle()
     # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
     # that a user can mend
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), _compiling_ops():
         deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
     set_seed(config.seed)
-    return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+    return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"), config.step_timeout)
+
+
+def trust_no_pickle() -> None:
+    """From here on torch.load builds tensors, plain containers and three classes of DeepSpeed, and runs no code from a file;
+    also where DeepSpeed asks it to."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
 def bf16_is_native(device: torch.device) -> bool:
@@ -112,6 +126,9 @@ class Engine:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
+        self._unwritten: Exception | None = None
+        self._engine.checkpoint_engine.save = self._write
+        self._engine._copy_recovery_script = lambda folder: None  # no code among the data
 
     def step(self, micro_batches: list[MicroBatch]) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many."""
@@ -147,22 +164,73 @@ class Engine:
             engine.zero_grad()
         return norm
 
-    def full_parameters(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Name and whole value (on the CPU) of every parameter and persistent buffer of the Hugging Face model, one at a time.
+    def save(self, folder: Path) -> Exception | None:
+        """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets
+        through; returned is what this rank's disk said."""
+        _quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False)
+        failure, self._unwritten = self._unwritten, None
+        return failure
 
-        A collective: all ranks walk it together; only rank 0 gets values, the others None. Tied ones come once.
-        """
-        import deepspeed
+    def _write(self, state_dict: dict, path: str) -> None:
+        """DeepSpeed's way to write a file, but durable, and without an exception between its barriers."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception as error:
+            self._unwritten = self._unwritten or error
 
-        model = self._engine.module.model
-        for name, param in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([param], enabled=self.stage == 3):
-                value = param.detach().cpu().clone() if self.world.rank == 0 else None
-            yield name, value
-        persistent = model.state_dict().keys()
-        for name, buffer in model.named_buffers():
-            if name in persistent:
-                yield name, buffer.cpu() if self.world.rank == 0 else None
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, or what `convert` made of it. All ranks call it together, before the first step."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path, _ = _quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name)
+        assert path is not None, folder
+
+
+def convert(folder: Path, out: Path) -> None:
+    """A checkpoint of another number of ranks into one for any (DeepSpeed's "universal checkpoint"). One rank calls it.
+
+    In a process of its own: it takes the memory of several ranks, and gives it back.
+    """
+    code = (
+        "from wsft.engine import trust_no_pickle; trust_no_pickle()\n"
+        "from deepspeed.checkpoint.ds_to_universal import main, parse_arguments; main(parse_arguments())"
+    )
+    arguments = {"input_folder": folder, "output_folder": out, "num_extract_workers": 1, "num_merge_workers": 1}
+    flags = [f"--{name}={value}" for name, value in arguments.items()]
+    command = [sys.executable, "-c", code, *flags, "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode:
+        raise UserError(
+            f"DeepSpeed cannot convert {folder} to another number of ranks (it knows Adam's state only): resume on as many "
+            f"ranks as saved it. It said: {done.stderr.strip().splitlines()[-1:]}"
+        )
+
+
+def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
+    """Name -> whole value of everything in what `save` wrote; masters in float32. Values under ZeRO-3 are put together when
+    `.contiguous()` is called, out of files that are mapped, not read."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.utils import zero_to_fp32
+
+    zero_to_fp32.tqdm = lambda items, **_: items
+    trust_no_pickle()
+    whole = folder / "mp_rank_00_model_states.pt"
+    if not any(folder.glob("*optim_states.pt")):  # stage 0: nothing is sharded
+        state = torch.load(whole, map_location="cpu", mmap=True)["module"]
+    else:
+        state = _quietly(
+            zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, str(folder.parent), tag=folder.name, lazy_mode=True
+        )
+    return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def _quietly(action: Any, *args: Any, **kwargs: Any) -> Any:
+    """DeepSpeed prints as it goes. (Its stderr stays: the watchdog's words go there, too.)"""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return action(*args, **kwargs)
 
 
 def _undo_warm_up(optimizer: Any) -> None:

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import codecs
 import logging
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from enum import IntEnum
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from wsft.atropos import AtroposClient, decode
 from wsft.batching import AtroposBatchProcessor, Batch
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.groups import Rollout, parse_json
+from wsft.journal import Journal
+from wsft.stopping import Stop
 from wsft.world import World
 
 log = logging.getLogger(__name__)
 
 EMPTY_BATCHES_ALLOWED = 3
+POLL_S = 1.0  # the ranks meet about as often
+LAST_WORD_S = 30.0  # for a request that is under way when the run ends
+SMALLEST_ROOM = 8 * 2**20  # bytes free on disk without which no batch is fetched
 
 
 class EndOfData(Exception):
@@ -33,49 +40,88 @@ class EndOfData(Exception):
 class Source(Protocol):
     state: str  # for the progress line
     possibly_lost: int  # batches that may have been lost between server and trainer
+    journal_bytes: int  # on disk
+    position: dict[str, int] | None  # behind the batch polled last, where no journal keeps it
 
-    def poll(self) -> Batch | None: ...
+    def poll(self, number: int, step: int) -> Batch | None:
+        """Batch `number` of the run (or this rank's part of it), asked for by the optimizer step after `step`."""
+
+    def prune(self, below: int) -> None:
+        """Batches below this number will not be asked for again."""
+
+    def close(self) -> None:
+        """The run ends: let what is under way arrive."""
 
 
 class FileSource:
-    """One pass over a JSONL file of groups, in file order, `batch_size` good sequences at a time; the last may be smaller."""
+    """One pass over a JSONL file of groups, in file order, `batch_size` good sequences at a time; the last may be smaller.
+
+    Args:
+        position: where to go on: byte offset and number of a line, and how many of its good sequences are taken already.
+    """
 
     state = "reading"
-    possibly_lost = 0
+    possibly_lost = journal_bytes = 0
 
-    def __init__(self, path: str, batch_size: int, processor: AtroposBatchProcessor):
+    def __init__(self, path: str, batch_size: int, processor: AtroposBatchProcessor, position: dict[str, int] | None = None):
         if not Path(path).is_file():
             raise UserError(f"data {path!r} is not a file: expected JSONL, one Atropos group a line")
         self._batch_size, self._processor = batch_size, processor
-        self._rollouts = self._read(Path(path))
+        self.position = position or {"offset": 0, "line": 1, "taken": 0}
+        self._rollouts = self._read(Path(path), **self.position)
 
-    def poll(self) -> Batch | None:
-        rollouts = list(islice(self._rollouts, self._batch_size))
-        if not rollouts:
+    def poll(self, number: int, step: int) -> Batch | None:
+        taken = list(islice(self._rollouts, self._batch_size))
+        if not taken:
             self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
             raise EndOfData
-        return Batch.of(rollouts, self._processor.decoder.take_counts())
+        self.position = taken[-1][1]
+        return Batch.of([rollout for rollout, _ in taken], self._processor.decoder.take_counts())
 
-    def _read(self, path: Path) -> Iterator[Rollout]:
+    def prune(self, below: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _read(self, path: Path, offset: int, line: int, taken: int) -> Iterator[tuple[Rollout, dict[str, int]]]:
         decoder = self._processor.decoder
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if not line.strip():
+        with path.open("rb") as file:
+            file.seek(offset)
+            for number, text in enumerate(file, line):
+                start, offset = offset, offset + len(text)
+                text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
+                if not text.strip():
                     continue
                 try:
-                    group = parse_json(line)
+                    group = parse_json(text)
                 except ValueError as error:
                     decoder.reject("line is not JSON", f"line {number} of {path}", str(error))
                     continue
-                yield from decoder.group(group, f"line {number}")
+                rollouts = decoder.group(group, f"line {number}")
+                if taken:
+                    decoder.forget()  # it was counted when its first sequences were taken
+                for i in range(taken, len(rollouts)):
+                    yield rollouts[i], {"offset": start, "line": number, "taken": i + 1}
+                taken = 0
 
 
 class AtroposSource:
-    """Batches of a live server."""
+    """Batches of a live server, each in the journal before anything decodes it; first those that a resumed run finds there.
 
-    def __init__(self, client: AtroposClient, processor: AtroposBatchProcessor):
-        self._client, self._processor = client, processor
+    A request runs in a thread of its own, because the server may be slow, and this rank must answer the others meanwhile.
+
+    Args:
+        journal: of this rank. Its records are numbered as the batches of the run.
+        others: journals of a run with other fetching ranks, for the rank that replays them; None for one that leaves it to
+            another rank.
+    """
+
+    position = None
+
+    def __init__(self, client: AtroposClient, processor: AtroposBatchProcessor, journal: Journal, others: list[Journal]):
+        self._client, self._processor, self._journal, self._others = client, processor, journal, others
+        self._replays_others = client.registers
+        self._largest = SMALLEST_ROOM
+        self._fetching: Future | None = None
 
     @property
     def state(self) -> str:
@@ -83,18 +129,73 @@ class AtroposSource:
 
     @property
     def possibly_lost(self) -> int:
-        return self._client.possibly_lost
+        return self._client.possibly_lost + self._journal.torn
 
-    def poll(self) -> Batch | None:
-        body = self._client.poll()
-        if body is None:
+    @property
+    def journal_bytes(self) -> int:
+        return self._journal.size
+
+    def poll(self, number: int, step: int) -> Batch | None:
+        if number in self._journal:
+            return self._decoded(self._journal.read(number))
+        elsewhere = [journal for journal in self._others if number in journal]
+        if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
+            parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
+            return Batch.joined([Batch.empty(), *parts])
+        if self._fetching is None:
+            self._fetching = _in_background(lambda: self._fetch(number, step))
+        if not wait([self._fetching], timeout=POLL_S).done:
             return None
-        self._client.step += 1  # a server that restarts is told where the run is
-        return self._processor.decode(decode(body))
+        body, self._fetching = self._fetching.result(), None
+        return None if body is None else self._decoded(body)
+
+    def _fetch(self, number: int, step: int) -> bytes | None:
+        self._journal.require_room(2 * self._largest)  # before the server hands it out
+        self._client.step = step  # a server that restarts is told where the run is
+        body = self._client.poll()
+        if body is not None:
+            self._largest = max(self._largest, len(body))
+            self._journal.append(number, body)
+        return body
+
+    def _decoded(self, body: bytes) -> Batch:
+        try:
+            groups = decode(body)
+        except ValueError as error:  # it must not end the run, least of all each resumed one again
+            groups = []
+            self._processor.decoder.reject("record is not a group", "a whole batch", str(error))
+        return self._processor.decode(groups)
+
+    def prune(self, below: int) -> None:
+        for journal in [self._journal, *(self._others if self._replays_others else [])]:
+            journal.prune(below)
+
+    def close(self) -> None:
+        if self._fetching and not wait([self._fetching], timeout=LAST_WORD_S).done:
+            log.warning(
+                "a request to the Atropos server is still unanswered after %.0f s: a batch that it hands out now is lost",
+                LAST_WORD_S,
+            )
 
 
-def open_source(config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World) -> Source | None:
-    """This rank's source; None on a rank that only listens."""
+def _in_background(action: Callable[[], bytes | None]) -> Future:
+    """A thread that does not keep the process from ending, as a pool's would."""
+    future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def open_source(
+    config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: dict[str, int] | None
+) -> Source | None:
+    """This rank's source; None on a rank that only listens. `position` is where a file was left."""
     fetching = world.size if config.fetch_mode == "per_rank" else 1
     if config.batch_size % fetching:
         raise UserError(
@@ -104,7 +205,7 @@ def open_source(config: WeightedSFTConfig, processor: AtroposBatchProcessor, wor
     if world.rank >= fetching:
         return None
     if config.data is not None:
-        return FileSource(config.data, config.batch_size, processor)
+        return FileSource(config.data, config.batch_size, processor, position)
     client = AtroposClient(
         config.atropos_url,
         batch_size=config.batch_size // fetching,
@@ -114,33 +215,53 @@ def open_source(config: WeightedSFTConfig, processor: AtroposBatchProcessor, wor
         wandb_group=config.wandb_group or "",
         wandb_project=config.wandb_project or "",
         checkpoint_dir=config.output_dir,
+        save_checkpoint_interval=config.save_steps,
         registers=world.rank == 0,
     )
-    return AtroposSource(client, processor)
+    folder = Path(config.output_dir) / "journal"
+    mine = {rank: folder / f"{rank}_of_{fetching}" for rank in range(fetching)}
+    others = [Journal(path, read_only=True) for path in sorted(folder.glob("*_of_*")) if path not in mine.values()]
+    return AtroposSource(client, processor, Journal(mine[world.rank]), others)
 
 
 class _Word(IntEnum):
-    """What a rank says at each meeting."""
+    """What a rank says at each meeting. STOP has the code of why added to it: one rank that was asked to stop is enough."""
 
     WAIT = 0
     READY = 1
     END = 2
     FAILED = 3
+    STOP = 100
 
 
 class Feed:
-    """The global batches of a run, the same on every rank."""
+    """The global batches of a run, the same on every rank.
 
-    def __init__(self, source: Source | None, world: World, advantage_normalization: str):
-        self._source, self._world, self._normalization = source, world, advantage_normalization
+    Attributes:
+        batches: how many the run has taken so far; the number of the next one in the journal.
+        stopped: why the run should stop, as any rank was asked to (stopping.py); 0 if it should not.
+        possibly_lost: batches that may have been lost between server and trainer, over all ranks and restarts.
+        position: where in the file the next one begins; None with a server.
+    """
+
+    def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, facts: dict[str, Any]):
+        self._config, self._source, self._world, self._stop = config, source, world, stop
         # learn once who fetches
         self._fetching = [rank for rank, has in enumerate(world.words(int(source is not None))) if has]
-        self.possibly_lost = 0
+        self.batches, self._lost_before = facts.get("batches", 0), facts.get("possibly_lost", 0)
+        self.possibly_lost, self.position = self._lost_before, facts.get("position")
+        self.stopped, self._pruned_gib = 0, self.journal_gib
 
-    def next(self, waiting: Callable[[str], None]) -> Batch | None:
-        """The next batch with something in it; None at the end of the data. `waiting` is told of every fruitless second."""
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps, to go on from here."""
+        return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
+
+    def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
+        """The next batch with something in it; None at the end of the data or if the run should stop. `waiting` is told of
+        every fruitless second."""
         for _ in range(EMPTY_BATCHES_ALLOWED):
-            batch = self._exchange(waiting)
+            batch = self._exchange(step, waiting)
             if batch is None or len(batch.lengths):
                 return batch
             log.info("a batch held no usable sequence (%s): passed over", batch.rejected or "it was empty")
@@ -149,26 +270,50 @@ class Feed:
             f"do the environments use the tokenizer of the model, and a max_token_len no larger than the trainer's?"
         )
 
-    def _exchange(self, waiting: Callable[[str], None]) -> Batch | None:
+    def _exchange(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
         world, mine, error = self._world, None, None
         word = _Word.WAIT if self._source else _Word.READY
         while True:
-            if word is _Word.WAIT:
+            if word == _Word.WAIT and not self._stop.code:
                 try:
-                    mine = self._source.poll()
+                    mine = self._source.poll(self.batches, step)
                     word = _Word.READY if mine is not None else _Word.WAIT
                 except EndOfData:
                     word = _Word.END
                 except Exception as failure:  # whatever it is, the other ranks must hear of it
                     word, error = _Word.FAILED, failure
-            words = world.words(word)
+            stopping = self._stop.code and word != _Word.FAILED
+            words = world.words(_Word.STOP + self._stop.code if stopping else word)
             if _Word.FAILED in words:
                 world.agree(error)
-            if _Word.END in words:
-                return None
+            self.stopped = max(0, max(words) - _Word.STOP)
+            if self.stopped or _Word.END in words:
+                return None  # what is READY here is in the journal, and comes again
             if _Word.WAIT not in words:
                 break
             waiting(self._source.state if self._source else "")
         batch = Batch.joined(world.broadcast(mine, Batch, source) for source in self._fetching)
-        self.possibly_lost = sum(world.words(self._source.possibly_lost if self._source else 0))
-        return batch.with_final_advantages(self._normalization)
+        self.batches += 1
+        self.position = self._source.position if self._source else None
+        self.possibly_lost = self._lost_before + sum(world.words(self._source.possibly_lost if self._source else 0))
+        return batch.with_final_advantages(self._config.advantage_normalization)
+
+    @property
+    def journal_gib(self) -> float:
+        """What this rank's journal takes on disk."""
+        return self._source.journal_bytes / 2**30 if self._source else 0.0
+
+    def journal_is_full(self) -> bool:
+        """Whether to save now, so that pruning to the oldest of the kept checkpoints holds the journals to journal_gib."""
+        since_last = len(self._fetching) * (self.journal_gib - self._pruned_gib)
+        return any(self._world.words(int(since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1))))
+
+    def prune(self, below: int) -> None:
+        """Forget the batches below that number: a checkpoint that is kept has them in its parameters."""
+        if self._source:
+            self._source.prune(below)
+            self._pruned_gib = self.journal_gib
+
+    def close(self) -> None:
+        if self._source:
+            self._source.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ REASONS = (
     "no mask",
     "mask length differs from tokens",
     "mask is neither labels nor 0/1",
+    "override is neither true nor false",
     "advantages do not fit the tokens",
     "advantage of a trained token is not finite",
     "no finite score and no advantages",
@@ -44,7 +46,10 @@ def parse_json(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except RecursionError as error:  # orjson's limit is 1,024 levels, this one's about the same
+            raise ValueError("the JSON is nested too deeply") from error
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Decoder:
             return []
         overrides = [_override(group, i) for i in range(len(group["tokens"]))]
         scores = _scores(group, len(overrides))
-        counted = np.isfinite(scores) & (np.array(overrides, dtype=int) == Override.NONE)
+        counted = np.isfinite(scores) & np.array([kind is Override.NONE for kind in overrides], dtype=bool)
         advantages = from_scores(scores, counted, self.score_advantages)
         rollouts = []
         for i, kind in enumerate(overrides):
@@ -103,13 +108,18 @@ class Decoder:
             verb = "truncated to max_token_len" if reason == "truncated" else f"left out: {reason}"
             log.warning("%d sequence(s) %s (first: %s)", count, verb, self.examples[reason])
         counts = np.array([self.rejected[reason] for reason in REASONS], dtype=np.int64)
-        self.rejected.clear()
-        self.examples.clear()
+        self.forget()
         return counts
 
-    def _rollout(self, group: dict, i: int, kind: Override, score_advantage: float, place: str) -> Rollout:
+    def forget(self) -> None:
+        self.rejected.clear()
+        self.examples.clear()
+
+    def _rollout(self, group: dict, i: int, kind: Override | None, score_advantage: float, place: str) -> Rollout:
         tokens = _tokens(group["tokens"][i], self.vocab_size)
         loss_mask = _loss_mask(_row(group, "masks", i), tokens)
+        if kind is None:
+            raise _Malformed("override is neither true nor false", "set_advantage_to_zero and sft must be true, false or null")
         advantages = _advantages(_row(group, "advantages", i), score_advantage, loss_mask, kind)
         limit = self.max_token_len
         if limit is not None and len(tokens) > limit:
@@ -133,25 +143,27 @@ def _row(group: dict, name: str, i: int) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, list | dict) or len(value) < 4 else f"{type(value).__name__} of {len(value)}"
+    """A value in at most 60 characters; reprlib, because the whole may be huge or nested too deeply for repr."""
+    text = reprlib.repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def _array(values: Any, kinds: str) -> np.ndarray | None:
-    """A flat list of numbers as an array whose dtype kind is one of `kinds`; None if it is anything else."""
-    if not isinstance(values, list):
+def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:
+    """A flat list of numbers of these types as an array; None if it is anything else.
+
+    The types are looked at first: left to itself NumPy makes 1 of a true among integers, and of one long string among
+    thousands of numbers an array of as many such strings.
+    """
+    if not isinstance(values, list) or not types.issuperset(map(type, values)):
         return None
     try:
-        array = np.array(values)
-    except (ValueError, OverflowError):  # ragged
+        return np.array(values, dtype)
+    except OverflowError:  # an integer too large
         return None
-    if not values:
-        return array.astype(np.int64)
-    return array if array.ndim == 1 and array.dtype.kind in kinds else None
 
 
 def _tokens(values: Any, vocab_size: int | None) -> np.ndarray:
-    tokens = _array(values, "iu")
+    tokens = _array(values, {int}, np.int64)
     if tokens is None:
         raise _Malformed("tokens are not a list of integers", f"found {_short(values)}")
     if len(tokens) < 2:
@@ -163,14 +175,14 @@ def _tokens(values: Any, vocab_size: int | None) -> np.ndarray:
             "token id outside the vocabulary",
             f"found {bad}, expected 0 to {limit - 1}: environments must use the tokenizer of the model",
         )
-    return tokens.astype(np.int64)
+    return tokens
 
 
 def _loss_mask(values: Any, tokens: np.ndarray) -> np.ndarray:
     """Labels (-100, or the token id itself) or 0/1 -> bool, False at position 0."""
     if values is None:
         raise _Malformed("no mask", "expected one value per token")
-    mask = _array(values, "biuf")
+    mask = _array(values, {int, float, bool}, np.float64)  # exact for token ids
     if mask is None:
         raise _Malformed("mask is neither labels nor 0/1", f"found {_short(values)}")
     if len(mask) != len(tokens):
@@ -181,7 +193,7 @@ def _loss_mask(values: Any, tokens: np.ndarray) -> np.ndarray:
     else:
         wrong = np.flatnonzero(~ignored & (mask != tokens))
         if len(wrong):
-            found = f"found {mask[wrong[0]]} at position {wrong[0]}, where the token is {tokens[wrong[0]]}"
+            found = f"found {_short(values[wrong[0]])} at position {wrong[0]}, where the token is {tokens[wrong[0]]}"
             raise _Malformed("mask is neither labels nor 0/1", found)
         trained = ~ignored
     trained[0] = False
@@ -212,19 +224,22 @@ def _advantages(row: Any, score_advantage: float, loss_mask: np.ndarray, kind: O
             raise _Malformed("no finite score and no advantages", "a sequence needs one of the two")
         values = np.array([score_advantage])
     else:
-        values = _array(row if isinstance(row, list) else [row], "iuf")
+        values = _array(row if isinstance(row, list) else [row], {int, float}, np.float64)
         if values is None or len(values) not in (1, len(loss_mask)):
             raise _Malformed("advantages do not fit the tokens", f"found {_short(row)}, expected {len(loss_mask)} numbers")
-    values = np.broadcast_to(values.astype(np.float64), loss_mask.shape)
+    values = np.broadcast_to(values, loss_mask.shape)
     if not _finite(values[loss_mask]).all():
         raise _Malformed("advantage of a trained token is not finite", f"found {values[loss_mask & ~_finite(values)][0]}")
     return np.where(loss_mask, values, 0.0)
 
 
-def _override(group: dict, i: int) -> Override:
-    """The sequence's own override, else its group's; set_advantage_to_zero wins over sft."""
+def _override(group: dict, i: int) -> Override | None:
+    """The sequence's own override, else its group's; set_advantage_to_zero wins over sft. None for a "false" in quotes."""
     own, shared = _row(group, "overrides", i), group.get("group_overrides")
     said = {**(shared if isinstance(shared, dict) else {}), **(own if isinstance(own, dict) else {})}
-    if said.get("set_advantage_to_zero"):
+    zero, sft = said.get("set_advantage_to_zero"), said.get("sft")
+    if any(flag not in (None, False, True) for flag in (zero, sft)):  # 0 and 1 are equal to them
+        return None
+    if zero:
         return Override.ZERO
-    return Override.SFT if said.get("sft") else Override.NONE
+    return Override.SFT if sft else Override.NONE

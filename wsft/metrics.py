@@ -5,9 +5,12 @@ Rank 0 gets a `Metrics`, the others a `Silence`, so that nobody asks for ranks w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wsft.config import UserError, WeightedSFTConfig
+from wsft.config import UserError, WeightedSFTConfig, without_password
 
 QUIET_S = 10.0  # without a terminal, a wait is said after this long, then every WAIT_S
 WAIT_S = 60.0
@@ -34,17 +37,22 @@ def speak(rank: int) -> None:
 
 class _AboveProgressLine(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record) if record.levelno > logging.INFO else record.getMessage()
+        _say(self.format(record) if record.levelno > logging.INFO else record.getMessage())
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody is left to read it, and there may be a checkpoint to save
         tqdm.write(text, file=sys.stderr)
 
 
 class Metrics:
-    """The sinks of rank 0."""
+    """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again."""
 
-    def __init__(self, config: WeightedSFTConfig, folder: Path):
+    def __init__(self, config: WeightedSFTConfig, folder: Path, step: int):
+        _forget_after(step, folder / "metrics.jsonl")
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._wandb = _open_wandb(config, folder) if config.wandb_project else None
-        self._line = _TerminalLine(config.training_steps) if sys.stderr.isatty() else _LogLines(config.training_steps)
+        self._line = (_TerminalLine if sys.stderr.isatty() else _LogLines)(config.training_steps, step)
 
     def doing(self, what: str) -> None:
         """What the run is at: "waiting for a batch", "training"."""
@@ -57,6 +65,10 @@ class Metrics:
         if self._wandb:
             self._wandb.log({k: v for k, v in clean.items() if v is not None}, step=values["step"])
         self._line.step(values)
+
+    def sync(self) -> None:
+        """What was told is on disk, before a checkpoint says that it need not come again."""
+        os.fsync(self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
         self._line.close()
@@ -72,15 +84,17 @@ class Silence:
 
     def step(self, values: dict[str, Any]) -> None: ...
 
+    def sync(self) -> None: ...
+
     def close(self, failed: bool = False) -> None: ...
 
 
 class _TerminalLine:
     """One line that stays: tqdm's, with its time left."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, step: int):
         form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self._bar = tqdm(total=total, desc="starting", bar_format=form, file=sys.stderr, dynamic_ncols=True)
+        self._bar = tqdm(total=total, initial=step, desc="starting", bar_format=form, file=sys.stderr, dynamic_ncols=True)
 
     def doing(self, what: str) -> None:
         self._bar.set_description_str(what)
@@ -96,8 +110,9 @@ class _TerminalLine:
 class _LogLines:
     """Where stderr is a file or a pipe: a line a step, and a word on what is done first or waited for long."""
 
-    def __init__(self, total: int):
-        self._total, self._start, self._what, self._since, self._next = total, time.monotonic(), "", 0.0, 0.0
+    def __init__(self, total: int, step: int):
+        self._total, self._from, self._start = total, step, time.monotonic()
+        self._what, self._since, self._next = "", 0.0, 0.0
         self._said = set()
 
     def doing(self, what: str) -> None:
@@ -105,20 +120,30 @@ class _LogLines:
         if what != self._what:
             self._what, self._since, self._next = what, now, now + QUIET_S
             if what not in self._said:
-                print(what, file=sys.stderr, flush=True)
+                _say(what)
             self._said.add(what)
         elif now >= self._next:
-            print(f"{what} ({now - self._since:.0f} s)", file=sys.stderr, flush=True)
+            _say(f"{what} ({now - self._since:.0f} s)")
             self._next = now + WAIT_S
 
     def step(self, values: dict[str, Any]) -> None:
         step, spent = values["step"], time.monotonic() - self._start
-        left = tqdm.format_interval(spent / step * (self._total - step))
+        left = tqdm.format_interval(spent / (step - self._from) * (self._total - step))
         said = f"loss {values['loss']:+.4f}  grad_norm {values['grad_norm']:.3g}  {values['tokens/per_second']:.0f} tokens/s"
         times = f"{values['time/step']:.1f} s, {values['time/wait']:.1f} s of it waiting  left {left}"
-        print(f"step {step}/{self._total}  {said}  {times}", file=sys.stderr, flush=True)
+        _say(f"step {step}/{self._total}  {said}  {times}")
 
     def close(self) -> None: ...
+
+
+def _forget_after(step: int, path: Path) -> None:
+    """Keep the lines up to the step, less one that a killed process left unfinished."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().split("\n") if line.endswith("}") and json.loads(line)["step"] <= step]
+    aside = path.with_name(".metrics.jsonl")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.rename(path)
 
 
 def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
@@ -126,11 +151,17 @@ def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
         import wandb
     except ImportError as error:
         raise UserError("wandb_project is set, but wandb is not installed: pip install wandb") from error
+    sys.argv = [without_password(argument) for argument in sys.argv]  # wandb keeps the command line
+    identity = folder / "wandb_id"  # a resumed run goes on in the same W&B run
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
     return wandb.init(
+        id=identity.read_text(),
+        resume="allow",
         project=config.wandb_project,
         group=config.wandb_group,
         name=config.wandb_run_name,
         dir=folder,
-        config=config.model_dump(),
+        config=config.public(),
         settings=wandb.Settings(silent=True),
     )

@@ -72,7 +72,7 @@ def _logit_options(config: Any) -> dict[str, float | None]:
 def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
     name = config.tokenizer_name or config.model_name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
@@ -88,7 +88,7 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
 def load_model_config(config: WeightedSFTConfig) -> Any:
     """The model's own config: its shape is needed before its weights."""
     try:
-        return AutoConfig.from_pretrained(config.model_name)
+        return AutoConfig.from_pretrained(config.model_name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no model in {config.model_name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})"
@@ -104,6 +104,7 @@ def load_model(config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTMode
             config.model_name,
             dtype=torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32,
             attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {config.model_name!r} cannot be loaded: {_first_line(error)}") from error

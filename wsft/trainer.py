@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
-import shutil
+import os
 import sys
 import time
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from wsft import ds_config
 from wsft.batching import AtroposBatchProcessor, Batch, pad, plan_shares
-from wsft.checkpoint import publish
+from wsft.checkpoint import Checkpoint, load_random, prune, resumable, save
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.engine import Engine, MicroBatch, StepResult, bf16_is_native, start_ranks
+from wsft.export import export
 from wsft.feed import Feed, open_source
 from wsft.metrics import Metrics, Silence, speak
 from wsft.model import load_model, load_model_config, load_tokenizer
+from wsft.run_folder import RunFolder
+from wsft.stopping import Stop, name_of
 from wsft.world import World, ranks_from_environment
 
 log = logging.getLogger(__name__)
 
 BAD_STEPS_ALLOWED = 3
-RESULTS = ("config.yaml", "metrics.jsonl", "final", "final.partial")  # what a run leaves, and what overwriting removes
+PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 class TrainingDiverged(UserError):
@@ -39,10 +45,10 @@ class WeightedSFTTrainer:
 
     def __init__(self, config: WeightedSFTConfig):
         self.config = config
-        self.folder = Path(config.output_dir)
+        self.folder = RunFolder(config)
 
-    def train(self) -> Path:
-        """Train to the end; the folder of the trained model.
+    def train(self) -> Path | None:
+        """Train to the end; the folder of the trained model, or None if the run was asked to stop and can be resumed.
 
         Raises:
             UserError: what the user can mend, said in a sentence. With several ranks an exception ends the process instead:
@@ -52,18 +58,16 @@ class WeightedSFTTrainer:
         speak(rank)
         if rank != 0 or not sys.stderr.isatty():
             disable_progress_bar()  # of transformers: loading weights, writing shards
-        world = start_ranks(self.config)
-        with world.ending_together():
-            self._set_up(world)
-            try:
-                self._loop()
-            except BaseException:
-                self.metrics.close(failed=True)
-                raise
-            self.metrics.close()
-            log.info("saving the model in %s", self.folder / "final")
-            publish(self.engine, self.model.model, self.tokenizer, self.folder / "final", world)
-        return self.folder / "final"
+        with _private_files(), contextlib.closing(self.folder), Stop() as self.stop:
+            world = start_ranks(self.config)
+            with world.ending_together(self.folder.failed):
+                self._set_up(world)
+                try:
+                    self._loop()
+                    return self._end()
+                except BaseException:
+                    self.metrics.close(failed=True)
+                    raise
 
     def _set_up(self, world: World) -> None:
         self.world = world
@@ -71,6 +75,11 @@ class WeightedSFTTrainer:
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = bf16_is_native(world.device)
         self.config, ds = ds_config.resolve(self.config, world.size, shape.hidden_size, native_bf16)
+        start = world.on_rank_0(lambda: self.folder.open(self.config))
+        world.together(self.folder.require_shared)
+        step = world.words(start.step if start else 0)[0]
+        self.saved = start = Checkpoint.at(self.folder.checkpoints / f"step_{step}") if step else None
+        facts = start.facts if start else {"step": 0, "not_finite": 0, "bad": 0, "feed": {}}
         self.processor = AtroposBatchProcessor(
             self.tokenizer.pad_token_id,
             max_token_len=self.config.max_token_len,
@@ -78,54 +87,76 @@ class WeightedSFTTrainer:
             score_advantages=self.config.score_advantages,
             vocab_size=shape.vocab_size,
         )
-        source = open_source(self.config, self.processor, world)
-        world.agree(_error_of(self._open_folder) if world.rank == 0 else None)
-        precision = "bf16" if ds["bf16"]["enabled"] else "fp32"
+        source = open_source(self.config, self.processor, world, facts["feed"].get("position"))
+        precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
         if precision == "bf16" and not native_bf16:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
-        log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, ds["zero_optimization"]["stage"])
+        log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
+        self.facts = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
         self.model = load_model(self.config, ds)
-        self.engine = Engine(self.config, ds, self.model, world)
-        self.model.check_head(world.device)
-        self.feed = Feed(source, world, self.config.advantage_normalization)
-        self.metrics = Metrics(self.config, self.folder) if world.rank == 0 else Silence()
-        log.info("batches from %s; results in %s", self.config.data or self.config.atropos_url, self.folder)
-
-    def _open_folder(self) -> None:
-        """Make output_dir, refuse another run's results, write the resolved config."""
-        found = [name for name in sorted(p.name for p in self.folder.glob("*"))]
-        if found and not self.config.overwrite_output_dir:
-            raise UserError(
-                f"output_dir {self.folder} is not empty ({', '.join(found[:4])}): choose another one, or replace the results "
-                f"in it with --overwrite_output_dir"
-            )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for old in (self.folder / name for name in RESULTS):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            (self.folder / "config.yaml").write_text(self.config.to_yaml())
-        except OSError as error:
-            raise UserError(f"output_dir {self.folder} cannot be written: {error}") from error
+        with resumable(start, self.facts, ds, world) as saved:
+            self.engine = Engine(self.config, ds, self.model, world)
+            self.model.check_head(world.device)
+            if saved:
+                self.engine.load(saved)
+        if start:
+            load_random(start, world.rank)
+        self.step, self.not_finite, self.bad = facts["step"], facts["not_finite"], facts["bad"]
+        self.feed = Feed(self.config, source, world, self.stop, facts["feed"])
+        self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
+        shown = self.config.public()
+        log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
 
     def _loop(self) -> None:
-        bad = step = self.not_finite = 0
-        while step < self.config.training_steps:
+        while self.step < self.config.training_steps:
             start = time.monotonic()
             self.metrics.doing("waiting for a batch")
-            batch = self.feed.next(waiting=self.metrics.doing)
+            batch = self.feed.next(self.step, waiting=self.metrics.doing)
             if batch is None:
                 break
             wait = time.monotonic() - start
             self.metrics.doing("training")
             result = self._train_on(batch)
-            step += 1
-            bad = 0 if result.applied and math.isfinite(result.loss) else bad + 1
-            self.not_finite += bad > 0
-            self.metrics.step(self._describe(step, batch, result, wait, time.monotonic() - start))
-            self._shout(step, result, bad)
-        if step == 0:
+            self.step += 1
+            self.bad = 0 if result.applied and math.isfinite(result.loss) else self.bad + 1
+            self.not_finite += self.bad > 0
+            self.metrics.step(self._describe(batch, result, wait, time.monotonic() - start))
+            self._shout(result)
+            if self.step % self.config.save_steps == 0 or self.feed.journal_is_full():
+                self._save()
+
+    def _end(self) -> Path | None:
+        """The last checkpoint, and the trained model unless the run only pauses."""
+        if self.step == 0 and not self.feed.stopped:
             raise UserError(f"data {self.config.data} holds no usable sequence: nothing was trained")
-        log.info("trained %d step(s)", step)
+        if self.step > (self.saved.step if self.saved else 0):
+            self._save()
+        if self.feed.stopped:
+            reason = name_of(self.feed.stopped)
+            log.info("stopped after step %d (%s); go on with --resume", self.step, reason)
+            self.world.on_rank_0(lambda: self.folder.write_state("preempted", reason))
+            self.feed.close()
+            self.metrics.close()
+            return None
+        log.info("trained %d step(s); writing the model to %s", self.step, self.folder.final)
+        self.world.on_rank_0(lambda: export(self.saved, self.folder.final))
+        self.world.on_rank_0(lambda: self.folder.write_state("finished", "training_steps reached or data at its end"))
+        self.metrics.close()
+        return self.folder.final
+
+    def _save(self) -> None:
+        self.metrics.doing("saving a checkpoint")
+        start = time.monotonic()
+        self.metrics.sync()
+        facts = self.facts | {"step": self.step, "not_finite": self.not_finite, "bad": self.bad, "feed": self.feed.facts}
+        facts["config"] = self.config.public()
+        facts["versions"] = {name: version(name) for name in PACKAGES}
+        self.saved = save(self.folder.checkpoints, facts, self.engine, self.model.model, self.tokenizer, self.world)
+        kept = self.world.on_rank_0(lambda: prune(self.folder.checkpoints, self.config.keep_checkpoints))
+        self.feed.prune(self.world.words(kept[0].facts["feed"]["batches"] if kept else 0)[0])
+        size, spent = sum(self.saved.facts["files"].values()) / 2**30, time.monotonic() - start
+        log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
+        self.folder.step = self.step
 
     def _train_on(self, batch: Batch) -> StepResult:
         """One optimizer step: every rank plans the same shares from the same batch and runs its own."""
@@ -141,13 +172,13 @@ class WeightedSFTTrainer:
         advantages_N = padded["advantages"].flatten()[trained_N]
         return MicroBatch(padded["tokens"], trained_N, advantages_N / divisor, advantages_N.sign())
 
-    def _describe(self, step: int, batch: Batch, result: StepResult, wait: float, spent: float) -> dict:
+    def _describe(self, batch: Batch, result: StepResult, wait: float, spent: float) -> dict:
         advantages = batch.advantages[batch.loss_mask]
         trained, total = len(advantages), len(batch.tokens)
         positive, negative = int((advantages > 0).sum()), int((advantages < 0).sum())
         truncated = batch.rejected.get("truncated", 0)
         return {
-            "step": step,
+            "step": self.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
@@ -163,26 +194,29 @@ class WeightedSFTTrainer:
             "data/rejected": int(batch.counts.sum()) - truncated,
             "data/truncated": truncated,
             "data/possibly_lost_batches": self.feed.possibly_lost,
+            "journal/gib": self.feed.journal_gib,
             "steps/not_finite": self.not_finite,
             "time/step": spent,
             "time/wait": wait,
         }
 
-    def _shout(self, step: int, result: StepResult, bad: int) -> None:
-        if not bad:
+    def _shout(self, result: StepResult) -> None:
+        if not self.bad:
             return
         what = "gradients are not finite, the step was skipped" if not result.applied else "the loss is not finite"
-        log.error("step %d: %s (loss %s, grad_norm %s); %d in a row", step, what, result.loss, result.grad_norm, bad)
-        if bad >= BAD_STEPS_ALLOWED:
+        log.error("step %d: %s (loss %s, grad_norm %s); %d in a row", self.step, what, result.loss, result.grad_norm, self.bad)
+        if self.bad >= BAD_STEPS_ALLOWED:
             raise TrainingDiverged(
-                f"{bad} steps in a row were not finite, the last at step {step}: lower learning_rate, set max_grad_norm, or "
-                f"look at the advantages of the batches"
+                f"{self.bad} steps in a row were not finite, the last at step {self.step}: lower learning_rate, set "
+                f"max_grad_norm, or look at the advantages of the batches"
             )
 
 
-def _error_of(action: object) -> Exception | None:
+@contextlib.contextmanager
+def _private_files() -> Iterator[None]:
+    """What a run writes is its user's alone: rollouts may hold anything."""
+    before = os.umask(0o077)
     try:
-        action()
-    except Exception as error:
-        return error
-    return None
+        yield
+    finally:
+        os.umask(before)

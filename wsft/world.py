@@ -16,16 +16,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, MutableMapping
+import zlib
+from collections.abc import Callable, Iterator, MutableMapping
 from datetime import timedelta
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from wsft.config import UserError
+from wsft.watchdog import Watchdog
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _FAILURE = "wsft/failure"  # key in the rendezvous store: the message of the rank that failed first
@@ -70,12 +73,19 @@ def ranks_on_this_host() -> int:
 
 
 class World:
-    """This rank among the others. Made after the process group (engine.py)."""
+    """This rank among the others. Made after the process group (engine.py).
 
-    def __init__(self, device: torch.device):
+    Args:
+        step_timeout: seconds without any message between ranks after which the run counts as hanging (watchdog.py).
+    """
+
+    def __init__(self, device: torch.device, step_timeout: float):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
-        # hours may pass while rank 0 waits for data, but no single message takes so long: see feed.py
-        self._hosts = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
+        # what takes too long is for the watchdog to say: it knows the stacks
+        self._hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._step_timeout, self._watchdog = step_timeout, Watchdog(step_timeout)
+        self._failed: Callable[[str], None] = lambda _: None
+        self._dying = threading.Lock()
 
     def broadcast(self, arrays: object | None, like: type, source: int) -> object:
         """A dataclass of 1-D NumPy arrays from one rank to all: one message of sizes, then one per field.
@@ -98,6 +108,9 @@ class World:
 
     def words(self, word: int) -> list[int]:
         """Every rank's word, on every rank."""
+        if self._dying.locked():
+            threading.Event().wait()  # a thread of this process is ending it: a peer that woke up must not go on meanwhile
+        self._watchdog.alive()
         gathered = torch.zeros(self.size, dtype=torch.int64)
         gathered[self.rank] = word
         dist.all_reduce(gathered, group=self._hosts)
@@ -118,43 +131,80 @@ class World:
         said = self.broadcast(_Text(text) if self.rank == failed[0] else None, _Text, failed[0])
         raise error or PeerFailed(f"rank {failed[0]}: {bytes(said.text).decode()}")
 
+    def together(self, action: Callable[[], T] | None) -> T | None:
+        """Run the action (None: this rank has nothing to do); an exception on any rank is raised on all, afterwards."""
+        result = error = None
+        try:
+            result = action() if action else None
+        except Exception as failure:
+            error = failure
+        self.agree(error)
+        return result
+
+    def on_rank_0(self, action: Callable[[], T]) -> T | None:
+        return self.together(action if self.rank == 0 else None)
+
     @contextlib.contextmanager
-    def ending_together(self) -> Iterator[None]:
-        """An exception on one rank inside ends every rank, within seconds, with that rank's message.
+    def ending_together(self, failed: Callable[[str], None]) -> Iterator[None]:
+        """An exception on one rank inside ends every rank, within seconds, with that rank's message; so does a rank that hangs.
 
         The others may sit in a collective that will never complete, so no collective can tell them. The failing rank writes
         its message into the rendezvous store, where a thread of every rank looks, and lingers so that they read it before
-        its sockets close.
+        its sockets close. `failed` is told the message on one rank, before it ends.
         """
-        if self.size == 1:
-            yield
-            return
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        over, dying = threading.Event(), threading.Lock()
-        threading.Thread(target=self._watch, args=(store, over, dying), daemon=True).start()
+        self._failed, peers = failed, self._peers()
+        self._watchdog.alive()
+        self._watchdog.watch(peers, self._die)
+        try:
+            yield from self._alone() if self.size == 1 else self._with_others()
+        finally:
+            self._watchdog.off()
+
+    def _alone(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            self._die(self._first_failure(store, error), dying)
+            self._failed(_sentence(error))
+            raise
+
+    def _with_others(self) -> Iterator[None]:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # a rank 0 that is merely stopped is the watchdog's to notice, not a store that does not answer
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._step_timeout + 60))
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(store, over), daemon=True)
+        watch.start()
+        try:
+            yield
+        except BaseException as error:
+            self._die(self._first_failure(store, error))
         over.set()
+        watch.join()
         dist.barrier(group=self._hosts)  # the store lives on rank 0: nobody may find it gone while still watching
 
+    def _peers(self) -> list[int]:
+        """Process ids of the other ranks on this host."""
+        namespace = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid') if os.path.exists('/proc/self/ns') else ''}"
+        pids, hosts = self.words(os.getpid()), self.words(zlib.crc32(namespace.encode()))
+        return [pid for pid, host in zip(pids, hosts, strict=True) if host == hosts[self.rank] and pid != os.getpid()]
+
     def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:
-        """Mine, now in the store for the others, or that of the rank that was there before me."""
+        """Mine, now in the store for the others, or where it only follows from another rank's, that one."""
         lost_peer = isinstance(mine, RuntimeError) and any(words in str(mine) for words in _LOST_PEER)
+        follows = lost_peer or isinstance(mine, PeerFailed)
         if lost_peer:
             time.sleep(_LOOK_S)  # what the peer had to say may be on its way
         try:
             if store.check([_FAILURE]):
-                return PeerFailed(store.get(_FAILURE).decode())
+                return PeerFailed(store.get(_FAILURE).decode()) if follows else mine
             if lost_peer:
                 mine = PeerFailed("another rank: gone without a message (killed, or out of memory?)")
-            store.set(_FAILURE, str(mine) if lost_peer else f"rank {self.rank}: {_sentence(mine)}")
+            store.set(_FAILURE, str(mine) if follows else f"rank {self.rank}: {_sentence(mine)}")
         except dist.DistError:
             return PeerFailed(_RANK_0_GONE) if lost_peer else mine
         return mine
 
-    def _watch(self, store: dist.TCPStore, over: threading.Event, dying: threading.Lock) -> None:
+    def _watch(self, store: dist.TCPStore, over: threading.Event) -> None:
         while not over.wait(_LOOK_S):
             try:
                 if not store.check([_FAILURE]):
@@ -163,12 +213,15 @@ class World:
             except dist.DistError:
                 message = _RANK_0_GONE
             if not over.is_set():
-                self._die(PeerFailed(message), dying)
+                self._die(PeerFailed(message))
 
-    def _die(self, error: BaseException, dying: threading.Lock) -> NoReturn:
+    def _die(self, error: BaseException) -> NoReturn:
         """Say why and end this process at once: a normal exit would wait for threads and collectives that never end."""
-        if not dying.acquire(blocking=False):
+        if not self._dying.acquire(blocking=False):
             threading.Event().wait()  # the other thread of this process is saying it
+        telling = threading.Thread(target=self._tell, args=(error,), daemon=True)
+        telling.start()
+        telling.join(5 * _LOOK_S)  # a file system that hangs must not keep this process
         if isinstance(error, PeerFailed):
             log.error("ended by %s", error)
         elif not isinstance(error, SystemExit | KeyboardInterrupt):
@@ -179,6 +232,12 @@ class World:
         if self.rank == 0 or not isinstance(error, PeerFailed):
             time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, outlive the other ranks' next look
         os._exit(1)
+
+    def _tell(self, error: BaseException) -> None:
+        """One rank writes down why: the first that is still there."""
+        if self.rank == (1 if _RANK_0_GONE in str(error) else 0):
+            with contextlib.suppress(OSError):  # a full disk
+                self._failed(_sentence(error))
 
 
 def _sentence(error: BaseException) -> str:

@@ -1,0 +1,89 @@
+"""Run train.py and die of a real SIGKILL at an exact place:
+
+    python tests/kill_at.py PLACE COUNT[@RANK] TRAIN FLAGS
+
+The COUNT-th time that a rank (or the one named) comes to PLACE it is gone. Places: see below.
+"""
+
+import contextlib
+import os
+import runpy
+import signal
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from wsft import checkpoint, engine, journal, trainer  # noqa: E402
+
+place, count, *flags = sys.argv[1:]
+left, _, only = count.partition("@")
+left = int(left)
+
+
+def killing(function, last=lambda *args: None):
+    """The function; at the end of the count `last` in its place, and then nothing."""
+
+    def wrapped(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0 and only in ("", os.environ.get("RANK", "0")):
+            last(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def filling(function):
+    """The function; from the end of the count on, on a disk without room."""
+
+    def wrapped(self, state_dict, path):
+        global left
+        left -= 1
+        if left == 0 and only in ("", os.environ.get("RANK", "0")):
+            disk = next(folder for folder in Path(path).parents if folder.is_mount())
+            with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+                while filler.write(bytes(4096)):
+                    pass
+        return function(self, state_dict, path)
+
+    return wrapped
+
+
+def half_written(descriptor, buffers):
+    os.write(descriptor, buffers[0])
+    os.write(descriptor, buffers[1][: len(buffers[1]) // 2])
+
+
+Journal, os_of_journal = journal.Journal, types.SimpleNamespace(**vars(os))
+match place:
+    case "step":  # a step is taken and in metrics.jsonl
+        trainer.WeightedSFTTrainer._shout = killing(trainer.WeightedSFTTrainer._shout)
+    case "fetch":  # a batch has come, and is not in the journal
+        Journal.append = killing(Journal.append)
+    case "append":  # half of a record is written
+        journal.os = os_of_journal
+        os_of_journal.writev = killing(os.writev, last=half_written)
+    case "fsync":  # a record is written, not yet safe
+        journal.os = os_of_journal
+        os_of_journal.fsync = killing(os.fsync)
+    case "appended":  # a batch is safe, and nobody has seen it
+        Journal.append = killing(Journal.append, last=Journal.append)
+    case "save":  # some files of a checkpoint are written
+        engine.Engine._write = killing(engine.Engine._write)
+    case "full":  # the disk is full: no death, an error
+        engine.Engine._write = filling(engine.Engine._write)
+    case "finish":  # all but its last
+        checkpoint.write_last = killing(checkpoint.write_last)
+    case "prune":  # a checkpoint is complete, the old ones are still there
+        trainer.prune = killing(trainer.prune)
+    case "export":  # the last checkpoint is there, the model is not
+        trainer.export = killing(trainer.export)
+    case _:
+        sys.exit(f"unknown place {place}")
+
+sys.argv = [str(ROOT / "train.py"), *flags]
+runpy.run_path(sys.argv[0], run_name="__main__")

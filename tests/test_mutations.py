@@ -1,0 +1,545 @@
+"""Ten thousand mutated groups through the decoding that training uses, each held against an oracle in plain Python.
+
+A body is drawn from its number alone: `check(number)` repeats one. The oracle (`judge` and what is above it) reads the
+body with `json.loads` and calls nothing of wsft. It says of every sequence which reasons to leave it out are true; where
+there are several, any one may be counted. What it leaves out: log-probabilities, messages, images, distillation and
+temperatures (the decoding reads none of them) and the texts of the log.
+"""
+
+import json
+import math
+import random
+import time
+import tracemalloc
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import VOCAB, make_group
+
+from wsft.atropos import decode
+from wsft.batching import AtroposBatchProcessor
+from wsft.groups import REASONS
+
+GROUPS = 10_000
+SECONDS = 5.0  # for one body
+BODIES = [path.read_bytes() for path in sorted((Path(__file__).parent / "bodies").glob("*.json"))]
+RECORDED = [json.dumps(group) for body in BODIES for group in json.loads(body)["batch"]]
+NONE, ZERO, SFT = range(3)
+
+# -- the mutator: of Python values; some words become JSON that `json.dumps` does not write ---------------------------
+
+DEEP = '"<deep>"'
+WORDS = {'"<1e999>"': "1e999", '"<-1e999>"': "-1e999", '"<1E1>"': "1E1", "<again>": ""}  # a key <again> stands twice
+ROWS = ["tokens", "masks", "advantages"]
+FIELDS = [*ROWS, "scores", "overrides", "group_overrides", "generation_params", "messages", "inference_logprobs", "env_id"]
+IDS = [0, 1, 4, 95, 96, 49151, 49152, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**80, 10**400, -1, -100, -(2**63), -(2**63) - 1]
+FLOATS = [3.0, 3.5, 0.0, -0.0, 1e-9, 5e-324, -2.5, 3e38, -3e38, 3.5e38, 1e300, -1e300, 2.0**53, 1.5e9 + 0.1]
+FLOATS += [math.nan, math.inf, -math.inf, "<1e999>", "<-1e999>", "<1E1>"]
+JUNK = [None, True, False, "", "7", "text", "NaN", "\ud800", "\0\U0001f600", "x" * 5000, {}, {"a": 1}, [], [5], [[5, 6]], [[]]]
+JUNK += [[None], [True], {"tokens": [[5, 6]]}, "<deep>"]
+FLAGS = [True, False, None, 1, 0, 1.0, "false", "true", "", 2, -1, math.nan, [], {}]
+TEMPERATURES = [1.0, 0, -1, math.nan, "hot", None, []]
+MUTATIONS, RARE = [], []
+
+
+def mutation(function):
+    MUTATIONS.append(function)
+    return function
+
+
+def rare(function):
+    RARE.append(function)
+    return function
+
+
+def anything(rng):
+    return rng.choice(rng.choice([IDS, FLOATS, JUNK]))
+
+
+def place(rng, row):
+    return rng.randrange(len(row))
+
+
+@mutation
+def an_element_becomes_anything(rng, group):
+    row = rng.choice(group[rng.choice(ROWS)])
+    row[place(rng, row)] = anything(rng)
+
+
+@mutation
+def a_row_becomes_anything(rng, group):
+    rows = group[rng.choice([*ROWS, "scores"])]
+    rows[place(rng, rows)] = anything(rng)
+
+
+@mutation
+def a_field_becomes_anything(rng, group):
+    group[rng.choice(FIELDS)] = anything(rng)
+
+
+@mutation
+def a_field_is_missing(rng, group):
+    del group[rng.choice(FIELDS)]
+
+
+@mutation
+def a_field_is_absent(rng, group):
+    group[rng.choice(FIELDS)] = rng.choice([None, []])
+
+
+@mutation
+def a_field_stands_twice(rng, group):
+    name, other = rng.choices(FIELDS, k=2)
+    group[f"{name}<again>"] = rng.choice([anything(rng), group[other]])
+
+
+@mutation
+def two_fields_change_places(rng, group):
+    one, other = rng.choices(FIELDS, k=2)
+    group[one], group[other] = group[other], group[one]
+
+
+@mutation
+def a_row_is_ragged(rng, group):
+    row = rng.choice(group[rng.choice(ROWS)])
+    rng.choice([row.pop, row.clear, lambda: row.append(row[-1]), lambda: row.pop(0), lambda: row.insert(0, row[0])])()
+
+
+@mutation
+def rows_are_too_few_or_too_many(rng, group):
+    rows = group[rng.choice([*ROWS, "scores"])]
+    rng.choice([rows.pop, lambda: rows.append(rows[0]), lambda: rows.insert(0, None), lambda: rng.shuffle(rows)])()
+
+
+@mutation
+def a_sequence_is_short(rng, group):
+    i, n = place(rng, group["tokens"]), rng.randrange(4)
+    for name in ROWS:
+        group[name][i] = group[name][i][:n]
+
+
+@mutation
+def a_token_and_its_label_are_an_odd_id(rng, group):
+    i = place(rng, group["tokens"])
+    t = place(rng, group["tokens"][i])
+    group["tokens"][i][t] = rng.choice([*IDS, True, 3.0])
+    group["masks"][i][t] = rng.choice([group["tokens"][i][t], -100])
+
+
+@mutation
+def tokens_are_numbers_of_another_kind(rng, group):
+    i = place(rng, group["tokens"])
+    row = group["tokens"][i]
+    kinds = [[float(v) for v in row], [v + 0.5 for v in row], [v > 50 for v in row], [str(v) for v in row], [[v] for v in row]]
+    group["tokens"][i] = rng.choice(kinds)
+
+
+@mutation
+def a_mask_is_of_another_kind(rng, group):
+    i = place(rng, group["tokens"])
+    row = group["tokens"][i]
+    bits = [rng.random() < 0.6 for _ in row]
+    kinds = [bits, [int(b) for b in bits], [float(b) for b in bits], [0] * len(row), [1] * len(row), [-100] * len(row), row[:]]
+    kinds += [[v if b else -100 for v, b in zip(row, bits, strict=True)] for _ in range(2)]
+    kinds += [[float(v) if b else -100.0 for v, b in zip(row, bits, strict=True)], [1 if b else -100 for b in bits]]
+    kinds += [[v if b else 0 for v, b in zip(row, bits, strict=True)], rng.sample(row, len(row)), [[b] for b in bits]]
+    group["masks"][i] = rng.choice(kinds)
+
+
+@mutation
+def tokens_are_0_and_1_as_masks_are(rng, group):
+    i = place(rng, group["tokens"])
+    row = group["tokens"][i] = [rng.randrange(2) for _ in group["tokens"][i]]
+    group["masks"][i] = rng.choice([row[:], [-100, *row[1:]], [1 - v for v in row], [-100, *(1 - v for v in row[1:])]])
+
+
+@mutation
+def advantages_are_of_another_form(rng, group):
+    i = place(rng, group["tokens"])
+    n, value = len(group["tokens"][i]), rng.choice(FLOATS)
+    forms = [value, [value], [value] * n, [rng.choice(FLOATS) for _ in range(n)], [[value] * n], [value] * (n + 1), None, []]
+    forms += [[rng.gauss(0, 1) for _ in range(n)], [2**80] * n, [True] * n, [0.5, *[True] * (n - 1)], [None] * n, ["1"] * n]
+    group["advantages"][i] = rng.choice(forms)
+
+
+@mutation
+def advantages_come_from_scores(rng, group):
+    n = len(group["tokens"])
+    large = rng.choice([0.1, 132409.24332971507, 1.5e9 + 0.1, 3e38, 2**70])  # in a mean of equals a rounding shows
+    group["scores"] = rng.choice([[large] * n, [rng.gauss(0, 1) for _ in range(n)], [rng.choice(FLOATS) for _ in range(n)]])
+    group["advantages"] = rng.choice([None, [], [None] * n, [[]] * n, [[0.5]], 5])
+
+
+@mutation
+def overrides_are_anything(rng, group):
+    def one():
+        said = {name: rng.choice(FLAGS[: rng.choice([3, len(FLAGS)])]) for name in ("set_advantage_to_zero", "sft")}
+        said = {name: flag for name, flag in said.items() if rng.random() < 0.5}
+        return rng.choice([said, said, None, anything(rng), {"temperature": rng.choice(TEMPERATURES)} | said])
+
+    group["overrides"] = [one() for _ in range(len(group["tokens"]) + rng.randint(-1, 1))]
+    if rng.random() < 0.3:
+        group["group_overrides"] = one()
+    if rng.random() < 0.3:
+        group["generation_params"] = {"temperature": rng.choice(TEMPERATURES)}
+
+
+@mutation
+def messages_are_junk(rng, group):
+    group["messages"] = [[{"role": "user", "content": rng.choice(JUNK)}, anything(rng)]] * len(group["tokens"])
+
+
+@rare
+def a_sequence_is_very_long(rng, group):
+    n = rng.choice([4000, 50_000])
+    group["tokens"][0] = [5, *[rng.randrange(4, VOCAB) for _ in range(9)]] * (n // 10)
+    group["masks"][0] = rng.choice([[-100, *group["tokens"][0][1:]], [0, 1] * (n // 2)])
+    group["advantages"][0] = rng.choice([0.5, [0.25, -1.5] * (n // 2), [0.0] * (n - 1)])
+
+
+@rare
+def a_group_is_huge(rng, group):
+    group["tokens"] = [[5, 6, 7][: rng.randrange(4)] for _ in range(10_000)]
+    group["masks"] = [rng.choice([row, [0, 1, 1][: len(row)], [-100, -100, -100], None]) for row in group["tokens"]]
+    group["scores"] = [rng.randrange(3) for _ in group["tokens"]]
+    group["advantages"] = rng.choice([None, [[0, 1.5, -0.5]] * 5_000])
+
+
+@rare
+def a_string_is_very_long(rng, group):
+    row = rng.choice(group[rng.choice(ROWS)])
+    row[place(rng, row)] = "x" * 300_000
+
+
+def mutated(rng, applied):
+    """A group after one to four mutations, counted by name in `applied`; seldom something else."""
+    if rng.random() < 0.02:
+        return anything(rng)
+    lengths = [rng.randint(2, 12) for _ in range(rng.randint(1, 6))]
+    group = make_group(np.random.default_rng(rng.getrandbits(32)), lengths)
+    if rng.random() < 0.03:
+        group = json.loads(rng.choice(RECORDED))
+    if rng.random() < 0.2:
+        group["advantages"] = None
+    for mutate in rng.choices(MUTATIONS, k=rng.randint(1, 4)) + ([rng.choice(RARE)] if rng.random() < 0.003 else []):
+        # an earlier mutation may have left nothing to bite on
+        with suppress(TypeError, LookupError, AttributeError, ValueError, OverflowError):
+            mutate(rng, group)
+            applied[mutate.__name__] += 1
+    return group
+
+
+def written(rng, groups):
+    """The text of a body, words not yet replaced."""
+    text = json.dumps({"batch": groups}, ensure_ascii=rng.random() < 0.5, separators=(",", ":"))
+    for word, raw in WORDS.items():
+        text = text.replace(word, raw)
+    return text
+
+
+# -- the oracle -------------------------------------------------------------------------------------------------------
+
+LARGEST = 2.0**128 - 2.0**104  # of float32
+
+
+@dataclass
+class Verdict:
+    """Of one sequence: every reason to leave it out, or (if there is none) what is trained."""
+
+    reasons: set = field(default_factory=set)
+    tokens: list = field(default_factory=list)
+    trained: list = field(default_factory=list)  # of bools
+    advantages: list = field(default_factory=list)  # by the record, 0 where untrained
+    override: int = NONE
+    truncated: bool = False
+    error: float = 1e-9  # of an advantage, absolute
+
+
+def is_number(value):
+    return type(value) in (int, float)
+
+
+def is_finite(value):
+    return -LARGEST <= value <= LARGEST
+
+
+def entry(group, name, i):
+    rows = group.get(name)
+    return rows[i] if type(rows) is list and i < len(rows) else None
+
+
+def standardised(values, divided=True):
+    """Each distinct value -> its difference from the mean, divided by the population deviation. Exact but for the end."""
+    counts = Counter(map(Fraction, values))
+    n = sum(counts.values())
+    mean = sum(value * count for value, count in counts.items()) / n
+    variance = sum((value - mean) ** 2 * count for value, count in counts.items()) / n
+    deviation = max(math.sqrt(variance), 1e-8) if divided else 1.0
+    return {float(value): float(value - mean) / deviation for value in counts}
+
+
+def override_of(group, i):
+    """NONE, ZERO, SFT; None where what is said is neither true nor false."""
+    own, shared = entry(group, "overrides", i), group.get("group_overrides")
+    own, shared = (said if type(said) is dict else {} for said in (own, shared))
+    flags = [own.get(name, shared.get(name)) for name in ("set_advantage_to_zero", "sft")]
+    for flag in flags:
+        if not (flag is None or type(flag) is bool or (is_number(flag) and flag in (0, 1))):
+            return None
+    return ZERO if flags[0] else SFT if flags[1] else NONE
+
+
+def advantages_of_scores(group, overrides, method):
+    """One per sequence, None without a finite score."""
+    scores = [entry(group, "scores", i) for i in range(len(overrides))]
+    scores = [float(s) if is_number(s) and is_finite(s) else None for s in scores]
+    counted = [s for s, override in zip(scores, overrides, strict=True) if s is not None and override == NONE]
+    if method == "raw" or len(scores) == 1 or not counted:
+        return scores
+    new = standardised(counted, divided=method == "group_norm")
+    return [None if s is None else new.get(s, 0.0) for s in scores]  # overridden ones do not matter
+
+
+def read_mask(mask, tokens):
+    """Trained or not, per token; None if it is neither 0/1 nor labels."""
+    if all(value in (0, 1) for value in mask):
+        trained = [value == 1 for value in mask]
+    elif all(value in (-100, token) for value, token in zip(mask, tokens, strict=True)):
+        trained = [value != -100 for value in mask]
+    else:
+        return None
+    return [False, *trained[1:]]
+
+
+def judge(group, rules):
+    """A `Verdict` per sequence that the record holds; one for what is no group."""
+    if type(group) is not dict or type(group.get("tokens")) is not list:
+        return [Verdict({"record is not a group"})]
+    overrides = [override_of(group, i) for i in range(len(group["tokens"]))]
+    from_scores = advantages_of_scores(group, overrides, rules["score_advantages"])
+    verdicts = [judge_one(group, i, overrides[i], from_scores[i], rules) for i in range(len(overrides))]
+    if rules["score_advantages"] == "group_center":  # 0 less the mean of 3e38 and 1 is right to many digits of 3e38
+        largest = max([1.0, *(abs(advantage) for advantage in from_scores if advantage is not None)])
+        for verdict in verdicts:
+            verdict.error *= largest
+    return verdicts
+
+
+def judge_one(group, i, override, score_advantage, rules):
+    tokens, mask, advantages = (entry(group, name, i) for name in ROWS)
+    reasons, trained = set(), None
+    if type(tokens) is not list:
+        return Verdict({"tokens are not a list of integers"})
+    if any(type(token) is not int or not -(2**63) <= token < 2**63 for token in tokens):
+        reasons.add("tokens are not a list of integers")
+    if any(is_number(token) and not 0 <= token < (rules["vocab_size"] or 2**31) for token in tokens):
+        reasons.add("token id outside the vocabulary")
+    if len(tokens) < 2:
+        reasons.add("fewer than two tokens")
+    if rules["overlong"] == "drop" and len(tokens) > (rules["max_token_len"] or math.inf):
+        reasons.add("longer than max_token_len")
+    if mask is None:
+        reasons.add("no mask")
+    elif type(mask) is not list or not all(is_number(value) or type(value) is bool for value in mask):
+        reasons.add("mask is neither labels nor 0/1")
+    elif len(mask) != len(tokens):
+        reasons.add("mask length differs from tokens")
+    elif not (trained := read_mask(mask, tokens)):
+        reasons.add("mask is neither labels nor 0/1")
+    if type(mask) is list and any(type(value) is int and abs(value) > 1e308 for value in mask):
+        reasons.add("mask is neither labels nor 0/1")
+    if override is None:
+        reasons.add("override is neither true nor false")
+    elif override == NONE:
+        advantages, more = judge_advantages(advantages, score_advantage, trained or [False] * len(tokens))
+        reasons |= more
+    if reasons:
+        return Verdict(reasons)
+    values = (
+        [0.0] * len(tokens) if override != NONE else [float(a) if t else 0.0 for a, t in zip(advantages, trained, strict=True)]
+    )
+    n = rules["max_token_len"]
+    return Verdict(set(), tokens[:n], trained[:n], values[:n], override, len(tokens) > (n or math.inf))
+
+
+def judge_advantages(row, score_advantage, trained):
+    """(one per token, reasons)"""
+    if row is None or row == []:
+        if score_advantage is None or not is_finite(score_advantage):
+            return [], {"no finite score and no advantages"}
+        return [score_advantage] * len(trained), set()
+    row = row if type(row) is list else [row]
+    if not all(map(is_number, row)) or len(row) not in (1, len(trained)):
+        return [], {"advantages do not fit the tokens"}
+    row = row if len(row) == len(trained) else row * len(trained)
+    reasons = set()
+    if any(type(value) is int and abs(value) > 1e308 for value in row):
+        reasons |= {"advantages do not fit the tokens", "advantage of a trained token is not finite"}
+    if any(t and not is_finite(value) for value, t in zip(row, trained, strict=True)):
+        reasons.add("advantage of a trained token is not finite")
+    return row, reasons
+
+
+# -- the two held against each other ----------------------------------------------------------------------------------
+
+
+def assert_counts_can_be(counted, verdicts):
+    """Whether each bad sequence can be given one of its own reasons so that every count is used up (Hall's theorem)."""
+    kinds = Counter(frozenset(verdict.reasons) for verdict in verdicts if verdict.reasons)
+    assert sum(counted.values()) == sum(kinds.values()), (counted, kinds)
+    known = set(counted).union(*kinds)
+    for size in range(1, len(known) + 1):
+        for some in map(frozenset, combinations(known, size)):
+            assert sum(counted.get(reason, 0) for reason in some) >= sum(n for kind, n in kinds.items() if kind <= some), kinds
+
+
+def final(batch, normalization):
+    """Advantages of a batch (which are those of the record), normalised over all that is trained, then overridden."""
+    overrides = [
+        override for override, n in zip(batch.overrides.tolist(), batch.lengths.tolist(), strict=True) for _ in range(n)
+    ]
+    tokens = list(zip(batch.advantages.tolist(), batch.loss_mask.tolist(), overrides, strict=True))
+    free = [advantage for advantage, trained, override in tokens if trained and override == NONE]
+    new = standardised(free) if normalization == "batch" and free else {advantage: advantage for advantage in free}
+    told = {ZERO: lambda _: 0.0, SFT: lambda _: 1.0, NONE: new.get}
+    return [told[override](advantage) if trained else 0.0 for advantage, trained, override in tokens]
+
+
+def close(found, expected, error=1e-9):
+    return len(found) == len(expected) and np.allclose(found, expected, rtol=1e-9, atol=error)
+
+
+def drawn(number):
+    """Of body `number`: its text, the rules it is decoded by, the mutations it has."""
+    rng, applied = random.Random(number), Counter()
+    text = written(rng, [mutated(rng, applied) for _ in range(rng.randint(1, 4))])
+    rules = dict(
+        max_token_len=rng.choice([None, None, 6, 900]),
+        overlong=rng.choice(["drop", "truncate"]),
+        score_advantages=rng.choice(["group_norm", "group_center", "raw"]),
+        vocab_size=rng.choice([None, VOCAB, VOCAB, 49152]),
+    )
+    return text, rules, applied
+
+
+def check(number):
+    """(groups of body `number` that held, what was met); no groups if no parser reads so deep a body."""
+    text, rules, met = drawn(number)
+    body = text.replace(DEEP, "[" * 1000 + "]" * 1000).encode("utf-8", "surrogatepass")
+    start = time.perf_counter()
+    try:
+        groups = decode(body)
+    except ValueError:
+        assert DEEP in text  # orjson reads 1,024 levels, but not what else is in this body; json reads fewer
+        return 0, met
+    batch = AtroposBatchProcessor(**rules).decode(groups)
+    by_name = {name: batch.with_final_advantages(name).advantages for name in ("none", "batch")}
+    assert time.perf_counter() - start < SECONDS
+
+    records = json.loads(text.replace(DEEP, "[[[[]]]]"))["batch"]
+    verdicts = [verdict for record in records for verdict in judge(record, rules)]
+    good = [verdict for verdict in verdicts if not verdict.reasons]
+    counted = batch.rejected
+    assert counted.pop("truncated", 0) == sum(verdict.truncated for verdict in good)
+    assert len(batch.lengths) + sum(counted.values()) == len(verdicts)
+    assert_counts_can_be(counted, verdicts)
+    assert batch.lengths.tolist() == [len(verdict.tokens) for verdict in good]
+    assert batch.tokens.tolist() == [token for verdict in good for token in verdict.tokens]
+    assert batch.loss_mask.tolist() == [trained for verdict in good for trained in verdict.trained]
+    assert batch.overrides.tolist() == [verdict.override for verdict in good]
+    errors = np.repeat([verdict.error for verdict in good], batch.lengths)
+    assert close(batch.advantages, [a for verdict in good for a in verdict.advantages], errors)
+    for name, advantages in by_name.items():
+        assert close(advantages, final(batch, name)) and not advantages[~batch.loss_mask].any()
+    return len(records), met + Counter(batch.rejected) + Counter(good=len(good))
+
+
+@pytest.mark.timeout(300)
+def test_ten_thousand_mutated_groups_are_trained_as_an_oracle_reads_them_or_left_out_with_a_true_reason(caplog):
+    met = Counter()
+    number = held = passed_over = 0
+    while held < GROUPS:
+        try:
+            groups, more = check(number)
+        except Exception as fault:
+            text, rules, _ = drawn(number)
+            raise AssertionError(f"body {number} by {rules}: {text[:3000]}") from fault
+        met.update(more)
+        held, passed_over, number = held + groups, passed_over + (groups == 0), number + 1
+        caplog.clear()
+    assert passed_over < number / 20
+    assert min(met[mutate.__name__] for mutate in MUTATIONS) > 300 and all(met[mutate.__name__] for mutate in RARE)
+    assert min(met[reason] for reason in REASONS if reason != "line is not JSON") > 50 and met["good"] > GROUPS / 2
+
+
+def test_a_long_string_among_the_tokens_takes_no_memory():
+    body = json.dumps({"batch": [{"tokens": [[5] * 4096 + ["x" * 20_000]], "masks": [[1] * 4097], "scores": [1.0]}]}).encode()
+    tracemalloc.start()
+    try:
+        assert AtroposBatchProcessor().decode(decode(body)).rejected == {"tokens are not a list of integers": 1}
+        assert tracemalloc.get_traced_memory()[1] < 2**23  # an array of strings would take 2**28
+    finally:
+        tracemalloc.stop()
+
+
+# -- bodies that are not what they were -------------------------------------------------------------------------------
+
+
+def assert_a_list_or_a_value_error(body):
+    start = time.perf_counter()
+    try:
+        groups = decode(body)
+    except ValueError:
+        groups = []
+    assert type(groups) is list
+    batch = AtroposBatchProcessor(vocab_size=49152).decode(groups)
+    assert ((batch.tokens >= 0) & (batch.tokens < 49152)).all() and np.isfinite(batch.advantages).all()
+    assert time.perf_counter() - start < SECONDS
+
+
+@pytest.mark.timeout(300)
+def test_a_body_of_damaged_bytes_is_a_list_or_a_value_error(caplog):
+    for number in range(3000):
+        rng = random.Random(number)
+        text, _, _ = drawn(number)
+        small = text.replace(DEEP, "[" * 1030 + "]" * 1030).encode("utf-8", "surrogatepass")
+        body = bytearray(BODIES[number % len(BODIES)] if number % 20 == 0 else small[:50_000])
+        for _ in range(rng.randint(1, 4)):
+            i, n = rng.randrange(len(body) + 1), rng.choice([1, 1, 2, 20, 1000])
+            flipped = bytes(b ^ 1 << rng.randrange(8) for b in body[i : i + n])
+            body[i : i + n] = rng.choice(
+                [flipped, b"", 2 * body[i : i + n], rng.randbytes(1), bytes([rng.choice(b'[]{},:"-0eN')])]
+            )
+        try:
+            assert_a_list_or_a_value_error(bytes(body))
+        except Exception as fault:
+            raise AssertionError(f"body {number}: {bytes(body)[:3000]}") from fault
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b" ", b"\0", b"\xff", b"\xef\xbb\xbf", b"[", b"{", b"null", b"[]", b"5", b"NaN", b'"batch"', b"{}",
+        b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"batch":' * 100_000, b'{"batch":[' + b"[" * 100_000,
+        b'{"batch":[' + b"[" * 1020 + b"]" * 1020 + b"]}", b'{"batch":[' + b'{"tokens":' * 1000 + b"0" + b"}" * 1000 + b"]}",
+        b'{"batch":[' + b"[" * 990 + b"NaN" + b"]" * 990 + b"]}", b'{"batch":[' + b"9" * 100_000 + b"]}",
+        b'{"batch":null}', b'{"batch":[]}', b'{"batch":[1e999,NaN,"\\ud800",null]}', b'{"batch":[],"batch":[5]}',
+        '{"batch":[5]}'.encode("utf-16"), '{"batch":[5]}'.encode("utf-32-be"),
+        b'{"batch":["\xed\xa0\x80"]}', b'{"batch":["\xff"]}',
+    ],
+    ids=lambda body: repr(body[:20]),
+)  # fmt: skip
+def test_a_body_of_odd_json_is_a_list_or_a_value_error(body):
+    assert_a_list_or_a_value_error(body)
+
+
+@pytest.mark.parametrize("batch", [5, True, 1.5, "text", {"tokens": []}])
+def test_a_batch_that_is_no_list_is_a_value_error(batch):
+    assert_a_list_or_a_value_error(json.dumps({"batch": batch}).encode())

@@ -1,0 +1,104 @@
+"""What is around a run fails: the server, the disk. Nothing that was fetched is lost, and the run goes on or can."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import requests
+from atropos_server import post_group, register_env
+from fed_run import assert_bitwise_equal, fed, make_groups, make_settings, state_of, steps_of, train, untouched, wait_until
+
+ROOT_ONLY = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk: needs root")
+
+
+@pytest.fixture
+def groups(rng):
+    return make_groups(rng)
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path):
+    return make_settings(tiny_model, tmp_path) | {"output_dir": tmp_path / "run"}
+
+
+@pytest.mark.parametrize("fetch_mode", ["rank0", pytest.param("per_rank", marks=pytest.mark.slow)])
+def test_a_server_killed_restarted_and_reset_costs_nothing_that_was_fetched(fetch_mode, settings, groups, tmp_path):
+    folder, parts = tmp_path / "run", 2 if fetch_mode == "per_rank" else 1
+    with fed(folder, groups, parts) as (server, _):
+
+        def trouble(processes):
+            for steps, fault in ((2, server.kill), (5, lambda: requests.get(f"{server.url}/reset_data", timeout=10))):
+                wait_until(lambda steps=steps: len(steps_of(folder)) >= steps, 120)
+                fault()
+                if server.process is None:
+                    server.start()
+
+        settings |= {"atropos_url": server.url, "fetch_mode": fetch_mode}
+        said = train(settings, during=trouble)
+        assert "registering again" in said
+    wanted = untouched(settings | {"fetch_mode": "rank0"}, groups, tmp_path / "untouched")
+    if parts == 1:
+        assert_bitwise_equal(folder, wanted)
+    assert [s["tokens/total"] for s in steps_of(folder)] == [s["tokens/total"] for s in steps_of(wanted)]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """32 MiB, and a file that fills what is asked for."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def leave_free(disk, size):
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    (disk / "filler").write_bytes(bytes(max(0, free - size)))
+
+
+@ROOT_ONLY
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_disk_that_fills_up_during_a_save_leaves_the_last_checkpoint_whole(rank, settings, groups, tmp_path, small_disk):
+    folder = small_disk / "run"
+    settings |= {"output_dir": folder}
+    with fed(folder, groups) as (server, feeder):
+        settings["atropos_url"] = server.url
+        said = train(settings, script=f"tests/kill_at.py full 3@{rank}", codes=(1,))
+        assert "checkpoint step_6 cannot be saved" in said and "No space left on device" in said
+        assert "step_3 there is whole" in said and "Traceback" not in said, said
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_3"]
+        assert state_of(folder)["state"] == "failed" and "No space left" in state_of(folder)["reason"]
+        (small_disk / "filler").unlink()
+        feeder.the_run_is_dead()
+        train(settings)
+    assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
+
+
+@ROOT_ONLY
+def test_a_disk_that_is_full_when_a_batch_comes_is_said_and_damages_nothing(settings, groups, tmp_path, small_disk):
+    folder = small_disk / "run"
+    settings |= {"output_dir": folder}
+    huge = groups[4] | {"messages": [[{"role": "user", "content": "x" * 5_000_000}]] * 4}
+    with fed(folder, groups[:4]) as (server, feeder):
+        settings["atropos_url"] = server.url
+
+        def fill(processes):
+            wait_until(lambda: len(steps_of(folder)) == 4)
+            leave_free(small_disk, 18 * 2**20)  # enough for any batch so far
+            post_group(server.url, register_env(server.url, 4), huge)
+
+        said = train(settings, during=fill, codes=(1,))
+        assert "No space left on device" in said and "the batch just fetched is lost, those in the journal before it" in said
+        (small_disk / "filler").unlink()
+        leave_free(small_disk, 4 * 2**20)
+        said = train(settings, codes=(1,))
+        assert "so it was not fetched: make room and start with --resume" in said and "Traceback" not in said
+        (small_disk / "filler").unlink()
+        feeder.pieces += groups[4:]
+        feeder.the_run_is_dead()
+        train(settings)
+    assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))

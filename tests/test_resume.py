@@ -1,0 +1,279 @@
+"""A run that was killed or stopped goes on as if nothing had been: from a file, at every stage, on other ranks."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import RANK_VARIABLES, clean_environment, make_group, make_model, run_together, write_groups
+from fed_run import fed, make_groups, make_settings, state_of, steps_of, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wsft import WeightedSFTConfig, WeightedSFTTrainer, run_folder
+from wsft import export as export_module
+from wsft.checkpoint import Checkpoint
+from wsft.config import UserError
+from wsft.journal import Journal
+
+STEPS = 8
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
+KILLED = "tests/kill_at.py step 5"
+
+
+def make_run(model, data):
+    return {
+        "model_name": model, "data": data, "batch_size": 2, "device": "cpu", "learning_rate": 1e-2, "save_steps": 3,
+        "training_steps": STEPS, "lr_scheduler": "cosine", "warmup_steps": 1, "step_timeout": 120,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path, rng):
+    groups = [make_group(rng, [10, 14, 7]) for _ in range(STEPS)]
+    groups[1]["masks"][1] = None  # one that is left out and must be counted once
+    return make_run(tiny_model, write_groups(tmp_path / "data.jsonl", groups))
+
+
+def write_ds(tmp_path, stage, bf16=False):
+    path = tmp_path / f"stage{stage}.json"
+    path.write_text(json.dumps(ADAM | {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}))
+    return path
+
+
+def assert_same_run(folder, untouched, tolerance=0.0):
+    ours, theirs = (load_file(f / "final" / "model.safetensors") for f in (folder, untouched))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=0, atol=tolerance)
+    steps, wanted = steps_of(folder), steps_of(untouched)
+    assert [s["step"] for s in steps] == list(range(1, STEPS + 1))
+    for name in ("data/sequences", "data/rejected", "tokens/trained", "learning_rate"):
+        assert [s[name] for s in steps] == [s[name] for s in wanted], name
+    assert [s["loss"] for s in steps] == pytest.approx([s["loss"] for s in wanted], rel=1e-4, abs=1e-5)
+    assert state_of(folder)["state"] == "finished"
+
+
+def mostly_slow(setups, quick):
+    return [pytest.param(*setup, marks=pytest.mark.slow if i >= quick else ()) for i, setup in enumerate(setups)]
+
+
+@pytest.mark.parametrize(
+    "num_ranks, stage, bf16",
+    mostly_slow([(2, 3, True), (1, 3, False), (2, 3, False), (2, 0, False), (2, 2, False), (2, 1, True), (2, 0, True)], 1),
+)
+def test_a_run_killed_after_a_checkpoint_ends_bitwise_equal(num_ranks, stage, bf16, settings, tmp_path):
+    settings["deepspeed"] = write_ds(tmp_path, stage, bf16)
+    train(settings, num_ranks, output_dir=tmp_path / "untouched")
+    train(settings, num_ranks, script=KILLED, codes=(-signal.SIGKILL,), output_dir=tmp_path / "run")
+    assert state_of(tmp_path / "run")["state"] == "running"
+    said = train(settings, num_ranks, output_dir=tmp_path / "run", resume=True)
+    assert "resuming from" in said and "step_3" in said
+    assert_same_run(tmp_path / "run", tmp_path / "untouched")
+
+
+@pytest.mark.parametrize(
+    "before, after, stage", mostly_slow([(2, 1, 3), (1, 2, 2), (1, 2, 3), (2, 1, 2), (2, 1, 0), (1, 2, 0)], 1)
+)
+def test_another_number_of_ranks_goes_on_exactly(before, after, stage, settings, tmp_path):
+    settings["deepspeed"] = write_ds(tmp_path, stage)
+    train(settings, 2, output_dir=tmp_path / "untouched")
+    train(settings, before, script=KILLED, codes=(-signal.SIGKILL,), output_dir=tmp_path / "run")
+    train(settings, after, output_dir=tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", tmp_path / "untouched", tolerance=1e-5)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*converted*"))
+
+
+@pytest.mark.slow
+def test_two_ranks_that_become_one_and_two_again(settings, tmp_path):
+    """A checkpoint made of a converted one is as good as any."""
+    settings["deepspeed"] = write_ds(tmp_path, 3)
+    train(settings, 2, output_dir=tmp_path / "untouched")
+    settings |= {"output_dir": tmp_path / "run", "resume": True, "save_steps": 2}
+    train(settings, 2, script="tests/kill_at.py step 3", codes=(-signal.SIGKILL,))
+    train(settings, 1, script="tests/kill_at.py step 3", codes=(-signal.SIGKILL,))
+    train(settings, 2)
+    assert_same_run(tmp_path / "run", tmp_path / "untouched", tolerance=1e-5)
+
+
+@pytest.fixture(scope="module")
+def killed_once(tiny_model, tmp_path_factory):
+    """The settings of a run of one rank, what it leaves when it is killed after step 5 (checkpoints of steps 2 and 4), and
+    what it leaves untouched."""
+    folder = tmp_path_factory.mktemp("killed")
+    rng = np.random.default_rng(0)
+    data = write_groups(folder / "data.jsonl", [make_group(rng, [10, 14, 7]) for _ in range(STEPS)])
+    settings = make_run(tiny_model, data) | {"save_steps": 2}
+    train(settings, 1, script=KILLED, codes=(-signal.SIGKILL,), output_dir=folder / "run")
+    train(settings, 1, output_dir=folder / "untouched")
+    return settings, folder
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path, monkeypatch):
+    """Settings to go on with a copy of that run in tmp_path / "run", in this process."""
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    settings, folder = killed_once
+    shutil.copytree(folder / "run", tmp_path / "run")
+    yield settings | {"output_dir": tmp_path / "run"}
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # of the group that stays
+
+
+@pytest.fixture
+def untouched(killed_once):
+    return killed_once[1] / "untouched"
+
+
+def train_here(settings, **changes):
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in (settings | changes).items()}
+    return WeightedSFTTrainer(WeightedSFTConfig(**settings)).train()
+
+
+def test_what_cannot_be_resumed_is_said(killed, untouched, tmp_path):
+    run, other = tmp_path / "run", make_model(tmp_path / "other", hidden_size=16)
+    torn = shutil.copytree(run / "checkpoints" / "step_4", tmp_path / "torn")
+    (torn / "random_0.pt").write_bytes(b"")
+    for changes, sentence in (
+        ({"resume": "runs/absent/step_4"}, "runs/absent/step_4 is not a complete checkpoint: there is no such folder"),
+        ({"resume": run}, "it has no checkpoint.json, which is written last"),
+        ({"resume": torn}, "is damaged: random_0.pt has 0 bytes, expected"),
+        ({"model_name": other}, f"model_name is '{other}' and was '{killed['model_name']}'"),
+        ({"seed": 7}, "seed is 7 and was 42"),
+        ({"reduction": "sum"}, "reduction is 'sum' and was 'mean'"),
+        ({"deepspeed": ADAM | {"zero_optimization": {"stage": 1}}}, "was saved with stage 3, the DeepSpeed JSON and this"),
+        ({"overwrite_output_dir": True}, "drop one of the two"),
+        ({"resume": run / "checkpoints" / "step_2"}, "is newer than .*step_2, where this run was told to begin"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            train_here(killed, **({"resume": True} | changes))
+    train_here(killed, resume=True)
+    assert_same_run(run, untouched)
+
+
+def test_a_run_without_a_checkpoint_yet_must_be_the_same_run_too(killed, untouched, tmp_path):
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ValueError, match=r"learning_rate is 0\.02 and was 0\.01"):
+        train_here(killed, resume=True, learning_rate=0.02)
+    train_here(killed, resume=True)
+    assert_same_run(tmp_path / "run", untouched)
+
+
+def test_a_checkpoint_that_is_named_begins_another_run_or_takes_one_back(killed, untouched, tmp_path):
+    older = tmp_path / "run" / "checkpoints" / "step_2"
+    for _ in range(2):  # the same words again, as a requeued job says them, go on from the newest
+        train_here(killed, output_dir=tmp_path / "branch", resume=older)
+        assert_same_run(tmp_path / "branch", untouched)
+    train_here(killed, resume=older, overwrite_output_dir=True)
+    assert_same_run(tmp_path / "run", untouched)
+
+
+def test_a_second_run_in_one_folder_waits_and_then_says_who_is_there(killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 1)
+    with (tmp_path / "run" / ".lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another run is at work in output_dir .*run \(process \d+ on"):
+            train_here(killed, resume=True)
+    assert state_of(tmp_path / "run")["state"] == "failed"
+    train_here(killed, resume=True)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_what_a_killed_save_left_is_removed(killed, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_2", "step_4"]
+    (checkpoints / "step_9.partial").mkdir()
+    train_here(killed, resume=True)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_6", "step_8"]
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_serves(killed, untouched, tmp_path, capfd):
+    (tmp_path / "run" / "checkpoints" / "step_4" / "random_0.pt").unlink()
+    train_here(killed, resume=True)
+    assert "passing over" in capfd.readouterr().err
+    assert_same_run(tmp_path / "run", untouched)
+
+
+def test_a_checkpoint_that_holds_code_does_not_run_it(killed, untouched, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "step_4"
+    whole = (folder / "checkpoint.json").read_text()
+    for path in (folder / "random_0.pt", *folder.glob("deepspeed/*")):
+        kept, facts = path.read_bytes(), json.loads(whole)
+        torch.save(Evil(tmp_path / "ran"), path)
+        facts["files"][str(path.relative_to(folder))] = path.stat().st_size
+        (folder / "checkpoint.json").write_text(json.dumps(facts))
+        with pytest.raises(Exception, match="Weights only load failed"):
+            train_here(killed, resume=True)
+        path.write_bytes(kept)
+    (folder / "checkpoint.json").write_text(whole)
+    assert not (tmp_path / "ran").exists()
+    train_here(killed, resume=True)
+    assert_same_run(tmp_path / "run", untouched)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_export_writes_what_the_run_writes_in_as_many_shards_as_needed(untouched, tmp_path, monkeypatch):
+    checkpoint = Checkpoint.at(untouched / "checkpoints" / f"step_{STEPS}")
+    monkeypatch.setattr(export_module, "SHARD", "10KB")
+    export_module.export(checkpoint, tmp_path / "out")
+    shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(shards) > 2 and (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert not list((tmp_path / "out").glob("mapped"))
+    wanted = load_file(untouched / "final" / "model.safetensors")
+    found = {name: value for shard in shards for name, value in load_file(shard).items()}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
+
+
+def test_export_from_the_command_line_needs_no_gpu_and_says_what_is_wrong(untouched, tmp_path):
+    newest, python = untouched / "checkpoints" / f"step_{STEPS}", [sys.executable, "-m", "wsft.export"]
+    commands = [[*python, newest, tmp_path / "out"], [*python, untouched, tmp_path / "none"], [*python, newest, untouched]]
+    done = run_together(commands, [clean_environment(CUDA_VISIBLE_DEVICES="")] * 3)
+    assert [code for code, _ in done] == [0, 1, 1]
+    assert "is not a complete checkpoint" in done[1][1] and "exists: name a new folder" in done[2][1]
+    assert "Traceback" not in done[1][1] + done[2][1]
+    assert done[0][1] == f"the model of {newest} is in {tmp_path / 'out'}\n"
+    same = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "out", untouched / "final")]
+    assert same[0] == same[1]
+
+
+def test_files_are_private_and_keys_are_written_nowhere(tiny_model, tmp_path, rng, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder, groups = tmp_path / "run", make_groups(rng)[:3]
+    settings = make_settings(tiny_model, tmp_path) | {"training_steps": 3, "wandb_project": "p", "output_dir": folder}
+    with fed(folder, groups) as (server, _):
+        said = train(settings, 1, atropos_url=server.url.replace("://", "://me:hunter2@"))
+    assert "***@127.0.0.1" in said and "hunter2" not in said
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    ours = [path for path in files if "wandb" not in path.parts]
+    assert len(ours) > 10 and not [p for p in (folder, *ours) if stat.S_IMODE(p.stat().st_mode) & 0o077]
+
+
+def test_the_journal_is_pruned_to_the_oldest_checkpoint_and_its_limit_is_held(tiny_model, tmp_path, rng):
+    folder, groups = tmp_path / "run", make_groups(rng)
+    for group in groups:
+        group["messages"] = [[{"role": "user", "content": "x" * 200_000}]] * 4
+    settings = make_settings(tiny_model, tmp_path) | {"output_dir": folder, "save_steps": 100, "journal_gib": 4 / 1024}
+    with fed(folder, groups) as (server, _):
+        train(settings, 1, script="tests/kill_at.py step 11", codes=(-signal.SIGKILL,), atropos_url=server.url)
+        kept = sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
+        assert len(kept) == 2 and max(s["journal/gib"] for s in steps_of(folder)) < 6.5 / 1024
+        assert min(Journal(folder / "journal" / "0_of_1", read_only=True).numbers) <= kept[0]
+        train(settings, 1, atropos_url=server.url)
+    assert [s["step"] for s in steps_of(folder)] == list(range(1, len(groups) + 1))

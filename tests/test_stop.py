@@ -1,0 +1,142 @@
+"""Asked to stop, a run finishes its step, saves, and ends with 0 on every rank; one that hangs ends, with its stacks."""
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import psutil
+import pytest
+from atropos_server import free_port
+from conftest import ROOT, clean_environment
+from fed_run import (
+    STEPS,
+    assert_bitwise_equal,
+    fed,
+    flags,
+    make_groups,
+    make_settings,
+    state_of,
+    steps_of,
+    train,
+    untouched,
+    wait_until,
+)
+
+
+@pytest.fixture
+def groups(rng):
+    return make_groups(rng)
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path):
+    return make_settings(tiny_model, tmp_path) | {"output_dir": tmp_path / "run", "resume": False}
+
+
+def test_a_signal_to_one_rank_stops_all_and_resume_completes(settings, groups, tmp_path):
+    folder = tmp_path / "run"
+    with fed(folder, groups) as (server, _):
+        settings["atropos_url"] = server.url
+        for number, rank, steps in ((signal.SIGTERM, 1, 2), (signal.SIGUSR1, 0, 5), (signal.SIGINT, 1, 8)):
+
+            def send(processes, number=number, rank=rank, steps=steps):
+                wait_until(lambda: len(steps_of(folder)) >= steps)
+                processes[rank].send_signal(number)
+
+            said = train(settings, during=send)
+            assert f"({number.name} received)" in said and "Traceback" not in said
+            assert state_of(folder)["state"] == "preempted" and number.name in state_of(folder)["reason"]
+            assert state_of(folder)["step"] == len(steps_of(folder)) < STEPS
+            assert (folder / "checkpoints" / f"step_{len(steps_of(folder))}").exists()
+            settings["resume"] = True
+        train(settings)
+    assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_run_that_waits_notices_within_two_seconds(rank, settings, groups, tmp_path):
+    ended = []
+
+    def send(processes):
+        wait_until(lambda: len(steps_of(tmp_path / "run")) == 1)
+        time.sleep(2)  # the second batch never comes
+        processes[rank].send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        wait_until(lambda: state_of(tmp_path / "run")["state"] == "preempted")
+        ended.append(time.monotonic() - sent)
+
+    with fed(tmp_path / "run", groups[:1]) as (server, _):
+        train(settings, during=send, atropos_url=server.url)
+    assert ended[0] < 3  # two to notice, and a small checkpoint
+
+
+@pytest.fixture
+def silent_server():
+    """A server that takes requests and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = []
+
+        def accept():
+            while True:
+                try:
+                    connections.append(listener.accept()[0])
+                except OSError:
+                    return
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", connections
+        for connection in connections:
+            connection.close()
+
+
+def test_a_request_that_is_never_answered_keeps_nobody_and_a_second_interrupt_ends_at_once(settings, silent_server, tmp_path):
+    url, connections = silent_server
+    spent = []
+
+    def interrupt(processes):
+        wait_until(lambda: connections)
+        start = time.monotonic()
+        processes[0].send_signal(signal.SIGINT)
+        wait_until(lambda: state_of(tmp_path / "run")["state"] == "preempted")
+        spent.append(time.monotonic() - start)
+        processes[0].send_signal(signal.SIGINT)
+        processes[0].wait(5)
+
+    said = train(settings, num_ranks=1, codes=(130,), during=interrupt, atropos_url=url)
+    assert spent[0] < 2 and "Ctrl-C again ends at once" in said and "interrupted again" in said
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_all(rank, settings, groups, tmp_path):
+    def stop(processes):
+        wait_until(lambda: len(steps_of(tmp_path / "run")) >= 1)
+        processes[rank].send_signal(signal.SIGSTOP)
+        start = time.monotonic()
+        for process in processes:
+            process.wait(60)
+        assert time.monotonic() - start < 40
+
+    with fed(tmp_path / "run", groups) as (server, _):
+        said = train(settings, codes=(1,), during=stop, atropos_url=server.url, step_timeout=6)
+    assert "no progress for 6 s" in said and said.count("most recent call first") >= 2
+    assert said.count("in train\n") + said.count("in _loop") >= 2, said  # the main thread of each rank
+    assert state_of(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_launcher_that_is_gone_stops_its_ranks(settings, groups, tmp_path):
+    """An orphan would go on beside whatever is started next."""
+    with fed(tmp_path / "run", groups[:2]) as (server, _):
+        command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()), "train.py"]
+        run = subprocess.Popen([*command, *flags(settings, atropos_url=server.url)], env=clean_environment(), cwd=ROOT)
+        wait_until(lambda: len(steps_of(tmp_path / "run")) == 2)
+        family = psutil.Process(run.pid).children(recursive=True)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        for process in alive:
+            process.kill()
+    assert not alive
+    assert state_of(tmp_path / "run")["state"] == "preempted" and "launcher" in state_of(tmp_path / "run")["reason"]

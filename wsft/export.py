@@ -1,0 +1,107 @@
+"""A checkpoint as a Hugging Face folder, without a GPU:
+
+    python -m wsft.export runs/first/checkpoints/step_1000 OUT
+
+Parameters are put together one at a time into a file that is mapped into memory, from which transformers writes shards of
+safetensors. So hardly more than one shard is ever held, and what transformers does to a model's names on the way to disk is
+done. For as long as it runs, the disk holds the model twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from wsft.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint, sync
+from wsft.config import UserError
+from wsft.engine import saved_parameters
+from wsft.metrics import speak
+
+log = logging.getLogger(__name__)
+
+SHARD = "5GB"
+
+
+def export(checkpoint: Checkpoint, out: Path) -> None:
+    """Write the model of a checkpoint, in the precision it was trained in, with its tokenizer. Complete or absent: a folder
+    that stands there is replaced at the end. OSError if the disk is full."""
+    model = _empty_model(checkpoint)
+    aside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        for path in (checkpoint.folder / HUGGING_FACE).iterdir():
+            shutil.copy(path, aside)
+        with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), aside / "mapped") as state:
+            model.save_pretrained(aside, state_dict=state, max_shard_size=SHARD)
+        for path in aside.iterdir():
+            sync(path)
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+        sync(out.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model on the meta device: its classes, names and shapes, no memory."""
+    folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.facts["config"]["trust_remote_code"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.facts["precision"]]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+@contextlib.contextmanager
+def _mapped_state(model: PreTrainedModel, saved: dict[str, torch.Tensor], path: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's state in its own types, in a file that is mapped into memory; tied names share their place."""
+    empty = model.state_dict(keep_vars=True)
+    missing = [name for name in empty if name not in saved]
+    if missing:
+        raise UserError(f"the checkpoint lacks {missing[:3]} of {type(model).__name__}: was it saved by this version of wsft?")
+    distinct = {id(tensor): name for name, tensor in reversed(empty.items())}
+    sizes = [empty[name].nbytes + -empty[name].nbytes % 64 for name in distinct.values()]
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, sum(sizes)))  # a full disk is an error here, not a SIGBUS later
+    mapped, places, offset = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8), {}, 0
+    for (key, name), size in zip(distinct.items(), sizes, strict=True):
+        place = mapped[offset : offset + empty[name].nbytes].view(empty[name].dtype).view(empty[name].shape)
+        places[key] = place.copy_(saved[name].contiguous())
+        offset += size
+    yield {name: places[id(tensor)] for name, tensor in empty.items()}
+    path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wsft.export", description="Write a checkpoint as a Hugging Face folder.")
+    parser.add_argument("checkpoint", type=Path, help="a folder like output_dir/checkpoints/step_100")
+    parser.add_argument("out", type=Path, help="a new folder")
+    args = parser.parse_args()
+    speak(0)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        if args.out.exists():
+            raise UserError(f"{args.out} exists: name a new folder")
+        export(Checkpoint.at(args.checkpoint), args.out)
+    except (UserError, OSError) as error:
+        sys.exit(f"export: error: {error}")
+    print(f"the model of {args.checkpoint} is in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

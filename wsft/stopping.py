@@ -1,0 +1,104 @@
+"""Why a run should end early: a signal, or a launcher that is gone. Knows nothing of ranks, steps or checkpoints.
+
+Python runs its signal handlers between two byte codes of the main thread, which may sit in a collective for a minute. What
+must be quick (a second Ctrl-C) is therefore done by a thread that the C-level handler wakes through a file descriptor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LAUNCHER_GONE = 99  # a code no signal has
+_LOOK_S = 1.0
+
+
+def name_of(code: int) -> str:
+    return "its launcher is gone" if code == LAUNCHER_GONE else f"{signal.Signals(code).name} received"
+
+
+class Stop:
+    """A context in which SIGTERM, SIGUSR1 and the first SIGINT only set `code`; a second SIGINT ends the process at once.
+
+    Attributes:
+        code: 0, or the signal's number, or LAUNCHER_GONE.
+    """
+
+    def __init__(self):
+        self.code = 0
+        self._restore = contextlib.ExitStack()
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # a library's guest: signals belong to its host
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        self._start(self._listen, reader)
+        self._restore.callback(writer.close)  # which ends it
+        self._restore.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
+        for number in SIGNALS:
+            self._restore.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        launchers, over = _launchers(), threading.Event()
+        if launchers:
+            self._start(self._watch, launchers, over)
+            self._restore.callback(over.set)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore.close()
+
+    def _start(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        thread.start()
+        self._restore.callback(thread.join)  # one that wakes while Python shuts down may abort it
+
+    def _listen(self, reader: socket.socket) -> None:
+        interrupts = 0
+        while numbers := reader.recv(1):
+            interrupts += numbers[0] == signal.SIGINT
+            if interrupts > 1:
+                log.warning("interrupted again: ending at once, without a checkpoint")
+                os._exit(128 + signal.SIGINT)
+            if numbers[0] in SIGNALS:
+                self._ask(numbers[0])
+
+    def _watch(self, launchers: dict[int, int], over: threading.Event) -> None:
+        """Without its launcher a rank would go on as an orphan, beside whatever is started next."""
+        while not over.wait(_LOOK_S):
+            if any(_parent_of(child) != parent for child, parent in launchers.items()):
+                return self._ask(LAUNCHER_GONE)
+
+    def _ask(self, code: int) -> None:
+        if not self.code:
+            self.code = code
+            again = "; Ctrl-C again ends at once" if code == signal.SIGINT else ""
+            log.warning("%s: finishing the step, then saving%s", name_of(code), again)
+
+
+def _launchers() -> dict[int, int]:
+    """Child -> parent, for the processes whose end means that nobody waits for this rank any more: what torchrun or deepspeed
+    started it. deepspeed has two, one under the other. Nothing without a launcher, or where there is no /proc."""
+    me, parent = os.getpid(), os.getppid()
+    launched = "LOCAL_WORLD_SIZE" in os.environ or "LOCAL_SIZE" in os.environ
+    if not launched or _parent_of(me) is None:
+        return {}
+    chain = {me: parent}
+    with contextlib.suppress(OSError):
+        if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+            chain[parent] = _parent_of(parent)
+    return chain
+
+
+def _parent_of(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None

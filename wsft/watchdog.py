@@ -1,0 +1,74 @@
+"""A run that hangs ends, with the stacks of all its threads in the log, and not never.
+
+A collective that one rank does not enter leaves the others in it for ever: no exception, no output. Each rank says when it
+got on; a thread of its own looks at the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class Hung(RuntimeError):
+    """No progress for longer than step_timeout."""
+
+
+class Watchdog:
+    """Args: timeout: seconds without `alive()` after which the run counts as hanging."""
+
+    def __init__(self, timeout: float):
+        self._timeout, self._last, self._off = timeout, time.monotonic(), threading.Event()
+
+    def alive(self) -> None:
+        self._last = time.monotonic()
+
+    def off(self) -> None:
+        self._off.set()
+        self._thread.join()  # a thread that wakes while Python shuts down may abort it
+
+    def watch(self, peers: list[int], end: Callable[[Hung], None]) -> None:
+        """Start looking. When the run hangs the stacks are logged and `end` is called. Those of `peers` (pids of other ranks
+        on this host) that were stopped, and cannot look at a clock, are woken to log theirs and to find themselves alone.
+        """
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # in C, before the woken process does anything else
+
+        def look() -> None:
+            while not self._off.wait(min(1.0, self._timeout / 4)):
+                if time.monotonic() - self._last > self._timeout:
+                    break
+            if self._off.is_set():
+                return
+            log.error("no progress for %.0f s (--step_timeout). Stacks of this rank:\n%s", self._timeout, _stacks())
+            for pid in filter(_is_stopped, peers):
+                os.kill(pid, signal.SIGUSR2)
+                os.kill(pid, signal.SIGCONT)
+            end(Hung(f"no progress for {self._timeout:.0f} s (--step_timeout); the stacks of all ranks are in the log"))
+
+        self._thread = threading.Thread(target=look, daemon=True)
+        self._thread.start()
+
+
+def _is_stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError):  # gone
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
+    return False
+
+
+def _stacks() -> str:
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:  # faulthandler writes to a descriptor only
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
