@@ -73,9 +73,10 @@ class Feeder(threading.Thread):
         return requests.get(f"{self.url}/status", timeout=10).json()["queue_size"]
 
     def arrived(self):
-        saved = max((c.facts["feed"]["batches"] for c in all_in(self.folder / "checkpoints")), default=0) * self.parts
-        journals = [Journal(path, read_only=True).numbers for path in (self.folder / "journal").glob("*")]
-        return max(saved, sum(numbers[-1] + 1 for numbers in journals if numbers))
+        saved = max((c.facts["feed"]["batches"] for c in all_in(self.folder / "checkpoints")), default=0)
+        ranks = [self.folder / "journal" / f"{rank}_of_{self.parts}" for rank in range(self.parts)]
+        journals = [Journal(path, read_only=True).numbers for path in ranks]
+        return sum(max(saved, numbers[-1] + 1 if numbers else 0) for numbers in journals)
 
 
 def split(group, parts):
