@@ -147,7 +147,8 @@ def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any
         return
     log.info("the checkpoint is of %d rank(s): converting it for %d", start.facts["num_ranks"], world.size)
     converted = start.folder.with_name(f"{start.folder.name}.converted")
-    world.on_rank_0(lambda: _convert(saved, converted))
+    with world.taking_its_time():
+        world.on_rank_0(lambda: _convert(saved, converted))
     ds["checkpoint"] = ds.get("checkpoint", {}) | {"load_universal": True}
     try:
         yield converted

@@ -111,8 +111,7 @@ class AtroposSource:
 
     Args:
         journal: of this rank. Its records are numbered as the batches of the run.
-        others: journals of a run with other fetching ranks, for the rank that replays them; None for one that leaves it to
-            another rank.
+        others: journals that the run wrote with another number of fetching ranks.
     """
 
     position = None
@@ -136,13 +135,13 @@ class AtroposSource:
         return self._journal.size
 
     def poll(self, number: int, step: int) -> Batch | None:
-        if number in self._journal:
-            return self._decoded(self._journal.read(number))
-        elsewhere = [journal for journal in self._others if number in journal]
-        if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
-            parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
-            return Batch.joined([Batch.empty(), *parts])
-        if self._fetching is None:
+        if self._fetching is None:  # else what is in the journal by now is what is being fetched
+            if number in self._journal:
+                return self._decoded(self._journal.read(number))
+            elsewhere = [journal for journal in self._others if number in journal]
+            if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
+                parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
+                return Batch.joined([Batch.empty(), *parts])
             self._fetching = _in_background(lambda: self._fetch(number, step))
         if not wait([self._fetching], timeout=POLL_S).done:
             return None

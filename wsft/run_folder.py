@@ -155,6 +155,7 @@ def _bring(checkpoint: Checkpoint, folder: Path) -> None:
         shutil.copy(origin / "metrics.jsonl", folder)
     aside = folder / "checkpoints" / f"{checkpoint.folder.name}.partial"
     shutil.copytree(checkpoint.folder, aside, copy_function=_link_or_copy)
+    os.sync()
     aside.rename(aside.with_suffix(""))
 
 

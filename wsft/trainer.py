@@ -139,7 +139,8 @@ class WeightedSFTTrainer:
             self.metrics.close()
             return None
         log.info("trained %d step(s); writing the model to %s", self.step, self.folder.final)
-        self.world.on_rank_0(lambda: export(self.saved, self.folder.final))
+        with self.world.taking_its_time():
+            self.world.on_rank_0(lambda: export(self.saved, self.folder.final))
         self.world.on_rank_0(lambda: self.folder.write_state("finished", "training_steps reached or data at its end"))
         self.metrics.close()
         return self.folder.final

@@ -30,6 +30,7 @@ class Watchdog:
 
     def __init__(self, timeout: float):
         self._timeout, self._last, self._off = timeout, time.monotonic(), threading.Event()
+        self.patience = 1.0  # the timeout is so many times as long
 
     def alive(self) -> None:
         self._last = time.monotonic()
@@ -46,7 +47,7 @@ class Watchdog:
 
         def look() -> None:
             while not self._off.wait(min(1.0, self._timeout / 4)):
-                if time.monotonic() - self._last > self._timeout:
+                if time.monotonic() - self._last > self._timeout * self.patience:
                     break
             if self._off.is_set():
                 return

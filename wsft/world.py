@@ -145,6 +145,16 @@ class World:
         return self.together(action if self.rank == 0 else None)
 
     @contextlib.contextmanager
+    def taking_its_time(self) -> Iterator[None]:
+        """Around work on the files of a whole model, which may take longer than any step: ten times step_timeout pass before
+        it counts as hanging. A collective."""
+        self.words(0)
+        self._watchdog.patience = 10.0
+        yield
+        self.words(0)
+        self._watchdog.patience = 1.0
+
+    @contextlib.contextmanager
     def ending_together(self, failed: Callable[[str], None]) -> Iterator[None]:
         """An exception on one rank inside ends every rank, within seconds, with that rank's message; so does a rank that hangs.
 
