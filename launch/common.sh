@@ -67,15 +67,16 @@ in_group() {
   GROUPS_STARTED+=("$GROUP")
 }
 
-# end_groups: TERM to every group still there, KILL to what remains after 10 s.
+# end_groups: TERM to every group still there, KILL to what remains after 60 s: a run saves its last step first.
 end_groups() {
-  local group left
+  local group left tenths
   jobs -p | xargs -r kill 2>/dev/null # what `patiently` waits for
   for group in "${GROUPS_STARTED[@]}"; do kill -TERM -- "-$group" 2>/dev/null; done
-  for _ in $(seq 100); do
+  for tenths in $(seq 600); do
     left=0
     for group in "${GROUPS_STARTED[@]}"; do kill -0 -- "-$group" 2>/dev/null && left=1; done
     [ "$left" = 0 ] && return
+    if ((tenths % 100 == 0)); then say "waiting for the run to save and end ($((tenths / 10)) s)"; fi
     sleep 0.1
   done
   for group in "${GROUPS_STARTED[@]}"; do kill -KILL -- "-$group" 2>/dev/null; done

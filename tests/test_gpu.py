@@ -1,12 +1,14 @@
 """What needs a GPU: the head against its dense twin, and runs of the shipped configs. Skipped with a reason elsewhere."""
 
 import json
+import signal
 import sys
 
 import pytest
 import torch
 from atropos_server import free_port
 from conftest import clean_environment, make_group, run_together, write_groups
+from fed_run import steps_of, train
 
 from wsft.loss_head import weighted_linear_cross_entropy
 
@@ -44,6 +46,18 @@ def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_pa
         assert code == 0, output
         losses[device] = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").open()]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+def test_a_run_killed_on_a_gpu_goes_on_to_the_same_losses(name, tiny_model, tmp_path, rng):
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])
+    settings = {"deepspeed": f"ds_configs/{name}.json", "model_name": tiny_model, "data": data, "batch_size": 2}
+    settings |= {"device": "cuda", "learning_rate": 1e-3, "save_steps": 2}
+    train(settings, 1, output_dir=tmp_path / "untouched")
+    train(settings, 1, script="tests/kill_at.py step 5", codes=(-signal.SIGKILL,), output_dir=tmp_path / "run")
+    train(settings, 1, output_dir=tmp_path / "run", resume=True)
+    losses = [[s["loss"] for s in steps_of(tmp_path / run)] for run in ("run", "untouched")]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-2, abs=1e-3)
 
 
 def test_more_ranks_than_gpus_are_refused_by_name(tiny_model, tmp_path):

@@ -43,7 +43,7 @@ def test_an_interrupted_quickstart_leaves_no_process(signal_number, code):
     assert any("uvicorn" in command for command in processes_of(mark))
     assert any("train.py" in command for command in processes_of(mark))
     quickstart.send_signal(signal_number)
-    quickstart.communicate(timeout=60)
+    quickstart.communicate(timeout=90)
     assert quickstart.returncode == code
     deadline = time.monotonic() + 5
     while (left := processes_of(mark)) and time.monotonic() < deadline:

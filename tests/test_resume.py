@@ -154,6 +154,7 @@ def test_what_cannot_be_resumed_is_said(killed, untouched, tmp_path):
     ):
         with pytest.raises(ValueError, match=sentence):
             train_here(killed, **({"resume": True} | changes))
+    assert state_of(run)["state"] == "failed" and state_of(run)["step"] == 4  # of its last checkpoint
     train_here(killed, resume=True)
     assert_same_run(run, untouched)
 

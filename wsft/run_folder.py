@@ -35,9 +35,10 @@ class RunFolder:
     def __init__(self, config: WeightedSFTConfig):
         self.path = Path(config.output_dir)
         self.checkpoints, self.final = self.path / "checkpoints", self.path / "final"
-        self._ours = config.resume is True and (self.path / "state.json").exists()
         self._lock: IO[str] | None = None
-        self.step = 0
+        state = self.path / "state.json"
+        self._ours = config.resume is True and state.exists()
+        self.step = json.loads(state.read_text())["step"] if self._ours else 0
 
     def open(self, config: WeightedSFTConfig) -> Checkpoint | None:
         """Take the folder for this run: refuse or remove another run's results, or find what to go on from, None for step 0.

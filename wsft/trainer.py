@@ -37,6 +37,10 @@ class TrainingDiverged(UserError):
     """Three steps in a row with a loss or gradients that are not finite."""
 
 
+class _AskedToStop(Exception):
+    """Before there was a step to finish."""
+
+
 class WeightedSFTTrainer:
     """One run: batches from Atropos (or a file) in, a trained Hugging Face folder out.
 
@@ -61,7 +65,11 @@ class WeightedSFTTrainer:
         with _private_files(), contextlib.closing(self.folder), Stop() as self.stop:
             world = start_ranks(self.config)
             with world.ending_together(self.folder.failed):
-                self._set_up(world)
+                try:
+                    self._set_up(world)
+                except _AskedToStop:  # nothing is trained yet that could be saved
+                    world.on_rank_0(lambda: self.folder.write_state("preempted", "asked to stop before the first step"))
+                    return None
                 try:
                     self._loop()
                     return self._end()
@@ -93,7 +101,9 @@ class WeightedSFTTrainer:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
         self.facts = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
+        self._stop_if_asked()
         self.model = load_model(self.config, ds)
+        self._stop_if_asked()
         with resumable(start, self.facts, ds, world) as saved:
             self.engine = Engine(self.config, ds, self.model, world)
             self.model.check_head(world.device)
@@ -106,6 +116,11 @@ class WeightedSFTTrainer:
         self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
+
+    def _stop_if_asked(self) -> None:
+        """Loading a large model takes minutes: between its parts."""
+        if any(self.world.words(self.stop.code)):
+            raise _AskedToStop
 
     def _loop(self) -> None:
         while self.step < self.config.training_steps:
@@ -153,11 +168,12 @@ class WeightedSFTTrainer:
         facts["config"] = self.config.public()
         facts["versions"] = {name: version(name) for name in PACKAGES}
         self.saved = save(self.folder.checkpoints, facts, self.engine, self.model.model, self.tokenizer, self.world)
+        self.folder.step = self.step
+        self.world.on_rank_0(lambda: self.folder.write_state("running", ""))
         kept = self.world.on_rank_0(lambda: prune(self.folder.checkpoints, self.config.keep_checkpoints))
         self.feed.prune(self.world.words(kept[0].facts["feed"]["batches"] if kept else 0)[0])
         size, spent = sum(self.saved.facts["files"].values()) / 2**30, time.monotonic() - start
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
-        self.folder.step = self.step
 
     def _train_on(self, batch: Batch) -> StepResult:
         """One optimizer step: every rank plans the same shares from the same batch and runs its own."""
