@@ -61,7 +61,7 @@ def test_srun_gives_the_ranks(run_flags, tmp_path):
 
 
 def feed_server(url, groups):
-    env = register_env(url, group_size=len(groups[0]["tokens"]))
+    env = register_env(url, group_size=len(groups[0]["tokens"]), patience=200)
     for group in groups:
         post_group(url, env, group)
 
