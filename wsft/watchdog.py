@@ -11,7 +11,6 @@ import faulthandler
 import logging
 import os
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -68,7 +67,6 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _stacks() -> str:
-    sys.stderr.flush()
     with tempfile.TemporaryFile() as file:  # faulthandler writes to a descriptor only
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

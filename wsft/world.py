@@ -237,8 +237,9 @@ class World:
         elif not isinstance(error, SystemExit | KeyboardInterrupt):
             text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
             log.error("%s", text)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody may be left to read it
+            sys.stdout.flush()
+            sys.stderr.flush()
         if self.rank == 0 or not isinstance(error, PeerFailed):
             time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, outlive the other ranks' next look
         os._exit(1)
