@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from wsft.config import RESUME_MAY_CHANGE, UserError, WeightedSFTConfig
 from wsft.engine import Engine, convert
+from wsft.journal import sync
 from wsft.world import World
 
 log = logging.getLogger(__name__)
@@ -230,15 +231,6 @@ def write_last(path: Path, text: str) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the operating system write a file, or a folder's names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _root(error: BaseException) -> BaseException:

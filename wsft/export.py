@@ -22,9 +22,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from wsft.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint, sync
+from wsft.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
 from wsft.config import UserError
 from wsft.engine import saved_parameters
+from wsft.journal import sync
 from wsft.metrics import speak
 
 log = logging.getLogger(__name__)

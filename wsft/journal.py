@@ -221,7 +221,7 @@ def _write(record: _Record, body: bytes) -> None:
             left[:1] = [left[0][written:]] if left else []
         os.fsync(file)
         if begins:
-            _sync(record.path.parent)
+            sync(record.path.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # what stays is written over by the next append, or found torn
             _cut(record.path, record.offset)
@@ -234,10 +234,10 @@ def _cut(path: Path, end: int) -> None:
     """Take what is behind `end` off a segment, durably; one that is left with nothing goes."""
     if end:
         os.truncate(path, end)
-        _sync(path)
+        sync(path)
     else:
         path.unlink()
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _make(folder: Path) -> None:
@@ -245,10 +245,11 @@ def _make(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in missing:
-        _sync(path.parent)
+        sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the operating system write a file, or a folder's names, to the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
