@@ -69,7 +69,7 @@ match place:
         os_of_journal.writev = killing(os.writev, last=half_written)
     case "fsync":  # a record is written, not yet safe
         journal.os = os_of_journal
-        os_of_journal.fsync = killing(os.fsync)
+        os_of_journal.writev = killing(os.writev, last=os.writev)
     case "appended":  # a batch is safe, and nobody has seen it
         Journal.append = killing(Journal.append, last=Journal.append)
     case "save":  # some files of a checkpoint are written
