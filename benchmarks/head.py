@@ -3,16 +3,16 @@
     python -m benchmarks.head [--tokens 4096] [--threads 2] [--rounds 3] [--dtype float32]
 
 Half of the tokens carry no loss: the head never sees them, the dense twin computes and masks them. Peak memory is that of a
-process of its own, above what it held before the forward pass.
+process of its own, above what it held before the forward pass; the gradients (0.11 GiB for lm_head) are among it.
 """
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -30,8 +30,14 @@ def dense(hidden, lm_head, targets, weights, trained):
     return (losses * weights * trained).sum()
 
 
+def forget_peak() -> None:
+    """Let the peak be what is held now: making the inputs had one of its own."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process held since `forget_peak`."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
 
 def run(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -43,6 +49,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, float]:
     targets, weights = torch.randint(V, (args.tokens,)), torch.randn(args.tokens)
     trained = torch.arange(args.tokens) % 2 == 0
     torch.mm(torch.randn(64, 64), torch.randn(64, 64))  # the library's own buffers
+    forget_peak()
     before, start = peak_bytes(), time.perf_counter()
     {"chunked": chunked, "dense": dense}[name](hidden, lm_head, targets, weights, trained).backward()
     return {"seconds": time.perf_counter() - start, "gib": (peak_bytes() - before) / 2**30}

@@ -22,6 +22,7 @@ def test_a_recorded_body_becomes_the_tensors_one_reads_off_it():
         "tokens": ((4, 6), torch.int64),
         "loss_masks": ((4, 6), torch.bool),
         "advantages": ((4, 6), torch.float32),
+        "inference_logprobs": ((4, 6), torch.float32),
         "attention_mask": ((4, 6), torch.bool),
     }
     assert tensors["tokens"][0].tolist() == [1, 4093, 198, 28, 2, 9]

@@ -50,7 +50,10 @@ def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, cap
     [
         ([], "model_name is not set"),
         (["--model_name=m", "--batch_size=0"], "batch_size is '0'"),
-        (["--model_name=m", "--reduction=none"], "reduction is 'none': Input should be 'mean' or 'sum'"),
+        (
+            ["--model_name=m", "--reduction=none"],
+            "reduction is 'none': Input should be 'mean', 'sequence_mean', 'constant' or 'sum'",
+        ),
         (["--model_name=m", "--learning_rate=nan"], "learning_rate is 'nan'"),
         (["--model_name=m", "--data=x", "--fetch_mode=per_rank"], "drop one of the two"),
         (["--model_name=m", "--warmup_steps=9", "--training_steps=9"], "warmup_steps 9 must be below training_steps 9"),

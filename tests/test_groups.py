@@ -165,7 +165,7 @@ def test_overlong_sequences_are_dropped_or_truncated_and_counted():
     assert decode(one(), max_token_len=3) == ([], {"longer than max_token_len": 1})
     (rollout,), rejected = decode(one(), max_token_len=3, overlong="truncate")
     assert rollout.tokens.tolist() == [5, 6, 7] and rollout.loss_mask.tolist() == [False, False, True]
-    assert rejected == {"truncated": 1}
+    assert rejected == {"truncated to max_token_len": 1}
 
 
 def test_each_reason_is_logged_once_with_its_place(caplog):

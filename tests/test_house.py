@@ -15,18 +15,23 @@ trainer
 export run_folder feed
 checkpoint
 engine
-model metrics world
+model metrics world measurements
 environment batching ds_config journal stopping watchdog
-weighted_texts
-loss loss_head atropos
-groups
-advantages config
+weighted_texts terms
+loss loss_head atropos groups
+records
+config advantages
+objectives
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
 NEVER_KNOWS = {
     "groups": {"torch", "requests"},
+    "records": {"torch", "requests"},
     "advantages": {"torch", "requests"},
+    "objectives": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
+    "terms": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
+    "measurements": {"torch", "requests", "wsft.world", "wsft.model"},
     "config": {"torch", "requests", "deepspeed"},
     "ds_config": {"torch", "requests", "deepspeed"},
     "loss": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from wsft import WeightedSFTInterface
 
 B, T, V = 3, 5, 7
+DIVISOR = 11  # max_token_len, of the reduction "constant"
 
 
 def make_batch(seed=0, rows=B, positions=T, vocab=V, dtype=torch.float64):
@@ -21,16 +22,16 @@ def make_batch(seed=0, rows=B, positions=T, vocab=V, dtype=torch.float64):
     return logits.requires_grad_(), tokens, masks, advantages
 
 
-def loss_by_loops(logits, tokens, masks, advantages, reduction="mean", normalize=False, temperatures=None, ignore_index=-100):
+def loss_by_loops(logits, tokens, masks, advantages, reduction="mean", normalize="none", temperatures=None, ignore_index=-100):
     """The issue's sentence, token by token, in Python floats: (loss or [B][T], trained tokens, [B][T] logprobs)."""
     logits, tokens, masks, advantages = (x.tolist() for x in (logits, tokens, masks, advantages))
     rows, positions = len(tokens), len(tokens[0])
     temperatures = temperatures or [1.0] * rows
     trained = [(b, t) for b in range(rows) for t in range(1, positions) if masks[b][t] == 1 and tokens[b][t] != ignore_index]
-    if normalize and trained:
+    if normalize != "none" and trained:
         chosen = [advantages[b][t] for b, t in trained]
         mean = math.fsum(chosen) / len(chosen)
-        deviation = math.sqrt(math.fsum((a - mean) ** 2 for a in chosen) / len(chosen))
+        deviation = math.sqrt(math.fsum((a - mean) ** 2 for a in chosen) / len(chosen)) if normalize == "batch" else 1.0
         advantages = [[(a - mean) / max(deviation, 1e-8) for a in row] for row in advantages]
     terms = [[0.0] * positions for _ in range(rows)]
     logprobs = [[0.0] * positions for _ in range(rows)]
@@ -40,6 +41,9 @@ def loss_by_loops(logits, tokens, masks, advantages, reduction="mean", normalize
         terms[b][t] = advantages[b][t] * -logprobs[b][t]
     total = math.fsum(math.fsum(row) for row in terms)
     losses = {"none": terms, "sum": total, "mean": total / max(len(trained), 1)}
+    sizes = {b: sum(row == b for row, _ in trained) for b, _ in trained}
+    losses["sequence_mean"] = sum(math.fsum(terms[b]) / n for b, n in sizes.items()) / max(len(sizes), 1)
+    losses["constant"] = total / max(len(sizes), 1) / DIVISOR
     return losses[reduction], len(trained), logprobs
 
 
@@ -47,14 +51,17 @@ def assert_close(found, expected, tolerance=1e-12):
     torch.testing.assert_close(found, torch.as_tensor(expected, dtype=found.dtype), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("normalization", ["none", "batch"])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("normalization", ["none", "batch", "batch_center"])
+@pytest.mark.parametrize("reduction", ["mean", "sequence_mean", "constant", "sum", "none"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6, [0.5, 1.0, 2.5]])
 def test_values_are_those_of_the_loops(reduction, normalization, temperature):
     batch = make_batch()
-    result = WeightedSFTInterface(reduction, normalization, temperature).compute_weighted_loss(*batch)
+    batch[2][1] = False  # a sequence that is not trained
+    divisor = DIVISOR if reduction == "constant" else None
+    interface = WeightedSFTInterface(reduction, normalization, temperature, max_token_len=divisor)
+    result = interface.compute_weighted_loss(*batch)
     temperatures = temperature if isinstance(temperature, list) else [temperature] * B
-    loss, num_tokens, logprobs = loss_by_loops(*batch, reduction, normalization == "batch", temperatures)
+    loss, num_tokens, logprobs = loss_by_loops(*batch, reduction, normalization, temperatures)
     assert_close(result["loss"], loss)
     assert_close(result["token_logprobs"], logprobs)
     assert result["num_tokens"] == num_tokens and type(result["num_tokens"]) is int
@@ -66,7 +73,7 @@ def test_values_are_those_of_the_loops(reduction, normalization, temperature):
 def test_any_shape_agrees_with_the_loops(rows, positions, vocab, seed, normalize):
     batch = make_batch(seed, rows, positions, vocab)
     result = WeightedSFTInterface("sum", "batch" if normalize else "none").compute_weighted_loss(*batch)
-    loss, num_tokens, logprobs = loss_by_loops(*batch, "sum", normalize)
+    loss, num_tokens, logprobs = loss_by_loops(*batch, "sum", "batch" if normalize else "none")
     assert_close(result["loss"], loss, 1e-9)
     assert_close(result["token_logprobs"], logprobs)
     assert result["num_tokens"] == num_tokens
@@ -287,7 +294,9 @@ def test_an_advantage_that_float32_cannot_hold_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (dict(reduction="avg"), "reduction is 'avg'; expected one of mean, sum, none"),
+        (dict(reduction="avg"), "reduction is 'avg'; expected one of mean, sequence_mean, constant, sum, none"),
+        (dict(reduction="constant"), "max_token_len is None with reduction 'constant'"),
+        (dict(max_token_len=5), "max_token_len is 5 with reduction 'mean'; expected a number with 'constant' only"),
         (dict(advantage_normalization="group"), "advantage_normalization is 'group'; expected one of none, batch"),
         (dict(temperature=0.0), "temperature is 0.0; expected a finite number above 0"),
         (dict(temperature=math.inf), "temperature is inf"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from wsft import WeightedSFTInterface
-from wsft.loss_head import LossHead, head_loss, weighted_linear_cross_entropy
+from wsft.loss_head import LossHead, Teacher, head_loss, weighted_linear_cross_entropy
 
 N, H, V = 13, 6, 17
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -22,7 +22,16 @@ OPTIONS = {
     "scale": {"logit_scale": 0.0625},
     "softcap": {"final_logit_softcapping": 3.0},
     "bias": {"bias_V": "parameter"},
-    "all": {"temperature": "per token", "logit_scale": 1.7, "final_logit_softcapping": 2.0, "bias_V": "parameter"},
+    "entropy": {"entropy_weights_N": "per token"},
+    "teacher": {"teacher": 3},
+    "all": {
+        "entropy_weights_N": "per token",
+        "teacher": 2,
+        "temperature": "per token",
+        "logit_scale": 1.7,
+        "final_logit_softcapping": 2.0,
+        "bias_V": "parameter",
+    },
 }
 
 
@@ -40,11 +49,23 @@ def make_options(name, n=N, v=V, dtype=torch.float64, seed=1):
         options["temperature"] = 0.3 + 2 * torch.rand(n, generator=generator)
     if "bias_V" in options:
         options["bias_V"] = torch.randn(v, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    if "entropy_weights_N" in options:
+        options["entropy_weights_N"] = torch.randn(n, generator=generator)
+    if "teacher" in options:
+        ids, probs = (
+            torch.randint(v, (n, options["teacher"]), generator=generator),
+            torch.rand(n, options["teacher"], generator=generator),
+        )
+        probs[: n // 2, 0] = 0  # an entry that is not there
+        options["teacher"] = Teacher(ids, probs, torch.randn(n, generator=generator))
     return options
 
 
-def dense(hidden, lm_head, targets, weights, temperature=1.0, bias_V=None, logit_scale=None, final_logit_softcapping=None):
-    """(loss, logp, entropy) with all logits at once, as the models of transformers shape them."""
+def dense(
+    hidden, lm_head, targets, weights, temperature=1.0, bias_V=None, logit_scale=None, final_logit_softcapping=None,
+    entropy_weights_N=None, teacher=None,
+):  # fmt: skip
+    """(loss, logp, entropy, divergence) with all logits at once, as the models of transformers shape them."""
     logits = torch.nn.functional.linear(hidden, lm_head, bias_V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if logit_scale is not None:
@@ -54,8 +75,15 @@ def dense(hidden, lm_head, targets, weights, temperature=1.0, bias_V=None, logit
     if isinstance(temperature, torch.Tensor):
         temperature = temperature[:, None]
     distribution = torch.distributions.Categorical(logits=logits / temperature)
-    logp = distribution.log_prob(targets)
-    return (weights * -logp).sum(), logp, distribution.entropy()
+    logp, entropy = distribution.log_prob(targets), distribution.entropy()
+    loss, divergence = (weights * -logp).sum(), torch.zeros_like(logp)
+    if entropy_weights_N is not None:
+        loss = loss - (entropy_weights_N * entropy).sum()
+    if teacher is not None:
+        q = teacher.probs_NK.double()
+        divergence = (q * (q.clamp(min=1e-300).log() - distribution.logits.gather(1, teacher.ids_NK))).sum(1).to(logp.dtype)
+        loss = loss + (teacher.weights_N * divergence).sum()
+    return loss, logp, entropy, divergence
 
 
 def assert_twins(inputs, options, chunk_tokens, tolerance, scale=1.0):

@@ -1,16 +1,19 @@
 """Advantages: from scores, normalised over a batch, overridden per sequence. NumPy float64; no torch, no HTTP.
 
-The order is fixed: token-level advantages or scores -> `normalize` over the global batch -> `override`. An overridden
+The order is fixed: token-level advantages or scores -> `Shaping` over the global batch -> `override`. An overridden
 sequence stays out of every statistic, and what an override says is final.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 EPS = 1e-8
+FROM_SCORES = ("group_norm", "group_center", "rloo", "raw")
+NORMALIZATIONS = ("none", "batch", "batch_center")
 
 
 class Override(IntEnum):
@@ -25,7 +28,8 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
     """One advantage per sequence of an item, from its scores.
 
     group_norm is (s - mean) / max(population std, 1e-8), as in GRPO (Shao et al. 2024, arXiv:2402.03300); group_center is
-    s - mean, as in Dr. GRPO (Liu et al. 2025, arXiv:2503.20783); raw is s. An item of one sequence keeps its score.
+    s - mean, as in Dr. GRPO (Liu et al. 2025, arXiv:2503.20783); rloo is s - mean of the others, which is s - mean times
+    n / (n - 1) (Ahmadian et al. 2024, arXiv:2402.14740); raw is s. An item of one sequence keeps its score.
 
     Args:
         scores: [S] float64, one per sequence of the item.
@@ -35,16 +39,41 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
     """
     if method == "raw" or len(scores) == 1 or not counted.any():
         return scores
-    centred = _centred(scores, counted)
-    return centred if method == "group_center" else centred / max(centred[counted].std(), EPS)
+    centred, n = _centred(scores, counted), int(counted.sum())
+    match method:
+        case "group_norm":
+            return centred / max(centred[counted].std(), EPS)
+        case "rloo":
+            return centred * n / max(n - 1, 1)
+        case "group_center":
+            return centred
+    raise ValueError(f"score_advantages is {method!r}; expected one of {', '.join(FROM_SCORES)}")
 
 
-def normalize(advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Advantages [N] shifted and scaled so that the counted tokens have mean 0 and population deviation 1 (eps 1e-8)."""
-    if not counted.any():
-        return advantages
-    centred = _centred(advantages, counted)
-    return centred / max(centred[counted].std(), EPS)
+@dataclass(frozen=True)
+class Shaping:
+    """What becomes of the advantages of a whole global batch, in this order.
+
+    Args:
+        normalization: "batch" shifts and scales them so that those of the counted tokens have mean 0 and population deviation 1
+            (eps 1e-8); "batch_center" shifts only.
+        clip: they are held within -clip and clip.
+        negative_scale: negative ones are multiplied by it; 0 leaves only what is favoured.
+    """
+
+    normalization: str = "none"
+    clip: float | None = None
+    negative_scale: float = 1.0
+
+    def apply(self, advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
+        """Advantages [N], of which those `counted` [N] bool make the statistics."""
+        if self.normalization != "none" and counted.any():
+            advantages = _centred(advantages, counted)
+            if self.normalization == "batch":
+                advantages = advantages / max(advantages[counted].std(), EPS)
+        if self.clip is not None:
+            advantages = advantages.clip(-self.clip, self.clip)
+        return np.where(advantages < 0, self.negative_scale * advantages, advantages)
 
 
 def _centred(values: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ import requests
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from wsft.config import UserError, without_password
-from wsft.groups import parse_json
+from wsft.records import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,20 @@ Knows nothing of ranks (it takes their number and returns every share), of netwo
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from wsft import advantages as adv
+from wsft.advantages import NORMALIZATIONS, Override, Shaping, override
 from wsft.groups import REASONS, Decoder, Rollout
+from wsft.objectives import Objective
+from wsft.terms import Coefficients, TokenTerms
+
+REDUCTIONS = ("mean", "sequence_mean", "constant", "sum")
 
 
 @dataclass(frozen=True)
@@ -23,8 +29,17 @@ class Batch:
     tokens: np.ndarray  # [N] int64
     loss_mask: np.ndarray  # [N] bool
     advantages: np.ndarray  # [N] float64
+    behavior_logp: np.ndarray  # [N] float32, NaN where there is none
+    ref_logp: np.ndarray  # [N] float32, NaN where there is none; [0] if nobody asked
+    teacher_sizes: np.ndarray  # [N] int64, how many entries the teacher has for a token; [0] if nobody asked
+    teacher_ids: np.ndarray  # [sum of teacher_sizes] int64
+    teacher_logp: np.ndarray  # [sum of teacher_sizes] float32
     lengths: np.ndarray  # [R] int64
     overrides: np.ndarray  # [R] int64, advantages.Override
+    temperatures: np.ndarray  # [R] float64, NaN where the record has none
+    scores: np.ndarray  # [R] float64, NaN where the record has none
+    env_ids: np.ndarray  # [R] int64, -1 where the record has none
+    weight_versions: np.ndarray  # [R] float64, the step whose weights sampled it; NaN where the record does not say
     counts: np.ndarray  # [len(groups.REASONS)] int64, what was left out on the way here
 
     @classmethod
@@ -32,12 +47,24 @@ class Batch:
         def flat(name: str, dtype: type) -> np.ndarray:
             return np.concatenate([np.zeros(0, dtype), *(getattr(r, name) for r in rollouts)])
 
+        def each(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(r, name) for r in rollouts], dtype=dtype)
+
         return cls(
             tokens=flat("tokens", np.int64),
             loss_mask=flat("loss_mask", np.bool_),
             advantages=flat("advantages", np.float64),
+            behavior_logp=flat("behavior_logp", np.float32),
+            ref_logp=flat("ref_logp", np.float32),
+            teacher_sizes=flat("teacher_sizes", np.int64),
+            teacher_ids=flat("teacher_ids", np.int64),
+            teacher_logp=flat("teacher_logp", np.float32),
             lengths=np.array([len(r.tokens) for r in rollouts], dtype=np.int64),
-            overrides=np.array([r.override for r in rollouts], dtype=np.int64),
+            overrides=each("override", np.int64),
+            temperatures=each("temperature", np.float64),
+            scores=each("score", np.float64),
+            env_ids=each("env_id", np.int64),
+            weight_versions=each("weight_version", np.float64),
             counts=counts,
         )
 
@@ -66,14 +93,28 @@ class Batch:
         ends = np.cumsum(self.lengths)
         return [slice(int(end - n), int(end)) for end, n in zip(ends, self.lengths, strict=True)]
 
-    def with_final_advantages(self, normalization: str) -> Batch:
-        """Advantages normalised over the trained, not overridden tokens of this whole batch, then overridden."""
+    def with_final_advantages(self, shaping: Shaping) -> Batch:
+        """Advantages shaped over the trained, not overridden tokens of this whole batch, then overridden."""
         overrides = np.repeat(self.overrides, self.lengths)
-        advantages = self.advantages
-        if normalization == "batch":
-            advantages = adv.normalize(advantages, self.loss_mask & (overrides == adv.Override.NONE))
-        advantages = np.where(self.loss_mask, adv.override(advantages, overrides), 0.0)
+        advantages = shaping.apply(self.advantages, self.loss_mask & (overrides == Override.NONE))
+        advantages = np.where(self.loss_mask, override(advantages, overrides), 0.0)
         return dataclasses.replace(self, advantages=advantages)
+
+    def scales(self, reduction: str, max_token_len: int) -> np.ndarray:
+        """What the loss of each rollout's tokens is multiplied by [R], float64. S rollouts have trained tokens.
+
+        mean: 1 / trained tokens of the batch. sequence_mean: 1 / (S * the rollout's trained tokens), the mean of the rollouts'
+        means, as in GRPO. constant: 1 / (S * max_token_len), as in Dr. GRPO (arXiv:2503.20783). sum: 1.
+        """
+        trained = np.array([self.loss_mask[span].sum() for span in self.spans()], dtype=np.float64)
+        sequences = max(int((trained > 0).sum()), 1)
+        divisors = {
+            "mean": max(self.num_trained, 1),
+            "sequence_mean": sequences * np.maximum(trained, 1),
+            "constant": sequences * max_token_len,
+            "sum": 1,
+        }
+        return np.broadcast_to(1 / np.asarray(divisors[reduction], dtype=np.float64), trained.shape)
 
 
 class AtroposBatchProcessor:
@@ -81,32 +122,26 @@ class AtroposBatchProcessor:
 
     Args:
         pad_token_id: fills rows to the longest one.
-        max_token_len, overlong, score_advantages, vocab_size: see `groups.Decoder`.
-        advantage_normalization: "none", or "batch": over the trained tokens of the whole batch.
+        advantage_normalization, advantage_clip, negative_advantage_scale: see `advantages.Shaping`; over the trained tokens
+            of the whole batch.
+        decoding: see `groups.Decoder`.
     """
 
     def __init__(
         self,
         pad_token_id: int = 0,
         *,
-        max_token_len: int | None = None,
-        overlong: str = "drop",
-        score_advantages: str = "group_norm",
         advantage_normalization: str = "none",
-        vocab_size: int | None = None,
+        advantage_clip: float | None = None,
+        negative_advantage_scale: float = 1.0,
+        **decoding: Any,
     ):
-        for name, value, known in (
-            ("overlong", overlong, ("drop", "truncate")),
-            ("score_advantages", score_advantages, ("group_norm", "group_center", "raw")),
-            ("advantage_normalization", advantage_normalization, ("none", "batch")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        if max_token_len is not None and max_token_len < 2:
-            raise ValueError(f"max_token_len is {max_token_len}, expected at least 2, or None for any length")
+        if advantage_normalization not in NORMALIZATIONS:
+            expected = ", ".join(NORMALIZATIONS)
+            raise ValueError(f"advantage_normalization is {advantage_normalization!r}, expected one of {expected}")
         self.pad_token_id = pad_token_id
-        self.advantage_normalization = advantage_normalization
-        self.decoder = Decoder(max_token_len, overlong, score_advantages, vocab_size)
+        self.shaping = Shaping(advantage_normalization, advantage_clip, negative_advantage_scale)
+        self.decoder = Decoder(**decoding)
 
     def process_atropos_batch(self, groups: list[dict]) -> Batch:
         """Validated rollouts with final advantages. Malformed sequences are left out and counted in `.rejected`.
@@ -116,15 +151,15 @@ class AtroposBatchProcessor:
         """
         if not isinstance(groups, list):
             raise ValueError(f"expected the list under 'batch' of GET /batch, found {type(groups).__name__}")
-        return self.decode(groups).with_final_advantages(self.advantage_normalization)
+        return self.decode(groups).with_final_advantages(self.shaping)
 
     def decode(self, groups: list[dict]) -> Batch:
-        """As `process_atropos_batch`, without normalisation and overrides, which need the global batch."""
-        rollouts = [r for i, group in enumerate(groups) for r in self.decoder.group(group, f"group {i}")]
-        return Batch.of(rollouts, self.decoder.take_counts())
+        """As `process_atropos_batch`, without shaping and overrides, which need the global batch."""
+        return Batch.of(self.decoder.batch(groups), self.decoder.take_counts())
 
     def to_tensors(self, processed: Batch, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-        """Padded rows, all [B, T]: tokens int64, loss_masks bool, advantages float32, attention_mask bool."""
+        """Padded rows, all [B, T]: tokens int64, loss_masks bool, advantages float32, attention_mask bool, and
+        inference_logprobs float32, NaN where there is none."""
         rows = range(len(processed.lengths))
         return {name: tensor.to(device) for name, tensor in pad(processed, rows, self.pad_token_id).items()}
 
@@ -138,6 +173,7 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch
         "tokens": torch.full(shape, pad_token_id, dtype=torch.int64),
         "loss_masks": torch.zeros(shape, dtype=torch.bool),
         "advantages": torch.zeros(shape, dtype=torch.float32),
+        "inference_logprobs": torch.full(shape, math.nan, dtype=torch.float32),
         "attention_mask": torch.zeros(shape, dtype=torch.bool),
     }
     for b, span in enumerate(spans):
@@ -145,8 +181,56 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch
         padded["tokens"][b, :n] = torch.from_numpy(batch.tokens[span])
         padded["loss_masks"][b, :n] = torch.from_numpy(batch.loss_mask[span])
         padded["advantages"][b, :n] = torch.from_numpy(batch.advantages[span])
+        padded["inference_logprobs"][b, :n] = torch.from_numpy(batch.behavior_logp[span])
         padded["attention_mask"][b, :n] = True
     return padded
+
+
+def token_terms(
+    batch: Batch, rows: list[int], scales_R: np.ndarray, objective: Objective, coefficients: Coefficients, temperature: float
+) -> TokenTerms:
+    """The trained tokens of the given rollouts, in their order. `temperature` is for rollouts that have none of their own."""
+    spans = batch.spans()
+    at = [span.start + np.flatnonzero(batch.loss_mask[span]) for span in (spans[i] for i in rows)]
+    sizes = [len(positions) for positions in at]
+    at_N = np.concatenate([np.zeros(0, np.int64), *at])  # in the flat arrays
+    row_N = np.repeat(np.array(rows, dtype=np.int64), sizes)
+
+    def float32(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32))
+
+    fixed_R = np.select([batch.overrides == Override.ZERO, batch.overrides == Override.SFT], [0.0, 1.0], np.nan)
+    temperatures_R = np.where(np.isnan(batch.temperatures), temperature, batch.temperatures)
+    terms = TokenTerms(
+        objective=objective,
+        coefficients=coefficients,
+        scale_N=float32(scales_R[row_N]),
+        advantages_N=float32(batch.advantages[at_N]),
+        behavior_logp_N=float32(batch.behavior_logp[at_N]),
+        fixed_weights_N=float32(fixed_R[row_N]),
+        temperature_N=float32(temperatures_R[row_N]),
+        sequence_N=torch.from_numpy(np.unique(row_N, return_inverse=True)[1].astype(np.int64)),
+    )
+    if coefficients.kl and len(batch.ref_logp):  # else a reference model will say
+        terms = dataclasses.replace(terms, ref_logp_N=float32(batch.ref_logp[at_N]))
+    if coefficients.distill:
+        ids_NK, probs_NK = _teacher(batch, at_N, coefficients.renormalize)
+        terms = dataclasses.replace(terms, teacher_ids_NK=torch.from_numpy(ids_NK), teacher_probs_NK=float32(probs_NK))
+    return terms
+
+
+def _teacher(batch: Batch, at_N: np.ndarray, renormalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's entries at the given flat positions, ids and probabilities [N, K], filled up with probability 0."""
+    sizes_N = batch.teacher_sizes[at_N]
+    K = max(1, sizes_N.max(initial=0))
+    there_NK = np.arange(K) < sizes_N[:, None]
+    starts_N = (np.cumsum(batch.teacher_sizes) - batch.teacher_sizes)[at_N]
+    from_NK = (starts_N[:, None] + np.arange(K))[there_NK]
+    ids_NK, probs_NK = np.zeros(there_NK.shape, np.int64), np.zeros(there_NK.shape)
+    ids_NK[there_NK], probs_NK[there_NK] = batch.teacher_ids[from_NK], np.exp(batch.teacher_logp[from_NK].astype(np.float64))
+    if renormalize:
+        probs_NK /= np.maximum(probs_NK.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+    return ids_NK, probs_NK
 
 
 def plan_shares(lengths: np.ndarray, num_ranks: int, micro_batch_tokens: int) -> list[list[list[int]]]:

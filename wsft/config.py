@@ -16,12 +16,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from wsft.objectives import OBJECTIVES, Objective
+
 _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 
 # settings that a resumed run may be given anew: none of them changes what is learned, beyond rounding and the run's length
 RESUME_MAY_CHANGE = {
     *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
-    *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout"),
+    *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
@@ -84,16 +86,47 @@ class WeightedSFTConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of every random generator.")
 
     # objective
-    reduction: Literal["mean", "sum"] = Field(
-        "mean", description="mean: over the trained tokens of the whole global batch. sum: not divided."
+    objective: str = Field(
+        "weighted_sft", description=f"What a token weighs: {', '.join(OBJECTIVES)}, or your own as my_module:my_function."
     )
-    advantage_normalization: Literal["none", "batch"] = Field(
-        "none", description="batch: zero mean, unit deviation over the trained tokens of the whole global batch."
+    objective_args: dict[str, Any] = Field({}, description='Its arguments, as YAML or JSON: "{eps_low: 0.2, eps_high: 0.28}".')
+    reduction: Literal["mean", "sequence_mean", "constant", "sum"] = Field(
+        "mean",
+        description="Of the whole global batch. mean: over trained tokens. sequence_mean: of sequences' means. constant: of "
+        "sequences' sums over max_token_len. sum: not divided.",
     )
-    score_advantages: Literal["group_norm", "group_center", "raw"] = Field(
+    score_advantages: Literal["group_norm", "group_center", "rloo", "raw"] = Field(
         "group_norm", description="How scores become advantages in groups that bring no token-level ones."
     )
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax.")
+    advantage_normalization: Literal["none", "batch", "batch_center"] = Field(
+        "none",
+        description="Over the trained tokens of the global batch. batch: zero mean, unit deviation. batch_center: zero mean.",
+    )
+    advantage_clip: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Then advantages are held within plus and minus this."
+    )
+    negative_advantage_scale: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="Then negative advantages are multiplied by it; 0 drops them."
+    )
+    temperature: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax, where the record has none."
+    )
+    record_temperature: bool = Field(
+        True, description="Take the record's temperature; false where the sampler's logprobs were not scaled by it."
+    )
+    kl_coef: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="KL to a reference: ref_model_name, or the record's ref_logprobs."
+    )
+    ref_model_name: str | None = Field(None, description="Folder or hub name of a frozen reference model for kl_coef.")
+    entropy_coef: float = Field(0.0, allow_inf_nan=False, description="Bonus on the entropy of each trained token.")
+    distill_coef: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="KL from the record's teacher: distill_token_ids and distill_logprobs."
+    )
+    distill_renormalize: bool = Field(False, description="Make the probabilities of the teacher's entries sum to 1.")
+    strict: bool = Field(
+        False,
+        description="End the run at a batch without any inference_logprobs, ref_logprobs or teacher, where they are needed.",
+    )
 
     # output
     output_dir: str = Field("runs/wsft", description="Folder of the run; with several hosts, one that all of them see.")
@@ -135,12 +168,23 @@ class WeightedSFTConfig(BaseModel):
     def _read_switch(cls, value: Any) -> Any:
         return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
+    @field_validator("objective_args", mode="before")
+    @classmethod
+    def _read_mapping(cls, value: Any) -> Any:
+        try:
+            return yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError as error:
+            raise ValueError("expected a mapping as YAML or JSON") from error
+
     @model_validator(mode="after")
     def _check_together(self) -> WeightedSFTConfig:
         if self.data is not None and self.fetch_mode == "per_rank":
             raise ValueError("fetch_mode per_rank fetches from a server, but data names a file: drop one of the two")
         if self.resume is True and self.overwrite_output_dir:
             raise ValueError("resume goes on with the run in output_dir, overwrite_output_dir replaces it: drop one of the two")
+        Objective(self.objective, self.objective_args)
+        if self.ref_model_name and not self.kl_coef:
+            raise ValueError("ref_model_name is set, but kl_coef is 0: set kl_coef, or drop the reference model")
         if self.warmup_steps >= self.training_steps and self.warmup_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below training_steps {self.training_steps}")
         return self

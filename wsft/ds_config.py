@@ -69,6 +69,13 @@ def resolve(
     return agree.config(), ds
 
 
+def for_reference(ds: dict[str, Any]) -> dict[str, Any]:
+    """The resolved JSON of a model that is not trained: sharded and offloaded as the trained one, with nothing to optimise."""
+    zero = {k: v for k, v in ds["zero_optimization"].items() if k != "offload_optimizer"}
+    idle = ("optimizer", "scheduler", "gradient_clipping", "zero_optimization", "checkpoint")
+    return {k: v for k, v in ds.items() if k not in idle} | {"zero_optimization": zero}
+
+
 def _load(source: str | dict | None) -> dict[str, Any]:
     try:
         text = json.dumps(DEFAULT if source is None else source) if not isinstance(source, str) else Path(source).read_text()

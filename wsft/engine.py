@@ -17,7 +17,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import set_seed
 
 from wsft.config import UserError, WeightedSFTConfig
+from wsft.ds_config import for_reference
 from wsft.model import WeightedSFTModel
+from wsft.terms import TokenTerms
 from wsft.world import World, ranks_on_this_host
 
 log = logging.getLogger(__name__)
@@ -82,28 +84,23 @@ def bf16_is_native(device: torch.device) -> bool:
 
 @dataclass
 class MicroBatch:
-    """One forward pass: rows [B, T], the flat positions of its trained tokens [N], their weights [N]; see model.py.
-
-    `sign_N` is the sign of each token's advantage, for the metrics.
-    """
+    """One forward pass: rows [B, T], flat positions of their trained tokens [N] (see model.py), what these add to the loss."""
 
     tokens_BT: torch.Tensor
     trained_N: torch.Tensor
-    weights_N: torch.Tensor
-    sign_N: torch.Tensor
+    terms: TokenTerms
 
 
 @dataclass
 class StepResult:
-    """One optimizer step, the same on every rank. Sums are over all trained tokens of the global batch."""
+    """One optimizer step, the same on every rank."""
 
     loss: float
     grad_norm: float
     learning_rate: float
     applied: bool  # False: gradients were not finite, parameters are as before
-    logp_positive: float  # sum of logp where the advantage is positive
-    logp_negative: float
-    entropy: float  # sum, nats
+    sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
+    maxima: dict[str, float]
 
 
 class Engine:
@@ -130,22 +127,29 @@ class Engine:
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None  # no code among the data
 
-    def step(self, micro_batches: list[MicroBatch]) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many."""
+    def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many.
+
+        With a reference, its logps are those that the KL term compares with.
+        """
         engine, device = self._engine, self.world.device
-        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        found = []
         for i, mb in enumerate(micro_batches):
+            tokens_BT, trained_N, terms = mb.tokens_BT.to(device), mb.trained_N.to(device), mb.terms.to(device)
+            if reference:
+                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            out = engine(mb.tokens_BT.to(device), mb.trained_N.to(device), mb.weights_N.to(device))
+            out = engine(tokens_BT, trained_N, terms, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
-            sign_N, logp_N = mb.sign_N.to(device), out.logp_N
-            picked = (out.loss.detach(), logp_N[sign_N > 0].sum(), logp_N[sign_N < 0].sum(), out.entropy_N.sum())
-            sums += torch.stack([x.double() for x in picked])
+            sums, maxima = terms.sums(out)
+            found.append(({"loss": out.loss.detach().double()} | sums, maxima))
         learning_rate = engine.get_lr()[0]
         grad_norm = self._apply()
-        loss, logp_positive, logp_negative, entropy = self.world.sums(sums)
-        applied = math.isfinite(grad_norm)
-        return StepResult(loss, grad_norm, learning_rate, applied, logp_positive, logp_negative, entropy)
+        sums, maxima = zip(*found, strict=True)
+        sums = dict(zip(sums[0], self.world.sums(sum(torch.stack([*s.values()]) for s in sums)), strict=True))
+        most = torch.stack([torch.stack([*m.values()]) for m in maxima]).amax(0)
+        maxima = dict(zip(maxima[0], self.world.highest(most), strict=True))
+        return StepResult(sums.pop("loss"), grad_norm, learning_rate, math.isfinite(grad_norm), sums, maxima)
 
     def _apply(self) -> float:
         """The optimizer step; the norm of the gradient before clipping, not finite where the step was not taken.
@@ -187,6 +191,25 @@ class Engine:
             warnings.simplefilter("ignore")
             path, _ = _quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name)
         assert path is not None, folder
+
+
+class Reference:
+    """A frozen model, sharded as the trained one is."""
+
+    def __init__(self, ds: dict[str, Any], model: WeightedSFTModel, world: World):
+        import deepspeed
+
+        if ds["zero_optimization"]["stage"] == 3:
+            self._model, *_ = deepspeed.initialize(model=model, config=for_reference(ds), dist_init_required=False)
+        else:
+            self._model = model.to(world.device)
+        model.check_head(world.device)
+
+    @torch.no_grad()
+    def logp(self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+        """[N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
+        silence_N = torch.zeros_like(temperature_N)
+        return self._model(tokens_BT, trained_N, silence_N, temperature=temperature_N).logp_N
 
 
 def convert(folder: Path, out: Path) -> None:

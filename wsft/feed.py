@@ -20,8 +20,9 @@ from typing import Any, Protocol
 from wsft.atropos import AtroposClient, decode
 from wsft.batching import AtroposBatchProcessor, Batch
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.groups import Rollout, parse_json
+from wsft.groups import Rollout
 from wsft.journal import Journal
+from wsft.records import parse_json
 from wsft.stopping import Stop
 from wsft.world import World
 
@@ -234,7 +235,7 @@ class _Word(IntEnum):
 
 
 class Feed:
-    """The global batches of a run, the same on every rank.
+    """The global batches of a run, the same on every rank; advantages are as decoded, not yet shaped over the batch.
 
     Attributes:
         batches: how many the run has taken so far; the number of the next one in the journal.
@@ -295,7 +296,7 @@ class Feed:
         self.batches += 1
         self.position = self._source.position if self._source else None
         self.possibly_lost = self._lost_before + sum(world.words(self._source.possibly_lost if self._source else 0))
-        return batch.with_final_advantages(self._config.advantage_normalization)
+        return batch
 
     @property
     def journal_gib(self) -> float:

@@ -1,29 +1,27 @@
 """Atropos records -> validated rollouts. What is malformed is left out, counted and named; it never ends a run.
 
-NumPy only: no torch, no HTTP, no ranks. The record format and every fault handled here were seen on the real server.
+NumPy only: no torch, no HTTP, no ranks. What each field may hold stands in `records.py`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import reprlib
+import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import orjson
 
-from wsft.advantages import Override, from_scores
+from wsft import records
+from wsft.advantages import FROM_SCORES, Override, from_scores
+from wsft.records import Malformed, is_group
 
 log = logging.getLogger(__name__)
 
-IGNORED = -100  # the label of an untrained token in Atropos masks
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-# Why a sequence is left out (all but "truncated": that one is trained, shortened).
-REASONS = (
+# Why a sequence is left out.
+REJECTED = (
     "record is not a group",
     "tokens are not a list of integers",
     "fewer than two tokens",
@@ -35,31 +33,40 @@ REASONS = (
     "advantages do not fit the tokens",
     "advantage of a trained token is not finite",
     "no finite score and no advantages",
+    "teacher does not fit the tokens",
     "longer than max_token_len",
     "line is not JSON",
-    "truncated",
 )
-
-
-def parse_json(text: bytes) -> Any:
-    """JSON as producers of records write it: also NaN and integers of any size, which orjson refuses. ValueError otherwise."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        try:
-            return json.loads(text)
-        except RecursionError as error:  # orjson's limit is 1,024 levels, this one's about the same
-            raise ValueError("the JSON is nested too deeply") from error
+# What was made of a sequence that is trained all the same.
+MENDED = (
+    "truncated to max_token_len",
+    "trained without inference_logprobs: they do not fit the tokens",
+    "trained without ref_logprobs: they do not fit the tokens",
+    "trained at the run's temperature: its own is not a number above 0",
+)
+REASONS = REJECTED + MENDED
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sequence. All arrays are [T] and stand at the token's own position; position 0 is never trained."""
+    """One sequence. Arrays of [T] stand at the token's own position; position 0 is never trained.
 
-    tokens: np.ndarray  # int64
-    loss_mask: np.ndarray  # bool
-    advantages: np.ndarray  # float64, 0 where untrained; neither normalised over the batch nor overridden yet
+    What its record does not have is NaN or -1; a field that the decoder was not asked to read is an array of no entries.
+    """
+
+    tokens: np.ndarray  # [T] int64
+    loss_mask: np.ndarray  # [T] bool
+    advantages: np.ndarray  # [T] float64, 0 where untrained; neither shaped over the batch nor overridden yet
+    behavior_logp: np.ndarray  # [T] float32, the sampler's
+    ref_logp: np.ndarray  # [T] float32
+    teacher_sizes: np.ndarray  # [T] int64, the number of the teacher's entries
+    teacher_ids: np.ndarray  # [sum of sizes] int64
+    teacher_logp: np.ndarray  # [sum of sizes] float32
     override: Override
+    temperature: float
+    score: float
+    env_id: int
+    weight_version: float  # the trainer's step whose weights sampled it
 
 
 @dataclass
@@ -69,33 +76,41 @@ class Decoder:
     Args:
         max_token_len: longest sequence; None for any.
         overlong: "drop" or "truncate" what is longer.
-        score_advantages: "group_norm", "group_center" or "raw" (see `advantages.from_scores`).
+        score_advantages: "group_norm", "group_center", "rloo" or "raw" (see `advantages.from_scores`).
         vocab_size: token ids must be below it; None for no limit.
+        record_temperature: take a record's own temperature.
+        reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
     """
 
     max_token_len: int | None = None
     overlong: str = "drop"
     score_advantages: str = "group_norm"
     vocab_size: int | None = None
-    rejected: Counter = field(default_factory=Counter)  # reason -> sequences, since it was last taken
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> the first place it was met
+    record_temperature: bool = True
+    reads_reference: bool = False
+    reads_teacher: bool = False
+    rejected: Counter = field(default_factory=Counter, init=False)  # reason -> sequences, since it was last taken
+    examples: dict[str, str] = field(default_factory=dict, init=False)  # reason -> the first place it was met
 
-    def group(self, group: Any, place: str) -> list[Rollout]:
-        """The good sequences of one record. `place` names the record in messages ("group 3", "line 17")."""
-        if not isinstance(group, dict) or not isinstance(group.get("tokens"), list):
-            self.reject("record is not a group", place, f"expected an object with a list of tokens, found {_short(group)}")
-            return []
-        overrides = [_override(group, i) for i in range(len(group["tokens"]))]
-        scores = _scores(group, len(overrides))
-        counted = np.isfinite(scores) & np.array([kind is Override.NONE for kind in overrides], dtype=bool)
-        advantages = from_scores(scores, counted, self.score_advantages)
-        rollouts = []
-        for i, kind in enumerate(overrides):
-            try:
-                rollouts.append(self._rollout(group, i, kind, advantages[i], f"{place}, sequence {i}"))
-            except _Malformed as fault:
-                self.reject(fault.reason, f"{place}, sequence {i}", fault.detail)
+    def __post_init__(self):
+        for name, known in {"overlong": ("drop", "truncate"), "score_advantages": FROM_SCORES}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.max_token_len is not None and self.max_token_len < 2:
+            raise ValueError(f"max_token_len is {self.max_token_len}, expected at least 2, or None for any length")
+
+    def batch(self, found: list[Any]) -> list[Rollout]:
+        """The good sequences of the records of one batch, some of which may be parts of one group."""
+        rollouts, number = [], 0
+        for parts in _joined(found):
+            for record, advantages in zip(parts, self._score_advantages(parts), strict=True):
+                rollouts += self._record(record, advantages, f"group {number}")
+                number += 1
         return rollouts
+
+    def group(self, record: Any, place: str) -> list[Rollout]:
+        """The good sequences of one record. `place` names the record in messages ("group 3", "line 17")."""
+        return self._record(record, self._score_advantages([record])[0], place)
 
     def reject(self, reason: str, place: str, detail: str) -> None:
         assert reason in REASONS, reason
@@ -105,8 +120,8 @@ class Decoder:
     def take_counts(self) -> np.ndarray:
         """Counts [len(REASONS)] int64 since the last call; each reason is logged once with its first example."""
         for reason, count in self.rejected.items():
-            verb = "truncated to max_token_len" if reason == "truncated" else f"left out: {reason}"
-            log.warning("%d sequence(s) %s (first: %s)", count, verb, self.examples[reason])
+            what = f"left out: {reason}" if reason in REJECTED else reason
+            log.warning("%d sequence(s) %s (first: %s)", count, what, self.examples[reason])
         counts = np.array([self.rejected[reason] for reason in REASONS], dtype=np.int64)
         self.forget()
         return counts
@@ -115,131 +130,89 @@ class Decoder:
         self.rejected.clear()
         self.examples.clear()
 
-    def _rollout(self, group: dict, i: int, kind: Override | None, score_advantage: float, place: str) -> Rollout:
-        tokens = _tokens(group["tokens"][i], self.vocab_size)
-        loss_mask = _loss_mask(_row(group, "masks", i), tokens)
-        if kind is None:
-            raise _Malformed("override is neither true nor false", "set_advantage_to_zero and sft must be true, false or null")
-        advantages = _advantages(_row(group, "advantages", i), score_advantage, loss_mask, kind)
-        limit = self.max_token_len
-        if limit is not None and len(tokens) > limit:
+    def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
+        """For each of the records, which are one group, the advantages of its sequences from the scores of all."""
+        sizes = [len(part["tokens"]) if is_group(part) else 0 for part in parts]
+        places = [(part, i) for part, size in zip(parts, sizes, strict=True) for i in range(size)]
+        scores = np.array([records.score(*place) for place in places])
+        free = np.array([records.override(*place) is Override.NONE for place in places], dtype=bool)
+        return np.split(from_scores(scores, np.isfinite(scores) & free, self.score_advantages), np.cumsum(sizes)[:-1])
+
+    def _record(self, record: Any, score_advantages: np.ndarray, place: str) -> list[Rollout]:
+        if not is_group(record):
+            found = f"expected an object with a list of tokens, found {records.short(record)}"
+            self.reject("record is not a group", place, found)
+            return []
+        rollouts = []
+        for i, advantage in enumerate(score_advantages):
+            try:
+                rollouts.append(self._rollout(record, i, advantage, f"{place}, sequence {i}"))
+            except Malformed as fault:
+                self.reject(fault.reason, f"{place}, sequence {i}", fault.detail)
+        return rollouts
+
+    def _rollout(self, group: dict, i: int, score_advantage: float, place: str) -> Rollout:
+        tokens = records.tokens(group, i, self.vocab_size)
+        trained = records.loss_mask(group, i, tokens)
+        override = records.override(group, i)
+        if override is None:
+            raise Malformed("override is neither true nor false", "set_advantage_to_zero and sft must be true, false or null")
+        free = override is Override.NONE
+        advantages = records.advantages(group, i, score_advantage, trained) if free else np.zeros(len(tokens))
+        sizes, ids, logp = records.teacher(group, i, trained, self.vocab_size) if self.reads_teacher else _NO_TEACHER
+        limit = len(tokens) if self.max_token_len is None else self.max_token_len
+        if len(tokens) > limit:
             detail = f"{len(tokens)} tokens, max_token_len {limit}"
             if self.overlong == "drop":
-                raise _Malformed("longer than max_token_len", detail)
-            self.reject("truncated", place, detail)
-        return Rollout(tokens[:limit], loss_mask[:limit], advantages[:limit], kind)
-
-
-class _Malformed(Exception):
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason)
-        self.reason, self.detail = reason, detail
-
-
-def _row(group: dict, name: str, i: int) -> Any:
-    """Entry i of a per-sequence field; None where the field is null, empty, shorter, or no list."""
-    rows = group.get(name)
-    return rows[i] if isinstance(rows, list) and i < len(rows) else None
-
-
-def _short(value: Any) -> str:
-    """A value in at most 60 characters; reprlib, because the whole may be huge or nested too deeply for repr."""
-    text = reprlib.repr(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
-
-
-def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:
-    """A flat list of numbers of these types as an array; None if it is anything else.
-
-    The types are looked at first: left to itself NumPy makes 1 of a true among integers, and of one long string among
-    thousands of numbers an array of as many such strings.
-    """
-    if not isinstance(values, list) or not types.issuperset(map(type, values)):
-        return None
-    try:
-        return np.array(values, dtype)
-    except OverflowError:  # an integer too large
-        return None
-
-
-def _tokens(values: Any, vocab_size: int | None) -> np.ndarray:
-    tokens = _array(values, {int}, np.int64)
-    if tokens is None:
-        raise _Malformed("tokens are not a list of integers", f"found {_short(values)}")
-    if len(tokens) < 2:
-        raise _Malformed("fewer than two tokens", f"found {len(tokens)}: nothing predicts the first token of a sequence")
-    limit = vocab_size if vocab_size is not None else 2**31
-    if tokens.min() < 0 or tokens.max() >= limit:
-        bad = tokens[(tokens < 0) | (tokens >= limit)][0]
-        raise _Malformed(
-            "token id outside the vocabulary",
-            f"found {bad}, expected 0 to {limit - 1}: environments must use the tokenizer of the model",
+                raise Malformed("longer than max_token_len", detail)
+            self.reject("truncated to max_token_len", place, detail)
+        unknown = np.full(len(tokens), np.nan, dtype=np.float32)
+        behavior_logp = self._mended(place, unknown, records.logps, group, i, "inference_logprobs", trained)
+        ref_logp = _NO_TEACHER[2]
+        if self.reads_reference:
+            ref_logp = self._mended(place, unknown, records.logps, group, i, "ref_logprobs", trained)
+        temperature = self._mended(place, math.nan, records.temperature, group, i) if self.record_temperature else math.nan
+        entries = int(sizes[:limit].sum())
+        return Rollout(
+            tokens=tokens[:limit],
+            loss_mask=trained[:limit],
+            advantages=advantages[:limit],
+            behavior_logp=behavior_logp[:limit],
+            ref_logp=ref_logp[:limit],
+            teacher_sizes=sizes[:limit],
+            teacher_ids=ids[:entries],
+            teacher_logp=logp[:entries],
+            override=override,
+            temperature=temperature,
+            score=records.score(group, i),
+            env_id=records.env_id(group),
+            weight_version=records.weight_version(group, i),
         )
-    return tokens
+
+    def _mended(self, place: str, instead: Any, read: Callable, *args: Any) -> Any:
+        """What `read` finds, or something instead of what is malformed, which is counted."""
+        try:
+            return read(*args)
+        except Malformed as fault:
+            self.reject(fault.reason, place, fault.detail)
+            return instead
 
 
-def _loss_mask(values: Any, tokens: np.ndarray) -> np.ndarray:
-    """Labels (-100, or the token id itself) or 0/1 -> bool, False at position 0."""
-    if values is None:
-        raise _Malformed("no mask", "expected one value per token")
-    mask = _array(values, {int, float, bool}, np.float64)  # exact for token ids
-    if mask is None:
-        raise _Malformed("mask is neither labels nor 0/1", f"found {_short(values)}")
-    if len(mask) != len(tokens):
-        raise _Malformed("mask length differs from tokens", f"{len(mask)} mask values, {len(tokens)} tokens")
-    ignored = mask == IGNORED
-    if not ignored.any() and np.isin(mask, (0, 1)).all():
-        trained = mask == 1
-    else:
-        wrong = np.flatnonzero(~ignored & (mask != tokens))
-        if len(wrong):
-            found = f"found {_short(values[wrong[0]])} at position {wrong[0]}, where the token is {tokens[wrong[0]]}"
-            raise _Malformed("mask is neither labels nor 0/1", found)
-        trained = ~ignored
-    trained[0] = False
-    return trained
+_NO_TEACHER = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
-def _scores(group: dict, size: int) -> np.ndarray:
-    """Scores [size] float64, NaN where there is no finite number."""
-    scores = np.full(size, np.nan)
-    for i in range(size):
-        score = _row(group, "scores", i)
-        if isinstance(score, int | float) and not isinstance(score, bool) and _finite(score):
-            scores[i] = score
-    return scores
+def _joined(found: list[Any]) -> list[list[Any]]:
+    """The records of a batch, with the parts of one group together.
 
-
-def _finite(value: Any) -> Any:
-    """Whether a number, or each of an array, is finite in float32, which the loss is computed in. NaN compares false."""
-    return abs(value) <= _FLOAT32_MAX
-
-
-def _advantages(row: Any, score_advantage: float, loss_mask: np.ndarray, kind: Override) -> np.ndarray:
-    """Advantages [T] float64, 0 where untrained: the token-level row, one number for the sequence, or from its score."""
-    if kind is not Override.NONE:
-        return np.zeros(len(loss_mask))
-    if row is None or row == []:
-        if not _finite(score_advantage):
-            raise _Malformed("no finite score and no advantages", "a sequence needs one of the two")
-        values = np.array([score_advantage])
-    else:
-        values = _array(row if isinstance(row, list) else [row], {int, float}, np.float64)
-        if values is None or len(values) not in (1, len(loss_mask)):
-            raise _Malformed("advantages do not fit the tokens", f"found {_short(row)}, expected {len(loss_mask)} numbers")
-    values = np.broadcast_to(values, loss_mask.shape)
-    if not _finite(values[loss_mask]).all():
-        raise _Malformed("advantage of a trained token is not finite", f"found {values[loss_mask & ~_finite(values)][0]}")
-    return np.where(loss_mask, values, 0.0)
-
-
-def _override(group: dict, i: int) -> Override | None:
-    """The sequence's own override, else its group's; set_advantage_to_zero wins over sft. None for a "false" in quotes."""
-    own, shared = _row(group, "overrides", i), group.get("group_overrides")
-    said = {**(shared if isinstance(shared, dict) else {}), **(own if isinstance(own, dict) else {})}
-    zero, sft = said.get("set_advantage_to_zero"), said.get("sft")
-    if any(flag not in (None, False, True) for flag in (zero, sft)):  # 0 and 1 are equal to them
-        return None
-    if zero:
-        return Override.ZERO
-    return Override.SFT if sft else Override.NONE
+    The server keeps a record that is smaller than its environment's group size back until others of that environment fill it
+    up, then releases them one behind the other, each as an item: they are neighbours and have one env_id. Parts of one group
+    they are if they also begin with the same prompt: what fills up may as well be another prompt's.
+    """
+    joined, last = [], None
+    for record in found:
+        prompt = records.prompt(record)
+        if prompt is None or prompt != last:
+            joined.append([])
+        joined[-1].append(record)
+        last = prompt
+    return joined

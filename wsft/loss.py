@@ -12,10 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from wsft.advantages import EPS
+from wsft.advantages import EPS, NORMALIZATIONS
 
-REDUCTIONS = ("mean", "sum", "none")
-ADVANTAGE_NORMALIZATIONS = ("none", "batch")
+REDUCTIONS = ("mean", "sequence_mean", "constant", "sum", "none")
 
 
 class WeightedSFTInterface:
@@ -25,12 +24,14 @@ class WeightedSFTInterface:
     A token is trained where its mask is 1 and it is not `ignore_index`.
 
     Args:
-        reduction: "mean" is the sum over the number of trained tokens (one of advantage 0 counts; 0 without any); "sum"; "none"
-            gives [B, T], 0 where nothing is trained.
+        reduction: "mean" is the sum over the number of trained tokens (one of advantage 0 counts; 0 without any);
+            "sequence_mean" the mean over sequences of their means (those with trained tokens count); "constant" the same of
+            their sums over `max_token_len`; "sum"; "none" gives [B, T], 0 where nothing is trained.
         advantage_normalization: "batch" replaces the advantages A of the trained tokens by
-            (A - mean) / max(population deviation, 1e-8); "none" leaves them.
+            (A - mean) / max(population deviation, 1e-8), "batch_center" by A - mean; "none" leaves them.
         temperature: one number, or one per sequence [B].
         ignore_index: a token that is never trained.
+        max_token_len: the divisor of "constant".
     Raises:
         ValueError: an unknown name, or a temperature that is not above 0.
     """
@@ -41,11 +42,16 @@ class WeightedSFTInterface:
         advantage_normalization: str = "none",
         temperature: float | Sequence[float] | torch.Tensor = 1.0,
         ignore_index: int = -100,
+        max_token_len: int | None = None,
     ):
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-        if advantage_normalization not in ADVANTAGE_NORMALIZATIONS:
-            expected = ", ".join(ADVANTAGE_NORMALIZATIONS)
+        if (reduction == "constant") != (max_token_len is not None):
+            raise ValueError(
+                f"max_token_len is {max_token_len} with reduction {reduction!r}; expected a number with 'constant' only"
+            )
+        if advantage_normalization not in NORMALIZATIONS:
+            expected = ", ".join(NORMALIZATIONS)
             raise ValueError(f"advantage_normalization is {advantage_normalization!r}; expected one of {expected}")
         self.temperature = torch.as_tensor(temperature, dtype=torch.float64).detach()
         if self.temperature.ndim > 1 or not ((self.temperature > 0) & self.temperature.isfinite()).all():
@@ -53,6 +59,7 @@ class WeightedSFTInterface:
         self.reduction = reduction
         self.advantage_normalization = advantage_normalization
         self.ignore_index = ignore_index
+        self.max_token_len = max_token_len
 
     def compute_weighted_loss(
         self, logits: torch.Tensor, tokens: torch.Tensor, loss_masks: torch.Tensor, advantages: torch.Tensor
@@ -84,8 +91,8 @@ class WeightedSFTInterface:
         advantages = advantages.detach().unsqueeze(1) if advantages.ndim == 1 else advantages.detach()
         weights = advantages.expand(B, T)[at]
         _require(weights.to(dtype).isfinite(), "advantages", weights, at, f"a finite {dtype} on every trained token")
-        if self.advantage_normalization == "batch":
-            weights = _normalize(weights)
+        if self.advantage_normalization != "none":
+            weights = _normalize(weights, self.advantage_normalization)
         temperature = self.temperature.to(logits.device, dtype).expand(B)[rows]
 
         # The one shift. Only what is trained is computed: a NaN elsewhere would reach the gradient as 0 * NaN.
@@ -94,20 +101,30 @@ class WeightedSFTInterface:
         terms = weights.to(dtype) * -logprobs
 
         zeros = torch.zeros(B, T, dtype=dtype, device=logits.device)
-        if self.reduction == "none":
-            loss = zeros.index_put(at, terms)
-        else:
-            loss = terms.sum() / (max(len(terms), 1) if self.reduction == "mean" else 1)
+        loss = zeros.index_put(at, terms) if self.reduction == "none" else (terms / self._divisors(trained)[rows]).sum()
         return {"loss": loss, "num_tokens": len(terms), "token_logprobs": zeros.index_put(at, logprobs.detach())}
 
+    def _divisors(self, trained: torch.Tensor) -> torch.Tensor:
+        """What the terms of each sequence's tokens are divided by [B]."""
+        tokens_B = trained.sum(1).clamp(min=1)
+        sequences = trained.any(1).sum().clamp(min=1)
+        match self.reduction:
+            case "mean":
+                return trained.sum().clamp(min=1).expand(len(trained))
+            case "sequence_mean":
+                return sequences * tokens_B
+            case "constant":
+                return (sequences * self.max_token_len).expand(len(trained))
+        return torch.ones_like(tokens_B)
 
-def _normalize(advantages_N: torch.Tensor) -> torch.Tensor:
-    """(A - mean) / max(population deviation, 1e-8).
+
+def _normalize(advantages_N: torch.Tensor, how: str) -> torch.Tensor:
+    """A - mean, with "batch" over max(population deviation, 1e-8).
 
     In float64: in float32 the rounding of the mean of equal advantages would be blown up to advantages of order 1.
     """
     centred = advantages_N.double() - advantages_N.double().mean()
-    return centred / centred.square().mean().sqrt().clamp(min=EPS)
+    return centred if how == "batch_center" else centred / centred.square().mean().sqrt().clamp(min=EPS)
 
 
 def _check(

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from wsft.config import UserError, WeightedSFTConfig, without_password
 
+log = logging.getLogger(__name__)
+
 QUIET_S = 10.0  # without a terminal, a wait is said after this long, then every WAIT_S
 WAIT_S = 60.0
 
@@ -58,6 +60,10 @@ class Metrics:
         """What the run is at: "waiting for a batch", "training"."""
         self._line.doing(what)
 
+    def warn(self, text: str) -> None:
+        """What is the same on every rank, and said once."""
+        log.warning("%s", text)
+
     def step(self, values: dict[str, Any]) -> None:
         """One step's values. What is not finite is written as null, which every JSON reader takes."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -81,6 +87,8 @@ class Silence:
     """The sinks of every other rank."""
 
     def doing(self, what: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
 
     def step(self, values: dict[str, Any]) -> None: ...
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations import HfDeepSpeedConfig
 
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.loss_head import HeadOutput, LossHead
+from wsft.loss_head import HeadOutput, LossHead, TokenLoss
 
 log = logging.getLogger(__name__)
 
@@ -22,25 +22,27 @@ log = logging.getLogger(__name__)
 class WeightedSFTModel(torch.nn.Module):
     """What DeepSpeed trains: a causal language model whose forward pass ends in the weighted loss, never in logits."""
 
-    def __init__(self, model: PreTrainedModel, temperature: float):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.logit_options = {"temperature": temperature, **_logit_options(model.config.get_text_config())}
+        self.logit_options = _logit_options(model.config.get_text_config())
         # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
         model.get_output_embeddings().__class__ = LossHead
 
-    def forward(self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, weights_N: torch.Tensor) -> HeadOutput:
-        """The sum of weight * -log p over the trained tokens.
+    def forward(
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, weights: torch.Tensor | TokenLoss, **options: Any
+    ) -> HeadOutput:
+        """The loss of the trained tokens, as `loss_head.head_loss` has it.
 
         Args:
             tokens_BT: [B, T] int64 rows, padded on the right. No attention mask: under a causal one nothing sees the padding.
             trained_N: [N] flat positions in [B, T] of the trained tokens; never a row's position 0. N may be 0.
-            weights_N: [N] float32.
+            weights, options: as there, for the N tokens.
         """
         hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
         targets_N = tokens_BT.flatten()[trained_N]
-        return self.model.get_output_embeddings()(hidden_NH, targets_N, weights_N, **self.logit_options)
+        return self.model.get_output_embeddings()(hidden_NH, targets_N, weights, **options, **self.logit_options)
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
@@ -48,8 +50,8 @@ class WeightedSFTModel(torch.nn.Module):
         vocab = self.model.config.get_text_config().vocab_size
         tokens = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
         trained = torch.arange(1, 8, device=device)
-        logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1].float() / self.logit_options["temperature"]
-        theirs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+        logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        theirs = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
         ours = self(tokens, trained, torch.zeros(7, device=device)).logp_N
         tolerance = 1e-3 if logits.dtype == next(self.model.parameters()).dtype else 0.1
         if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
@@ -85,36 +87,45 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model_config(config: WeightedSFTConfig) -> Any:
+def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
     """The model's own config: its shape is needed before its weights."""
     try:
-        return AutoConfig.from_pretrained(config.model_name, trust_remote_code=config.trust_remote_code)
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"no model in {config.model_name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})"
-        ) from error
+        raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})") from error
 
 
-def load_model(config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
-    """The model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
+def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
+    """A model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
     # from_pretrained looks for this object (a weak global reference) to partition while it loads
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            config.model_name,
+            name,
             dtype=torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"the model in {config.model_name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
     model.train()
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise UserError(f"{type(model).__name__} has no linear lm_head: wsft trains decoder-only language models")
-    return WeightedSFTModel(model, config.temperature)
+    return WeightedSFTModel(model)
+
+
+def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: int) -> WeightedSFTModel:
+    """The frozen reference model, which scores the same tokens."""
+    size = load_model_config(config.ref_model_name, config).get_text_config().vocab_size
+    if size < vocab_size:
+        raise UserError(
+            f"the reference model {config.ref_model_name!r} has a vocabulary of {size}, the model one of {vocab_size}: "
+            f"it must know the same tokens"
+        )
+    return load_model(config.ref_model_name, config, ds).requires_grad_(False).eval()
 
 
 def _first_line(error: Exception) -> str:

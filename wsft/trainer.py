@@ -11,20 +11,25 @@ import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from wsft import ds_config
-from wsft.batching import AtroposBatchProcessor, Batch, pad, plan_shares
+from wsft.batching import AtroposBatchProcessor, Batch, pad, plan_shares, token_terms
 from wsft.checkpoint import Checkpoint, load_random, prune, resumable, save
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.engine import Engine, MicroBatch, StepResult, bf16_is_native, start_ranks
+from wsft.engine import Engine, MicroBatch, Reference, StepResult, bf16_is_native, start_ranks
 from wsft.export import export
 from wsft.feed import Feed, open_source
+from wsft.measurements import missing, of_batch, of_tokens
 from wsft.metrics import Metrics, Silence, speak
-from wsft.model import load_model, load_model_config, load_tokenizer
+from wsft.model import load_model, load_model_config, load_reference, load_tokenizer
+from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
 from wsft.stopping import Stop, name_of
+from wsft.terms import Coefficients
 from wsft.world import World, ranks_from_environment
 
 log = logging.getLogger(__name__)
@@ -49,6 +54,8 @@ class WeightedSFTTrainer:
 
     def __init__(self, config: WeightedSFTConfig):
         self.config = config
+        self.objective = Objective(config.objective, config.objective_args)
+        self.coefficients = Coefficients(config.kl_coef, config.entropy_coef, config.distill_coef, config.distill_renormalize)
         self.folder = RunFolder(config)
 
     def train(self) -> Path | None:
@@ -79,7 +86,7 @@ class WeightedSFTTrainer:
 
     def _set_up(self, world: World) -> None:
         self.world = world
-        shape = load_model_config(self.config).get_text_config()
+        shape = load_model_config(self.config.model_name, self.config).get_text_config()
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = bf16_is_native(world.device)
         self.config, ds = ds_config.resolve(self.config, world.size, shape.hidden_size, native_bf16)
@@ -88,13 +95,7 @@ class WeightedSFTTrainer:
         step = world.words(start.step if start else 0)[0]
         self.saved = start = Checkpoint.at(self.folder.checkpoints / f"step_{step}") if step else None
         facts = start.facts if start else {"step": 0, "not_finite": 0, "bad": 0, "feed": {}}
-        self.processor = AtroposBatchProcessor(
-            self.tokenizer.pad_token_id,
-            max_token_len=self.config.max_token_len,
-            overlong=self.config.overlong,
-            score_advantages=self.config.score_advantages,
-            vocab_size=shape.vocab_size,
-        )
+        self.processor = _processor(self.config, self.tokenizer.pad_token_id, shape.vocab_size)
         source = open_source(self.config, self.processor, world, facts["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
         if precision == "bf16" and not native_bf16:
@@ -102,8 +103,9 @@ class WeightedSFTTrainer:
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
         self.facts = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
         self._stop_if_asked()
-        self.model = load_model(self.config, ds)
+        self.model = load_model(self.config.model_name, self.config, ds)
         self._stop_if_asked()
+        self.reference = self._load_reference(ds, shape.vocab_size)
         with resumable(start, self.facts, ds, world) as saved:
             self.engine = Engine(self.config, ds, self.model, world)
             self.model.check_head(world.device)
@@ -111,11 +113,20 @@ class WeightedSFTTrainer:
                 self.engine.load(saved)
         if start:
             load_random(start, world.rank)
+        self.said_missing = set()
         self.step, self.not_finite, self.bad = facts["step"], facts["not_finite"], facts["bad"]
         self.feed = Feed(self.config, source, world, self.stop, facts["feed"])
         self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
+
+    def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
+        if self.config.ref_model_name is None:
+            return None
+        log.info("loading the reference model %s", self.config.ref_model_name)
+        reference = Reference(ds, load_reference(self.config, ds, vocab_size), self.world)
+        self._stop_if_asked()
+        return reference
 
     def _stop_if_asked(self) -> None:
         """Loading a large model takes minutes: between its parts."""
@@ -129,6 +140,7 @@ class WeightedSFTTrainer:
             batch = self.feed.next(self.step, waiting=self.metrics.doing)
             if batch is None:
                 break
+            batch = batch.with_final_advantages(self.processor.shaping)
             wait = time.monotonic() - start
             self.metrics.doing("training")
             result = self._train_on(batch)
@@ -177,39 +189,40 @@ class WeightedSFTTrainer:
 
     def _train_on(self, batch: Batch) -> StepResult:
         """One optimizer step: every rank plans the same shares from the same batch and runs its own."""
+        self._require_what_the_loss_needs(batch)
         shares = plan_shares(batch.lengths, self.world.size, self.config.micro_batch_tokens)
         # counted over the whole batch before the first backward: the step does not depend on how it is split
-        divisor = max(batch.num_trained, 1) if self.config.reduction == "mean" else 1
-        micro_batches = [self._micro_batch(batch, rows, divisor) for rows in shares[self.world.rank]]
-        return self.engine.step(micro_batches)
+        scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
+        micro_batches = [self._micro_batch(batch, rows, scales_R) for rows in shares[self.world.rank]]
+        return self.engine.step(micro_batches, self.reference)
 
-    def _micro_batch(self, batch: Batch, rows: list[int], divisor: int) -> MicroBatch:
+    def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray) -> MicroBatch:
         padded = pad(batch, rows, self.tokenizer.pad_token_id)
         trained_N = padded["loss_masks"].flatten().nonzero().squeeze(1)
-        advantages_N = padded["advantages"].flatten()[trained_N]
-        return MicroBatch(padded["tokens"], trained_N, advantages_N / divisor, advantages_N.sign())
+        terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
+        return MicroBatch(padded["tokens"], trained_N, terms)
+
+    def _require_what_the_loss_needs(self, batch: Batch) -> None:
+        for name, instead in missing(batch, self.objective.needs_behavior).items():
+            if self.config.strict:
+                raise UserError(
+                    f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "
+                    f"environments send them, or leave strict out ({instead}, then)"
+                )
+            if name not in self.said_missing:
+                self.metrics.warn(f"step {self.step + 1}: no trained token of the batch has {name}: {instead}")
+            self.said_missing.add(name)
 
     def _describe(self, batch: Batch, result: StepResult, wait: float, spent: float) -> dict:
-        advantages = batch.advantages[batch.loss_mask]
-        trained, total = len(advantages), len(batch.tokens)
-        positive, negative = int((advantages > 0).sum()), int((advantages < 0).sum())
-        truncated = batch.rejected.get("truncated", 0)
+        batch_values = of_batch(batch, self.step - 1)
         return {
             "step": self.step,
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
-            "tokens/trained": trained,
-            "tokens/total": total,
-            "tokens/per_second": total / spent,
-            "advantage/mean": float(advantages.mean()) if trained else math.nan,
-            "advantage/std": float(advantages.std()) if trained else math.nan,
-            "logp/positive": result.logp_positive / positive if positive else math.nan,
-            "logp/negative": result.logp_negative / negative if negative else math.nan,
-            "entropy": result.entropy / trained if trained else math.nan,
-            "data/sequences": len(batch.lengths),
-            "data/rejected": int(batch.counts.sum()) - truncated,
-            "data/truncated": truncated,
+            **batch_values,
+            **of_tokens(result.sums, result.maxima),
+            "tokens/per_second": batch_values["tokens/total"] / spent,
             "data/possibly_lost_batches": self.feed.possibly_lost,
             "journal/gib": self.feed.journal_gib,
             "steps/not_finite": self.not_finite,
@@ -221,12 +234,28 @@ class WeightedSFTTrainer:
         if not self.bad:
             return
         what = "gradients are not finite, the step was skipped" if not result.applied else "the loss is not finite"
-        log.error("step %d: %s (loss %s, grad_norm %s); %d in a row", self.step, what, result.loss, result.grad_norm, self.bad)
+        self.metrics.warn(f"step {self.step}: {what} (loss {result.loss}, grad_norm {result.grad_norm}); {self.bad} in a row")
         if self.bad >= BAD_STEPS_ALLOWED:
             raise TrainingDiverged(
                 f"{self.bad} steps in a row were not finite, the last at step {self.step}: lower learning_rate, set "
                 f"max_grad_norm, or look at the advantages of the batches"
             )
+
+
+def _processor(config: WeightedSFTConfig, pad_token_id: int, vocab_size: int) -> AtroposBatchProcessor:
+    return AtroposBatchProcessor(
+        pad_token_id,
+        advantage_normalization=config.advantage_normalization,
+        advantage_clip=config.advantage_clip,
+        negative_advantage_scale=config.negative_advantage_scale,
+        max_token_len=config.max_token_len,
+        overlong=config.overlong,
+        score_advantages=config.score_advantages,
+        vocab_size=vocab_size,
+        record_temperature=config.record_temperature,
+        reads_reference=config.kl_coef > 0 and config.ref_model_name is None,
+        reads_teacher=config.distill_coef > 0,
+    )
 
 
 @contextlib.contextmanager

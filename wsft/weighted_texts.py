@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wsft.config import UserError
-from wsft.groups import IGNORED
+from wsft.records import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -122,6 +122,12 @@ class World:
         dist.all_reduce(total, group=self._hosts)
         return total.tolist()
 
+    def highest(self, values: torch.Tensor) -> list[float]:
+        """A vector's maximum over ranks, in float64."""
+        most = values.detach().to("cpu", torch.float64)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._hosts)
+        return most.tolist()
+
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""
         failed = [rank for rank, word in enumerate(self.words(int(error is not None))) if word]
@@ -260,4 +266,4 @@ class _Text:
     text: np.ndarray  # [bytes] uint8
 
 
-_DTYPES = [np.dtype(name) for name in ("uint8", "bool", "int64", "float64")]
+_DTYPES = [np.dtype(name) for name in ("uint8", "bool", "int64", "float32", "float64")]

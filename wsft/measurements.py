@@ -1,0 +1,85 @@
+"""What is written of a step: numbers from its global batch, and from what its tokens did. Means are exact over all ranks, for
+they are made of sums and counts. Knows nothing of ranks, models or sinks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from wsft.advantages import Override
+from wsft.batching import Batch
+from wsft.groups import MENDED, REJECTED
+
+
+def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
+    """The batch that the optimizer step after `step` others trains."""
+    advantages, rejected = batch.advantages[batch.loss_mask], batch.rejected
+    known_age = batch.weight_versions[~np.isnan(batch.weight_versions)]
+    values = {
+        "tokens/trained": batch.num_trained,
+        "tokens/total": len(batch.tokens),
+        "advantage/mean": _mean(advantages),
+        "advantage/std": _std(advantages),
+        "data/sequences": len(batch.lengths),
+        "data/rejected": sum(n for reason, n in rejected.items() if reason in REJECTED),
+        "data/truncated": rejected.get("truncated to max_token_len", 0),
+        "data/mended": sum(n for reason, n in rejected.items() if reason in MENDED[1:]),
+        "data/staleness": _mean(step - known_age),
+    }
+    scored = np.isfinite(batch.scores)
+    of_envs = {f"env_{i}/": scored & (batch.env_ids == i) for i in np.unique(batch.env_ids) if i >= 0}
+    for name, chosen in ({"": scored} | of_envs).items():
+        values |= {f"score/{name}mean": _mean(batch.scores[chosen]), f"score/{name}std": _std(batch.scores[chosen])}
+    return values
+
+
+def of_tokens(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float | int]:
+    """The trained tokens, from what `terms.TokenTerms.sums` says of them."""
+
+    def mean(name: str, count: str) -> float:
+        return sums[name] / sums[count] if sums[count] else math.nan
+
+    known = sums["behavior"]
+    values = {
+        "logp/positive": mean("logp_positive", "positive"),
+        "logp/negative": mean("logp_negative", "negative"),
+        "entropy": mean("entropy", "tokens"),
+        "weight/mean": mean("weight", "tokens"),
+        "weight/mean_abs": mean("weight_abs", "tokens"),
+        "ratio/mean": mean("ratio", "behavior"),
+        "ratio/max": maxima["ratio"] if known else math.nan,
+        "ratio/clipped": mean("clipped", "behavior"),
+        "kl/behavior_k1": mean("k1", "behavior"),
+        "kl/behavior_k3": mean("k3", "behavior"),
+        "data/no_behavior_logp": int(sums["tokens"] - known),
+    }
+    if "reference" in sums:
+        values["kl/reference"] = mean("kl_reference", "reference")
+        values["data/no_ref_logp"] = int(sums["tokens"] - sums["reference"])
+    if "teacher" in sums:
+        values["kl/teacher"] = mean("divergence", "teacher")
+        values["data/no_teacher"] = int(sums["tokens"] - sums["teacher"])
+    return values
+
+
+def missing(batch: Batch, needs_behavior: bool) -> dict[str, str]:
+    """What the loss needs and no trained token of the batch brings: name of the field -> what becomes of the loss instead."""
+    free = batch.loss_mask & (np.repeat(batch.overrides, batch.lengths) == Override.NONE)
+    absent = {}
+    if needs_behavior and free.any() and np.isnan(batch.behavior_logp[free]).all():
+        absent["inference_logprobs"] = "every ratio is 1"
+    if len(batch.ref_logp) and np.isnan(batch.ref_logp[batch.loss_mask]).all():
+        absent["ref_logprobs"] = "there is no KL term"
+    if len(batch.teacher_sizes) and not len(batch.teacher_ids):
+        absent["distill_token_ids"] = "there is no distillation term"
+    return absent
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _std(values: np.ndarray) -> float:
+    """Population deviation."""
+    return float(values.std()) if len(values) else math.nan

@@ -1,0 +1,222 @@
+"""Objectives: what a trained token weighs, given its logp, the sampler's, and its advantage. Pure functions of tensors.
+
+    loss = sum over trained tokens of  scale * weight * -logp        (no gradient flows through the weight)
+
+Each has the gradient of the surrogate that its paper writes down: d(ratio) = ratio * d(logp), so A * ratio as a constant weight
+on -logp is the policy gradient of A * ratio, and where a clip holds the surrogate constant the weight is 0. An objective of
+one's own is a function of the same signature, named `my_module:my_function`.
+
+    def objective(logp_N, behavior_logp_N, advantages_N, *, my_argument=1.0):
+        return weights_N                # or (weights_N, clipped_N), a bool per token that is counted in ratio/clipped
+
+A function that also takes `sequence_N` (for each token, the number of its sequence, from 0) is of whole sequences. A token
+without a behavior logp comes with its own logp in that place: its ratio is 1. Logps are at the temperature of the sequence.
+Knows nothing of HTTP, DeepSpeed, ranks, the run's config, or where a batch came from; torch comes with the tensors.
+"""
+
+import difflib
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError, create_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOG_RATIO_LIMIT = 20.0  # a ratio is held within exp(-20) and exp(20), so that one absurd logp does not make a step infinite
+
+Below1 = Annotated[float, Field(ge=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Above1 = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+
+
+def ratio(logp_N: "Tensor", behavior_logp_N: "Tensor") -> "Tensor":
+    """exp(logp - behavior_logp), the exponent held within +-20."""
+    return (logp_N - behavior_logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+
+
+def weighted_sft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
+    """A: REINFORCE (Williams 1992) on the data as it is, whoever sampled it."""
+    return advantages_N
+
+
+def sft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
+    """1: plain cross-entropy. Advantages are not looked at."""
+    return logp_N.new_ones(logp_N.shape)
+
+
+def dft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
+    """p: dynamic fine-tuning, SFT less its implicit 1/p (Wu et al. 2025, arXiv:2508.05629). Advantages are not looked at."""
+    return logp_N.exp()
+
+
+def importance_sampling(
+    logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor", *, cap: Above0 | None = None
+) -> tuple["Tensor", "Tensor"]:
+    """A * min(ratio, cap): the off-policy policy gradient, token by token.
+
+    With `cap` truncated importance sampling (Ionides 2008; as TIS in Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"); None does not truncate.
+    """
+    r = ratio(logp_N, behavior_logp_N)
+    truncated = r > (float("inf") if cap is None else cap)
+    return advantages_N * r.clamp(max=cap) if cap is not None else advantages_N * r, truncated
+
+
+def ppo_clip(
+    logp_N: "Tensor",
+    behavior_logp_N: "Tensor",
+    advantages_N: "Tensor",
+    *,
+    eps_low: Below1 = 0.2,
+    eps_high: NotNegative = 0.2,
+    dual_clip: Above1 | None = None,
+) -> tuple["Tensor", "Tensor"]:
+    """A * ratio; 0 where min(ratio * A, clip(ratio, 1 - eps_low, 1 + eps_high) * A) takes the clipped branch.
+
+    PPO (Schulman et al. 2017, arXiv:1707.06347); eps_high above eps_low is DAPO's clip-higher (arXiv:2503.14476). With
+    `dual_clip` c also 0 where A < 0 and ratio > c (Ye et al. 2020, arXiv:1912.09729).
+    """
+    r = ratio(logp_N, behavior_logp_N)
+    return _clipped(r, advantages_N, eps_low, eps_high, dual_clip)
+
+
+def cispo(
+    logp_N: "Tensor",
+    behavior_logp_N: "Tensor",
+    advantages_N: "Tensor",
+    *,
+    eps_low: Below1 = 1.0,
+    eps_high: NotNegative = 4.0,
+) -> tuple["Tensor", "Tensor"]:
+    """A * clip(ratio, 1 - eps_low, 1 + eps_high): the weight is clipped, no token falls silent (MiniMax-M1, arXiv:2506.13585).
+
+    By default only from above, at 5, as there and in ScaleRL (arXiv:2510.13786).
+    """
+    r = ratio(logp_N, behavior_logp_N)
+    return advantages_N * r.clamp(1 - eps_low, 1 + eps_high), (r < 1 - eps_low) | (r > 1 + eps_high)
+
+
+def gspo(
+    logp_N: "Tensor",
+    behavior_logp_N: "Tensor",
+    advantages_N: "Tensor",
+    sequence_N: "Tensor",
+    *,
+    eps_low: Below1 = 3e-4,
+    eps_high: NotNegative = 4e-4,
+) -> tuple["Tensor", "Tensor"]:
+    """A * s, with s = exp(mean of log ratio over the sequence's trained tokens), 0 where PPO's rule clips s.
+
+    GSPO-token (Zheng et al. 2025, arXiv:2507.18071), which is GSPO where a sequence has one advantage. The paper's loss has
+    `reduction sequence_mean`.
+    """
+    log_ratio_N = (logp_N - behavior_logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    sums, counts = (logp_N.new_zeros(len(logp_N)).index_add(0, sequence_N, x) for x in (log_ratio_N, log_ratio_N * 0 + 1))
+    return _clipped((sums / counts.clamp(min=1))[sequence_N].exp(), advantages_N, eps_low, eps_high)
+
+
+def _clipped(
+    r: "Tensor", advantages_N: "Tensor", eps_low: float, eps_high: float, dual_clip: float | None = None
+) -> tuple["Tensor", "Tensor"]:
+    """A * r where PPO's clip leaves it, 0 where it does not, and where that is."""
+    clipped = ((advantages_N > 0) & (r > 1 + eps_high)) | ((advantages_N < 0) & (r < 1 - eps_low))
+    if dual_clip is not None:
+        clipped |= (advantages_N < 0) & (r > dual_clip)
+    return (advantages_N * r).masked_fill(clipped, 0), clipped
+
+
+OBJECTIVES = {f.__name__: f for f in (weighted_sft, sft, importance_sampling, ppo_clip, cispo, gspo, dft)}
+_WITHOUT_BEHAVIOR = {weighted_sft, sft, dft}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A chosen objective with its arguments. Calling it gives weights [N] and which of them are clipped, bool [N]."""
+
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+    function: Callable = field(init=False)
+
+    def __post_init__(self):
+        """ValueError: an unknown name, a module without it, arguments that it does not take."""
+        object.__setattr__(self, "function", _function(self.name))
+        object.__setattr__(self, "args", _checked(self.name, self.function, self.args))
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether it needs the logps of whole sequences before it can weigh any token of them."""
+        return "sequence_N" in inspect.signature(self.function).parameters
+
+    @property
+    def needs_behavior(self) -> bool:
+        return self.function not in _WITHOUT_BEHAVIOR
+
+    def __call__(
+        self, logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor", sequence_N: "Tensor"
+    ) -> tuple["Tensor", "Tensor"]:
+        behavior_logp_N = behavior_logp_N.where(~behavior_logp_N.isnan(), logp_N)
+        more = {"sequence_N": sequence_N} if self.of_sequences else {}
+        found = self.function(logp_N, behavior_logp_N, advantages_N, **more, **self.args)
+        weights_N, clipped_N = found if isinstance(found, tuple) else (found, logp_N.new_zeros(len(logp_N), dtype=bool))
+        if weights_N.shape != logp_N.shape or clipped_N.shape != logp_N.shape:
+            raise ValueError(f"objective {self.name} gave weights {list(weights_N.shape)}; expected {list(logp_N.shape)}")
+        return weights_N.detach(), clipped_N
+
+
+def _function(name: str) -> Callable:
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise ValueError(
+            f"unknown objective {name!r}: {hint} are {', '.join(OBJECTIVES)}, or your own as my_module:my_function"
+        )
+    if os.getcwd() not in sys.path:  # as `python -m` has it; `python train.py` knows the folder of train.py only
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"objective {name!r} cannot be imported: {error}; looked in {os.getcwd()} and the Python path"
+        ) from error
+    if not callable(function):
+        raise ValueError(f"objective {name!r} is a {type(function).__name__}, expected a function")
+    return function
+
+
+def _checked(name: str, function: Callable, args: dict[str, Any]) -> dict[str, Any]:
+    """The given arguments, read as the function's annotations say."""
+    parameters = inspect.signature(function).parameters
+    takes = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    tensors = [n for n in parameters if n not in takes]
+    if len(tensors) != 3 + ("sequence_N" in tensors):
+        raise ValueError(
+            f"objective {name!r} takes ({', '.join(tensors)}); expected (logp_N, behavior_logp_N, advantages_N), "
+            f"sequence_N as a fourth or not, and its own arguments behind a *"
+        )
+    fields = {n: (_annotation(p), ... if p.default is p.empty else p.default) for n, p in takes.items()}
+    try:
+        read = create_model("Arguments", __config__=ConfigDict(extra="forbid"), **fields)(**args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        argument, known = first["loc"][0], ", ".join(takes) or "none"
+        wrong = {"extra_forbidden": "is not one of its arguments", "missing": "is not given"}.get(
+            first["type"], f"is {first['input']!r}: {first['msg']}"
+        )
+        raise ValueError(f"{argument} of objective {name} {wrong}; it takes {known}") from error
+    return {n: getattr(read, n) for n in args}
+
+
+def _annotation(parameter: inspect.Parameter) -> Any:
+    """What pydantic is to read the argument as; anything, where the function does not say it in a type at hand."""
+    unsaid = parameter.annotation is parameter.empty or isinstance(parameter.annotation, str)
+    return Any if unsaid else parameter.annotation
