@@ -354,7 +354,9 @@ def judge(parts, rules):
     overrides = [override_of(*place) for place in places]
     scores = [entry(group, "scores", i) for group, i in places]
     from_scores = advantages_of_scores(scores, overrides, rules["score_advantages"])
-    verdicts = [judge_one(*place, *said, rules) for place, said in zip(places, zip(overrides, from_scores), strict=True)]
+    verdicts = [
+        judge_one(*place, *said, rules) for place, said in zip(places, zip(overrides, from_scores, strict=True), strict=True)
+    ]
     if rules["score_advantages"] in ("group_center", "rloo"):  # 0 less the mean of 3e38 and 1 is right to many digits of 3e38
         largest = max([1.0, *(abs(advantage) for advantage in from_scores if advantage is not None)])
         for verdict in verdicts:
