@@ -93,6 +93,13 @@ class Batch:
         ends = np.cumsum(self.lengths)
         return [slice(int(end - n), int(end)) for end, n in zip(ends, self.lengths, strict=True)]
 
+    @property
+    def trained_tokens(self) -> np.ndarray:
+        """Of each rollout [R] int64."""
+        before_N = np.concatenate([[0], np.cumsum(self.loss_mask)])
+        ends_R = np.cumsum(self.lengths)
+        return before_N[ends_R] - before_N[ends_R - self.lengths]
+
     def with_final_advantages(self, shaping: Shaping) -> Batch:
         """Advantages shaped over the trained, not overridden tokens of this whole batch, then overridden."""
         overrides = np.repeat(self.overrides, self.lengths)
@@ -106,7 +113,7 @@ class Batch:
         mean: 1 / trained tokens of the batch. sequence_mean: 1 / (S * the rollout's trained tokens), the mean of the rollouts'
         means, as in GRPO. constant: 1 / (S * max_token_len), as in Dr. GRPO (arXiv:2503.20783). sum: 1.
         """
-        trained = np.array([self.loss_mask[span].sum() for span in self.spans()], dtype=np.float64)
+        trained = self.trained_tokens
         sequences = max(int((trained > 0).sum()), 1)
         divisors = {
             "mean": max(self.num_trained, 1),
