@@ -1,0 +1,226 @@
+"""What records carry: recorded bodies by hand, every combination of fields through the server, and into a run's metrics."""
+
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+from atropos_server import atropos_server, group, post_group, register_env
+from conftest import RANK_VARIABLES, make_group, write_groups
+
+from wsft import AtroposBatchProcessor, WeightedSFTConfig, WeightedSFTTrainer
+from wsft.atropos import AtroposClient, decode
+from wsft.batching import token_terms
+from wsft.config import UserError
+from wsft.objectives import Objective
+from wsft.terms import Coefficients
+
+BODIES = Path(__file__).parent / "bodies"
+NAN = math.nan
+
+
+def read(name, **decoding):
+    processor = AtroposBatchProcessor(**decoding)
+    return processor.process_atropos_batch(json.loads((BODIES / name).read_text())["batch"])
+
+
+def test_the_weights_of_a_recorded_body_are_those_one_reads_off_it():
+    """PPO with eps_low 0.1 and eps_high 0.05, where the policy gives every token the logp -0.4."""
+    batch = read("token_level_advantages.json")
+    objective = Objective("ppo_clip", {"eps_low": 0.1, "eps_high": 0.05})
+    terms = token_terms(batch, [0, 1, 2, 3], batch.scales("mean", 100), objective, Coefficients(), 0.8)
+    assert terms.behavior_logp_N.tolist() == pytest.approx([-0.5, -0.1, -1.5, -0.7, -0.2, NAN, NAN, NAN, NAN], nan_ok=True)
+    assert terms.temperature_N.tolist() == pytest.approx([1.0] * 5 + [0.8] * 4)  # the second and third record have none
+    weights, clipped = terms.weigh(torch.full((9,), -0.4))
+    wanted = [
+        0,  # A 0.75, ratio exp(-0.4 + 0.5) = 1.105 > 1.05: clipped
+        0.5 * math.exp(-0.4 + 0.1),  # A 0.5, ratio 0.741: too small already, and the clip holds only from above
+        -0.25 * math.exp(-0.4 + 1.5),  # A -0.25, ratio 3.0: held only from below
+        -0.5 * math.exp(-0.4 + 0.7),
+        0,  # A -0.5, ratio exp(-0.4 + 0.2) = 0.819 < 0.9: clipped
+        *(1, 1),  # the sft override
+        *(0.5, 0.5),  # a lone sequence keeps its score 0.5, and nobody said how likely it was: ratio 1
+    ]
+    assert weights.tolist() == pytest.approx(wanted) and clipped.tolist() == [i in (0, 4) for i in range(9)]
+    assert terms.scale_N.tolist() == pytest.approx([1 / 9] * 9)
+
+
+def test_two_real_environments_give_what_their_scores_and_samplers_say():
+    batch = read("two_envs.json", vocab_size=49_152)
+    assert batch.rejected == {} and batch.env_ids.tolist() == [1] * 4 + [0] * 4
+    advantages = [batch.advantages[span][batch.loss_mask[span]] for span in batch.spans()]
+    # of -1, -1, -1, -1 nothing is left; of -1, -1, 1, -1 the mean is -1/2 and the deviation sqrt(3)/2
+    wanted = [0] * 4 + [-1 / math.sqrt(3), -1 / math.sqrt(3), math.sqrt(3), -1 / math.sqrt(3)]
+    for found, value in zip(advantages, wanted, strict=True):
+        assert len(found) and found == pytest.approx([value] * len(found))
+    known = [~np.isnan(batch.behavior_logp[span]) for span in batch.spans()]
+    assert not any(row.any() for row in known[:4])  # the first environment sends an empty list
+    for span, row in list(zip(batch.spans(), known, strict=True))[4:]:
+        assert (row == batch.loss_mask[span]).all()  # 1.0 stands at the prompt
+    assert batch.behavior_logp[batch.spans()[4]][-1] == pytest.approx(-9.608060836791992)
+
+
+def test_every_combination_of_fields_comes_through_the_real_server():
+    logps, ids = [1.0, 1.0, -0.5, -0.25, 1.0, -2.0], [[], [], [5, 6], [], [7], [8, 9]]
+    choices = {
+        "inference_logprobs": [None, [], [logps, logps], [logps]],
+        "ref_logprobs": [None, [], [logps, [1.0] * 6]],
+        "generation_params": [None, {}, {"temperature": 0.7, "weight_version": 3}],
+        "overrides": [None, [], [{}, {"temperature": 0.5}], [{"sft": True}, {}]],
+        "distill": [False, True],
+    }
+    records = []
+    for values in itertools.product(*choices.values()):
+        fields = dict(zip(choices, values, strict=True))
+        teacher = {"distill_token_ids": [ids, ids], "distill_logprobs": [[[-1.0] * len(row) for row in ids]] * 2}
+        records.append(group() | ({} if not fields.pop("distill") else teacher) | fields)
+    with atropos_server() as server:
+        client = AtroposClient(server.url, batch_size=2, max_token_len=64, num_steps=1000, timeout=10)
+        assert client.poll() is None
+        env_id = register_env(server.url, 2)
+        for record in records:
+            assert post_group(server.url, env_id, record) == "received"
+        bodies = [client.poll() for _ in records]
+    batch_of = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch
+    for record, body in zip(reversed(records), bodies, strict=True):  # the server hands out the newest first
+        batch = batch_of(decode(body))
+        assert batch.rejected == {} and batch.env_ids.tolist() == [env_id] * 2
+        row = [NAN, NAN, -0.5, -0.25, NAN, -2.0]
+        sampled, ref = (record[name] or [] for name in ("inference_logprobs", "ref_logprobs"))
+        wanted = [row if i < len(sampled) else [NAN] * 6 for i in range(2)]
+        assert np.array_equal(batch.behavior_logp, np.concatenate(wanted).astype(np.float32), equal_nan=True)
+        wanted = [row if ref and i == 0 else [NAN] * 6 for i in range(2)]
+        assert np.array_equal(batch.ref_logp, np.concatenate(wanted).astype(np.float32), equal_nan=True)
+        params, said = record["generation_params"] or {}, [entry or {} for entry in record["overrides"] or [None] * 2]
+        temperatures = [own.get("temperature", params.get("temperature", NAN)) for own in said]
+        assert batch.temperatures.tolist() == pytest.approx(temperatures, nan_ok=True)
+        assert batch.weight_versions.tolist() == pytest.approx([params.get("weight_version", NAN)] * 2, nan_ok=True)
+        assert batch.overrides.tolist() == [2 if own.get("sft") else 0 for own in said]
+        assert batch.teacher_ids.tolist() == ([5, 6, 7, 8, 9] * 2 if "distill_token_ids" in record else [])
+
+
+def test_partial_groups_of_one_prompt_are_compared_as_one_and_of_two_prompts_are_not():
+    halves = [group(size=1) | {"scores": [score]} for score in (0.0, 1.0)]
+    others = [halves[0], halves[1] | {"tokens": [[3, 3, 3, 4, 5, 6]], "masks": [[-100, -100, 3, 4, 5, 6]]}]
+    for parts, wanted in ((halves, [-1.0, 1.0]), (others, [0.0, 1.0])):
+        with atropos_server() as server:
+            client = AtroposClient(server.url, batch_size=2, max_token_len=64, num_steps=10, timeout=10)
+            assert client.poll() is None
+            env_id = register_env(server.url, 2)
+            assert [post_group(server.url, env_id, part) for part in parts] == ["buffered", "buffered"]
+            batch = AtroposBatchProcessor().process_atropos_batch(decode(client.poll()))
+        assert [batch.advantages[span][2] for span in batch.spans()] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "fields, reason",
+    [
+        ({"distill_token_ids": [[[5]] * 5]}, "teacher does not fit the tokens"),
+        ({"distill_logprobs": [[[-1.0]] * 7]}, "teacher does not fit the tokens"),
+        ({"distill_logprobs": [[[-1.0, -2.0]] * 6]}, "teacher does not fit the tokens"),
+        ({"distill_logprobs": [[[0.5]] * 6]}, "teacher does not fit the tokens"),
+        ({"distill_logprobs": [[[NAN]] * 6]}, "teacher does not fit the tokens"),
+        ({"distill_logprobs": None}, "teacher does not fit the tokens"),
+        ({"distill_token_ids": [[[True]] * 6]}, "teacher does not fit the tokens"),
+        ({"distill_token_ids": [[[96]] * 6]}, "token id outside the vocabulary"),
+        ({"distill_token_ids": [[[-1]] * 6]}, "token id outside the vocabulary"),
+    ],
+)
+def test_a_teacher_that_cannot_be_is_left_out_and_counted(fields, reason):
+    record = group(size=1) | {"distill_token_ids": [[[5]] * 6], "distill_logprobs": [[[-1.0]] * 6]}
+    processor = AtroposBatchProcessor(reads_teacher=True, vocab_size=96)
+    assert processor.process_atropos_batch([record]).rejected == {}
+    assert processor.process_atropos_batch([record | fields]).rejected == {reason: 1}
+    assert AtroposBatchProcessor(vocab_size=96).process_atropos_batch([record | fields]).rejected == {}  # nobody asked
+
+
+@pytest.mark.parametrize("row", [[-1.0] * 5, "text", [[-1.0]] * 6, [True] * 6])
+def test_logprobs_that_do_not_fit_are_set_aside_and_counted(row):
+    batch = AtroposBatchProcessor().process_atropos_batch([group(size=1) | {"inference_logprobs": [row]}])
+    assert batch.rejected == {"trained without inference_logprobs: they do not fit the tokens": 1}
+    assert len(batch.lengths) == 1 and np.isnan(batch.behavior_logp).all()
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, NAN, "0.7", True, 1e300])
+def test_a_temperature_that_cannot_be_is_set_aside_and_counted(temperature):
+    record = group(size=1) | {"generation_params": {"temperature": temperature}, "group_overrides": {"temperature": 0.5}}
+    batch = AtroposBatchProcessor().process_atropos_batch([record])
+    assert batch.rejected == {"trained at the run's temperature: its own is not a number above 0": 1}
+    assert np.isnan(batch.temperatures).all()
+    assert AtroposBatchProcessor(record_temperature=False).process_atropos_batch([record]).rejected == {}
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path, monkeypatch):
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield {"model_name": tiny_model, "batch_size": 4, "device": "cpu", "output_dir": str(tmp_path / "run")}
+    if torch.distributed.is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+def train(settings, **changes):
+    WeightedSFTTrainer(WeightedSFTConfig(**settings | changes)).train()
+    return [json.loads(line) for line in (Path(settings["output_dir"]) / "metrics.jsonl").open()]
+
+
+def test_a_run_says_what_its_records_brought(settings, tmp_path, rng):
+    """Two environments in one batch: one tells all, the other nothing but scores."""
+    lengths = [8, 6]
+    told = make_group(rng, lengths, env_id=1, scores=[1.0, 0.0], generation_params={"temperature": 0.7, "weight_version": 0})
+    told["inference_logprobs"] = [[1.0, 1.0] + [-3.0] * (n - 3) + [1.0] for n in lengths]  # the last one's is not known
+    told["ref_logprobs"] = [[-4.0] * n for n in lengths]
+    told["distill_token_ids"] = [[[5, 6]] * n for n in lengths]
+    told["distill_logprobs"] = [[[-1.0, -2.0]] * n for n in lengths]
+    silent = make_group(rng, [7, 5], env_id=4, scores=[2.0, 4.0], advantages=None)
+    data = write_groups(tmp_path / "data.jsonl", [told, silent, told, silent])
+    terms = dict(objective="ppo_clip", kl_coef=0.1, distill_coef=0.5, entropy_coef=0.01)
+    steps = train(settings, data=data, **terms)
+    trained = (6 + 4) + (5 + 3)
+    for step in steps:
+        assert step["tokens/trained"] == trained
+        assert step["data/no_behavior_logp"] == trained - (5 + 3)
+        assert step["data/no_ref_logp"] == step["data/no_teacher"] == 5 + 3
+        assert (step["score/mean"], step["score/env_1/mean"], step["score/env_4/mean"]) == (1.75, 0.5, 3.0)
+        assert (step["score/env_1/std"], step["score/env_4/std"]) == (0.5, 1.0)
+        assert step["kl/reference"] > 0 and step["ratio/max"] >= step["ratio/mean"] > 0 and 0 <= step["ratio/clipped"] < 1
+    assert [step["data/staleness"] for step in steps] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        (dict(objective="gspo"), "inference_logprobs"),
+        (dict(kl_coef=0.1), "ref_logprobs"),
+        (dict(distill_coef=0.1), "distill_token_ids"),
+    ],
+)
+def test_a_batch_without_what_the_loss_needs_is_said_or_under_strict_an_error(changes, field, settings, tmp_path, rng, capfd):
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [8, 6]) for _ in range(4)])
+    with pytest.raises(UserError, match=f"the batch of step 1 has no {field} on any trained token, and strict is set"):
+        train(settings, data=data, strict=True, **changes)
+    assert len(train(settings, data=data, overwrite_output_dir=True, **changes)) == 2
+    assert capfd.readouterr().err.count(f"no trained token of the batch has {field}") == 1
+
+
+def test_a_reference_model_of_another_vocabulary_is_refused(settings, tmp_path, rng):
+    from conftest import make_model
+
+    small = make_model(tmp_path / "small", vocab_size=50)
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [8, 6])])
+    with pytest.raises(UserError, match="has a vocabulary of 50, the model one of 96"):
+        train(settings, data=data, kl_coef=0.1, ref_model_name=small)
+
+
+def test_the_servers_latest_example_is_a_record_like_the_others():
+    with atropos_server() as server:
+        client = AtroposClient(server.url, batch_size=2, max_token_len=64, num_steps=10, timeout=10)
+        assert client.poll() is None
+        post_group(server.url, register_env(server.url, 2), group())
+        latest = requests.get(f"{server.url}/latest_example", timeout=10).json()
+    assert AtroposBatchProcessor().process_atropos_batch([latest]).lengths.tolist() == [6, 6]
