@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_group
-from hypothesis import given
-from hypothesis import strategies as st
 
 from wsft import AtroposBatchProcessor
-from wsft.batching import Batch, pad, plan_shares
+from wsft.batching import Batch, pad
 
 
 def test_a_recorded_body_becomes_the_tensors_one_reads_off_it():
@@ -68,7 +66,7 @@ def test_an_unknown_choice_names_the_known_ones(setting):
 
 def test_an_empty_batch_is_rows_of_nothing():
     batch = AtroposBatchProcessor().process_atropos_batch([])
-    assert batch.num_trained == 0 and plan_shares(batch.lengths, 3, 100) == [[[]]] * 3
+    assert batch.num_trained == 0
     filler = pad(batch, [], pad_token_id=3)
     assert filler["tokens"].tolist() == [[3]] and not filler["loss_masks"].any()
 
@@ -81,14 +79,3 @@ def test_joined_parts_are_the_whole(rng):
     for name in ("tokens", "loss_mask", "advantages", "lengths", "overrides", "counts"):
         assert np.array_equal(getattr(whole, name), getattr(joined, name))
     assert joined.rejected == {"no mask": 1}
-
-
-@given(st.lists(st.integers(2, 60), max_size=40), st.integers(1, 5), st.integers(2, 200))
-def test_shares_hold_every_rollout_once_within_the_budget(lengths, num_ranks, budget):
-    shares = plan_shares(np.array(lengths, dtype=np.int64), num_ranks, budget)
-    assert len(shares) == num_ranks and len({len(share) for share in shares}) == 1 and shares[0]
-    assert sorted(i for share in shares for mb in share for i in mb) == list(range(len(lengths)))
-    for micro_batch in (mb for share in shares for mb in share if len(mb) > 1):
-        assert len(micro_batch) * max(lengths[i] for i in micro_batch) <= budget
-    totals = [sum(lengths[i] for mb in share for i in mb) for share in shares]
-    assert max(totals) - min(totals) <= max(lengths, default=0)

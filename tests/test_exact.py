@@ -69,7 +69,8 @@ def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
             dict(
                 model_name=model, data=data, deepspeed=ds, batch_size=BATCH_SIZE, micro_batch_tokens=micro_batch_tokens,
                 learning_rate=LEARNING_RATE, max_grad_norm=0, advantage_normalization=normalization, device="cpu",
-                output_dir=str(tmp_path / f"run{i}"), gradient_checkpointing=bool(i % 3),
+                output_dir=str(tmp_path / f"run{i}"), gradient_checkpointing=bool(i % 3), packing=bool(i // 2 % 2 == 0),
+                skip_weightless=bool(i % 5), prefetch_batches=i % 3,
             )
         )  # fmt: skip
     (tmp_path / "runs.json").write_text(json.dumps(runs))

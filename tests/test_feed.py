@@ -1,17 +1,19 @@
-"""Sources one by one: what a poll gives, and what is in the journal by then."""
+"""Sources and the feed: what they give, when, and what is in the journal by then."""
 
 import json
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 from atropos_server import group
 
+from wsft import WeightedSFTConfig
 from wsft.atropos import AtroposClient
 from wsft.batching import AtroposBatchProcessor
-from wsft.feed import AtroposSource
+from wsft.feed import AtroposSource, Feed
 from wsft.journal import Journal
 
 
@@ -53,32 +55,62 @@ def open_source(url, folder):
     return AtroposSource(client, AtroposBatchProcessor(pad_token_id=0), Journal(folder), [])
 
 
-@pytest.mark.parametrize("pause", [0, 0.8])
-def test_a_batch_that_arrives_between_two_polls_comes_once(pause, tmp_path):
-    with slow_server(1.5) as (url, served):
-        source, got = open_source(url, tmp_path / "journal"), []
-        while len(got) < 3:
-            batch = source.poll(len(got), step=0)
-            if batch is None:
-                time.sleep(pause)  # so that the answer comes while nobody waits for it
-            else:
-                got.append(len(batch.tokens) // 2)
-        assert got == [6, 7, 8] and len(served) == 3
+def take(source, number):
+    """The lengths of the batch's sequences."""
+    return source.take(number, step=0, over=threading.Event())[0].lengths.tolist()
+
+
+def test_batches_come_in_order_once_and_again_from_the_journal(tmp_path):
+    with slow_server(0.2) as (url, served):
+        source = open_source(url, tmp_path / "journal")
+        got = [take(source, number) for number in range(3)]
+        assert got == [[6, 6], [7, 7], [8, 8]] and len(served) == 3
     assert Journal(tmp_path / "journal").numbers == [0, 1, 2]
     again = open_source("http://127.0.0.1:9", tmp_path / "journal")
-    assert [len(again.poll(number, step=0).tokens) // 2 for number in range(3)] == got
-
-
-def test_a_batch_under_way_when_the_run_stops_is_kept_for_the_next(tmp_path):
-    with slow_server(2) as (url, served):
-        source = open_source(url, tmp_path / "journal")
-        assert source.poll(0, step=0) is None
-        source.close()
-        assert len(served) == 1 and Journal(tmp_path / "journal").numbers == [0]
+    assert [take(again, number) for number in range(3)] == got
 
 
 def test_a_body_that_cannot_be_decoded_is_counted_and_ends_nothing(tmp_path):
     Journal(tmp_path / "journal").append(0, b'{"batch": 5}')
     source = open_source("http://127.0.0.1:9", tmp_path / "journal")
-    batch = source.poll(0, step=0)
+    batch, _ = source.take(0, step=0, over=threading.Event())
     assert not len(batch.lengths) and batch.rejected == {"record is not a group": 1}
+
+
+class OneRank:
+    """What a feed wants of the world, for one rank."""
+
+    rank, size = 0, 1
+
+    def words(self, word):
+        return [word]
+
+    def broadcast(self, arrays, like, source):
+        return arrays
+
+
+def open_feed(url, folder, **settings):
+    config = WeightedSFTConfig(model_name="none", training_steps=3, **settings)
+    return Feed(config, open_source(url, folder), OneRank(), SimpleNamespace(code=0), {})
+
+
+@pytest.mark.parametrize("ahead, seconds", [(0, 2.4), (1, 1.6)])
+def test_the_next_batch_comes_while_this_one_trains_and_none_beyond_the_last(ahead, seconds, tmp_path):
+    with slow_server(0.4) as (url, served):
+        feed, start = open_feed(url, tmp_path / "journal", prefetch_batches=ahead), time.monotonic()
+        for step in range(3):
+            assert feed.next(step, waiting=lambda state: None).lengths.tolist() == [6 + step] * 2
+            time.sleep(0.4)  # it trains
+        spent = time.monotonic() - start
+        assert seconds - 0.1 < spent < seconds + 0.7
+        feed.close()
+        assert len(served) == 3 and Journal(tmp_path / "journal").numbers == [0, 1, 2]
+
+
+def test_a_batch_under_way_when_the_run_stops_is_kept_for_the_next(tmp_path):
+    with slow_server(2) as (url, served):
+        feed = open_feed(url, tmp_path / "journal")
+        threading.Timer(0.5, lambda: setattr(feed._stop, "code", 15)).start()
+        assert feed.next(0, waiting=lambda state: None) is None and feed.stopped == 15
+        feed.close()
+        assert len(served) == 1 and Journal(tmp_path / "journal").numbers == [0]

@@ -10,6 +10,7 @@ from atropos_server import free_port
 from conftest import clean_environment, make_group, run_together, write_groups
 from fed_run import steps_of, train
 
+from wsft.attention import borders, packed_attention
 from wsft.loss_head import weighted_linear_cross_entropy
 
 pytestmark = pytest.mark.gpu
@@ -32,6 +33,25 @@ def test_the_head_on_a_gpu_gives_the_dense_gradients(dtype, tolerance):
     assert (loss - dense).abs() < tolerance * dense.abs()
     for ours, theirs in zip(gradients, torch.autograd.grad(dense, inputs), strict=True):
         assert (ours.double() - theirs.double()).norm() < tolerance * theirs.double().norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("window", [None, 16])
+def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, tolerance):
+    lengths, generator = [40, 1, 130, 17], torch.Generator("cuda").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, sum(lengths), 64, device="cuda", generator=generator, dtype=dtype).requires_grad_()
+        for heads in (8, 2, 2)
+    )
+    said = borders(lengths, query.device)
+    starts = dict(cu_seq_lens_q=said["cu_seq_lens_q"], max_length_q=said["max_length_q"])
+    packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **starts)
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    alone = torch.cat([packed_attention(torch.nn.Module(), *part, None, sliding_window=window)[0] for part in parts], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=tolerance, atol=tolerance)
+    gradients = (torch.autograd.grad(x.float().square().sum(), (query, key, value)) for x in (packed, alone))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() < 2 * tolerance * theirs.norm()
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])

@@ -16,9 +16,9 @@ export run_folder feed
 checkpoint
 engine
 model metrics world measurements
-environment batching ds_config journal stopping watchdog
+environment batching shares ds_config journal stopping watchdog
 weighted_texts terms
-loss loss_head atropos groups
+loss loss_head attention atropos groups
 records
 config advantages
 objectives

@@ -1,14 +1,16 @@
 """Ten thousand mutated groups through the decoding that training uses, each held against an oracle in plain Python.
 
 A body is drawn from its number alone: `check(number)` repeats one. The oracle (`judge` and what is above it) reads the
-body with `json.loads` and calls nothing of wsft. It says of every sequence which reasons to leave it out are true; where
-there are several, any one may be counted. What it leaves out: log-probabilities, messages, images, distillation and
-temperatures (the decoding reads none of them) and the texts of the log.
+body with `json.loads` and calls nothing of wsft. It says of every sequence which reasons to leave it out are true (where
+there are several, any one may be counted), and of every good one each field to the last bit, but for advantages, which are
+held within a rounding. What it leaves out: messages and images, which nobody reads, and the texts of the log.
 """
 
 import json
 import math
 import random
+import re
+import struct
 import time
 import tracemalloc
 from collections import Counter
@@ -20,34 +22,63 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import VOCAB, make_group
 
 from wsft.advantages import Shaping
 from wsft.atropos import decode
-from wsft.batching import AtroposBatchProcessor
-from wsft.groups import REASONS, REJECTED
+from wsft.batching import AtroposBatchProcessor, token_terms
+from wsft.groups import REASONS
+from wsft.objectives import Objective
+from wsft.terms import Coefficients
 
 GROUPS = 10_000
 SECONDS = 5.0  # for one body
 BODIES = [path.read_bytes() for path in sorted((Path(__file__).parent / "bodies").glob("*.json"))]
 RECORDED = [json.dumps(group) for body in BODIES for group in json.loads(body)["batch"]]
 NONE, ZERO, SFT = range(3)
-# a line is of a file; the others are read only where a setting asks for them
-NEVER_MET = {"line is not JSON", "teacher does not fit the tokens", "trained without ref_logprobs: they do not fit the tokens"}
+NEVER_MET = {"line is not JSON"}  # a line is of a file
 
 # -- the mutator: of Python values; some words become JSON that `json.dumps` does not write ---------------------------
 
 DEEP = '"<deep>"'
 WORDS = {'"<1e999>"': "1e999", '"<-1e999>"': "-1e999", '"<1E1>"': "1E1", "<again>": ""}  # a key <again> stands twice
 ROWS = ["tokens", "masks", "advantages"]
-FIELDS = [*ROWS, "scores", "overrides", "group_overrides", "generation_params", "messages", "inference_logprobs", "env_id"]
+LOGPS = ["inference_logprobs", "ref_logprobs"]
+TEACHER = ["distill_token_ids", "distill_logprobs"]
+SAYING = ["overrides", "generation_params", "group_overrides"]  # in this order: who is heard
+FIELDS = [*ROWS, *LOGPS, *TEACHER, *SAYING, "scores", "messages", "env_id"]
 IDS = [0, 1, 4, 95, 96, 49151, 49152, 2**31 - 1, 2**31, 2**63 - 1, 2**63, 2**80, 10**400, -1, -100, -(2**63), -(2**63) - 1]
 FLOATS = [3.0, 3.5, 0.0, -0.0, 1e-9, 5e-324, -2.5, 3e38, -3e38, 3.5e38, 1e300, -1e300, 2.0**53, 1.5e9 + 0.1]
 FLOATS += [math.nan, math.inf, -math.inf, "<1e999>", "<-1e999>", "<1E1>"]
 JUNK = [None, True, False, "", "7", "text", "NaN", "\ud800", "\0\U0001f600", "x" * 5000, {}, {"a": 1}, [], [5], [[5, 6]], [[]]]
 JUNK += [[None], [True], {"tokens": [[5, 6]]}, "<deep>"]
 FLAGS = [True, False, None, 1, 0, 1.0, "false", "true", "", 2, -1, math.nan, [], {}]
-TEMPERATURES = [1.0, 0, -1, math.nan, "hot", None, []]
+TEMPERATURES = [1.0, 0.7, 2, 1e-3, 0, -0.0, -1, 3e38, 3.5e38, 1e300, 10**400, math.nan, math.inf, "<1e999>"]
+TEMPERATURES += ["hot", "0.7", None, [], {}, True, False]
+VERSIONS = [
+    0,
+    7,
+    2**53 - 1,
+    2**53,
+    2**80,
+    -1,
+    3.0,
+    3.5,
+    math.nan,
+    "12",
+    "007",
+    "default",
+    "",
+    "-1",
+    " 5",
+    "1.0",
+    "\u0663",
+    "\u00b2",
+]
+VERSIONS += ["9" * 15, "9" * 16, True, None, []]
+A_LOGP = [1.0, 1, 0, 0.0, -0.0, -1, 5e-4, 1e-3, 0.0011, 0.5, 5e-324, -5e-324, -1e-46, -104.5, -3e38, -3.5e38, -1e300, -(2**80)]
+A_LOGP += [10**400, -(10**400), math.nan, math.inf, -math.inf, "<-1e999>", None, True, "-0.5", [-0.5], {}]
 MUTATIONS, RARE = [], []
 
 
@@ -71,13 +102,13 @@ def place(rng, row):
 
 @mutation
 def an_element_becomes_anything(rng, group):
-    row = rng.choice(group[rng.choice(ROWS)])
+    row = rng.choice(group[rng.choice([*ROWS, *LOGPS, *TEACHER])])
     row[place(rng, row)] = anything(rng)
 
 
 @mutation
 def a_row_becomes_anything(rng, group):
-    rows = group[rng.choice([*ROWS, "scores"])]
+    rows = group[rng.choice([*ROWS, *LOGPS, *TEACHER, "scores"])]
     rows[place(rng, rows)] = anything(rng)
 
 
@@ -110,21 +141,22 @@ def two_fields_change_places(rng, group):
 
 @mutation
 def a_row_is_ragged(rng, group):
-    row = rng.choice(group[rng.choice(ROWS)])
+    row = rng.choice(group[rng.choice([*ROWS, *LOGPS, *TEACHER])])
     rng.choice([row.pop, row.clear, lambda: row.append(row[-1]), lambda: row.pop(0), lambda: row.insert(0, row[0])])()
 
 
 @mutation
 def rows_are_too_few_or_too_many(rng, group):
-    rows = group[rng.choice([*ROWS, "scores"])]
+    rows = group[rng.choice([*ROWS, *LOGPS, *TEACHER, "scores"])]
     rng.choice([rows.pop, lambda: rows.append(rows[0]), lambda: rows.insert(0, None), lambda: rng.shuffle(rows)])()
 
 
 @mutation
 def a_sequence_is_short(rng, group):
     i, n = place(rng, group["tokens"]), rng.randrange(4)
-    for name in ROWS:
-        group[name][i] = group[name][i][:n]
+    for name in [*ROWS, *LOGPS, *TEACHER]:
+        if group[name]:
+            group[name][i] = group[name][i][:n]
 
 
 @mutation
@@ -184,13 +216,74 @@ def overrides_are_anything(rng, group):
     def one():
         said = {name: rng.choice(FLAGS[: rng.choice([3, len(FLAGS)])]) for name in ("set_advantage_to_zero", "sft")}
         said = {name: flag for name, flag in said.items() if rng.random() < 0.5}
-        return rng.choice([said, said, None, anything(rng), {"temperature": rng.choice(TEMPERATURES)} | said])
+        return rng.choice([said, said, None, anything(rng)])
 
     group["overrides"] = [one() for _ in range(len(group["tokens"]) + rng.randint(-1, 1))]
     if rng.random() < 0.3:
         group["group_overrides"] = one()
-    if rng.random() < 0.3:
-        group["generation_params"] = {"temperature": rng.choice(TEMPERATURES)}
+
+
+@mutation
+def temperature_and_version_are_said_in_several_places(rng, group):
+    def one():
+        said = {
+            "temperature": rng.choice(TEMPERATURES[: rng.choice([4, len(TEMPERATURES)])]),
+            "weight_version": rng.choice(VERSIONS),
+        }
+        return {name: value for name, value in said.items() if rng.random() < 0.6}
+
+    for name in rng.sample(SAYING, rng.randint(1, 3)):
+        own = [rng.choice([one(), one(), None, 5]) for _ in range(len(group["tokens"]) + rng.randint(-1, 1))]
+        group[name] = rng.choice([own if name == "overrides" else one()] * 6 + [None, [], {}, [one()], "hot"])
+
+
+@mutation
+def logps_are_of_another_form(rng, group):
+    rows = group[rng.choice(LOGPS)]
+    i = place(rng, rows)
+    n = len(rows[i])
+    forms = [
+        None,
+        [],
+        [None] * n,
+        [1.0] * n,
+        rows[i][:-1],
+        [*rows[i], -1.0],
+        -0.5,
+        "text",
+        [rng.choice(A_LOGP[:19]) for _ in range(n)],
+    ]
+    rows[i] = rng.choice([*forms, [rng.choice(A_LOGP) for _ in range(n)]])
+
+
+@mutation
+def a_logp_is_odd(rng, group):
+    row = rng.choice(group[rng.choice(LOGPS)])
+    row[place(rng, row)] = rng.choice(A_LOGP)
+
+
+@mutation
+def a_teacher_is_of_another_form(rng, group):
+    i = place(rng, group["tokens"])
+    n, kind, forms = (
+        len(group["tokens"][i]),
+        rng.choice(TEACHER),
+        [None, [], 0, False, "", {}, "text", [5], [None], [[5]], [-1.0]],
+    )
+    rng.choice(
+        [
+            lambda: group.update({kind: rng.choice([None, []])}),  # one of the two without the other
+            lambda: group[kind].__setitem__(i, rng.choice([*forms, [[]] * n, [None] * n, [[-1.0]] * n, [[5]] * (n + 1)])),
+            lambda: group[kind][i].__setitem__(rng.randrange(n), rng.choice(forms)),
+        ]
+    )()
+
+
+@mutation
+def a_teachers_entry_is_odd(rng, group):
+    kind, odd = rng.choice([("distill_token_ids", [*IDS, True, 3.0, None, "7"]), ("distill_logprobs", A_LOGP)])
+    row = rng.choice([row for row in rng.choice(group[kind]) if row])
+    row[place(rng, row)] = rng.choice(odd)
 
 
 @mutation
@@ -220,6 +313,38 @@ def a_string_is_very_long(rng, group):
     row[place(rng, row)] = "x" * 300_000
 
 
+def sampled(rng, rows):
+    """What samplers, reference models and teachers tell of good tokens; 1.0 stands where there is no logp."""
+
+    def logp():
+        return 1.0 if rng.random() < 0.1 else -rng.expovariate(1)
+
+    told = {name: [[1.0, 1.0, *(logp() for _ in row[2:])] for row in rows] for name in LOGPS}
+    sizes = [[rng.choice([0, 1, 3]) for _ in row] for row in rows]  # a teacher's entries differ from token to token
+    told["distill_token_ids"] = [[[rng.randrange(VOCAB) for _ in range(k)] for k in row] for row in sizes]
+    told["distill_logprobs"] = [[[-rng.expovariate(1) for _ in range(k)] for k in row] for row in sizes]
+    told["generation_params"] = {"temperature": rng.choice([1.0, 0.7]), "weight_version": rng.randrange(9)}
+    return {name: value for name, value in told.items() if name in TEACHER or rng.random() < 0.8}
+
+
+def in_parts_as_released(rng, group, applied):
+    """The records that a group becomes where it was posted in parts: mostly of one prompt and environment, and neighbours."""
+    if type(group) is not dict or type(group.get("tokens")) is not list or rng.random() < 0.7:
+        return [group]
+    with suppress(TypeError, IndexError):
+        for row, mask in zip(group["tokens"][1:], group["masks"][1:], strict=False):
+            if rng.random() < 0.9:
+                row[:2], mask[:2] = group["tokens"][0][:2], group["masks"][0][:2]
+    cuts = sorted(rng.randrange(len(group["tokens"]) + 1) for _ in range(rng.choice([1, 1, 2])))
+    spans = [slice(*ends) for ends in zip([0, *cuts], [*cuts, None], strict=True)]
+    group["env_id"] = rng.choice([0, 0, 0, 3, 2**63 - 1, 2**63, None, -1, True, 0.0, "0"])
+    parts = [{name: rows[span] if type(rows) is list else rows for name, rows in group.items()} for span in spans]
+    if rng.random() < 0.1:
+        parts[-1]["env_id"] = rng.choice([0, 1, None])
+    applied["in parts"] += 1
+    return parts
+
+
 def mutated(rng, applied):
     """A group after one to four mutations, counted by name in `applied`; seldom something else."""
     if rng.random() < 0.02:
@@ -228,7 +353,9 @@ def mutated(rng, applied):
     group = make_group(np.random.default_rng(rng.getrandbits(32)), lengths)
     if rng.random() < 0.03:
         group = json.loads(rng.choice(RECORDED))
-    if rng.random() < 0.2:
+    elif rng.random() < 0.7:
+        group |= sampled(rng, group["tokens"])
+    if rng.random() < 0.3:
         group["advantages"] = None
     for mutate in rng.choices(MUTATIONS, k=rng.randint(1, 4)) + ([rng.choice(RARE)] if rng.random() < 0.003 else []):
         # an earlier mutation may have left nothing to bite on
@@ -249,6 +376,8 @@ def written(rng, groups):
 # -- the oracle -------------------------------------------------------------------------------------------------------
 
 LARGEST = 2.0**128 - 2.0**104  # of float32
+WIDEST = dict(vocab_size=None, max_token_len=None, overlong="truncate")  # rules by which most is good
+WIDEST |= dict(record_temperature=False, reads_reference=False, reads_teacher=False)
 
 
 @dataclass
@@ -259,8 +388,14 @@ class Verdict:
     tokens: list = field(default_factory=list)
     trained: list = field(default_factory=list)  # of bools
     advantages: list = field(default_factory=list)  # by the record, 0 where untrained
+    logps: dict = field(default_factory=dict)  # name -> one per token, NaN where there is none
+    teacher: list = field(default_factory=list)  # per token its entries [(id, logp)]
     override: int = NONE
-    truncated: bool = False
+    temperature: float = math.nan
+    score: float = math.nan
+    env_id: int = -1
+    weight_version: float = math.nan
+    mended: set = field(default_factory=set)
     error: float = 1e-9  # of an advantage, absolute
 
 
@@ -270,6 +405,16 @@ def is_number(value):
 
 def is_finite(value):
     return -LARGEST <= value <= LARGEST
+
+
+def is_beyond_floats(value):
+    """Which JSON knows, and no array of floats holds."""
+    return type(value) is int and abs(value) > 1e308
+
+
+def float32(value):
+    """The nearest one of a number that is finite in float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def entry(group, name, i):
@@ -321,20 +466,77 @@ def read_mask(mask, tokens):
     return [False, *trained[1:]]
 
 
+def said(group, i, name):
+    """By the first who says it, a null being no word."""
+    places = [entry(group, "overrides", i), group.get("generation_params"), group.get("group_overrides")]
+    return next((place[name] for place in places if type(place) is dict and place.get(name) is not None), None)
+
+
+def read_temperature(value):
+    """(temperature, whether it had to be set aside)"""
+    if value is None:
+        return math.nan, False
+    good = is_number(value) and value > 0 and is_finite(value)
+    return (float(value) if good else math.nan), not good
+
+
+def read_version(value):
+    if type(value) is str and re.fullmatch(r"\d{1,15}", value):
+        return float(int(value))
+    return float(value) if type(value) is int and 0 <= value < 2**53 else math.nan
+
+
+def read_logps(row, trained):
+    """(one per token, whether the row had to be set aside)"""
+    unknown = [math.nan] * len(trained)
+    if row is None or row == []:
+        return unknown, False
+    if type(row) is not list or len(row) != len(trained):
+        return unknown, True
+    if any(is_beyond_floats(value) or not (value is None or is_number(value)) for value in row):
+        return unknown, True
+    known = [t and value is not None and -LARGEST <= value <= 1e-3 for value, t in zip(row, trained, strict=True)]
+    return [float32(min(value, 0)) if k else math.nan for value, k in zip(row, known, strict=True)], False
+
+
+def read_teacher(ids, logps, trained, vocab_size):
+    """(entries per token, reasons). What is empty says nothing."""
+    if not ids and not logps:
+        return [[] for _ in trained], set()
+    if not (type(ids) is type(logps) is list and len(ids) == len(logps) == len(trained)):
+        return [], {"teacher does not fit the tokens"}
+    rows = [(a or [], b or []) if t else ([], []) for a, b, t in zip(ids, logps, trained, strict=True)]
+    if not all(type(a) is type(b) is list and len(a) == len(b) for a, b in rows):
+        return [], {"teacher does not fit the tokens"}
+    entries = [list(zip(a, b, strict=True)) for a, b in rows]
+    reasons = set()
+    for token, logp in (pair for row in entries for pair in row):
+        if type(token) is not int or not -(2**63) <= token < 2**63 or not is_number(logp) or not logp <= 1e-3:
+            reasons.add("teacher does not fit the tokens")
+        if is_number(token) and not 0 <= token < (vocab_size or 2**31):
+            reasons.add("token id outside the vocabulary")
+        if is_beyond_floats(logp):
+            reasons.add("teacher does not fit the tokens")
+    if reasons:
+        return [], reasons
+    return [[(token, float32(min(max(logp, -LARGEST), 0))) for token, logp in row] for row in entries], set()
+
+
 def is_group(record):
     return type(record) is dict and type(record.get("tokens")) is list
 
 
+def environment_of(group):
+    """-1 where the group names none."""
+    env_id = group.get("env_id")
+    return env_id if type(env_id) is int and 0 <= env_id < 2**63 else -1
+
+
 def prompt_of(record):
     """What parts of one group have in common: environment, and first sequence up to its first trained token. Else None."""
-    if (
-        not is_group(record)
-        or type(record.get("env_id")) is not int
-        or not 0 <= record["env_id"] < 2**63
-        or not record["tokens"]
-    ):
+    if not is_group(record) or environment_of(record) == -1 or not record["tokens"]:
         return None
-    first = judge_one(record, 0, ZERO, None, dict(vocab_size=None, max_token_len=None, overlong="truncate"))
+    first = judge_one(record, 0, ZERO, None, WIDEST)
     return (record["env_id"], *first.tokens[: first.trained.index(True)]) if True in first.trained else None
 
 
@@ -354,9 +556,8 @@ def judge(parts, rules):
     overrides = [override_of(*place) for place in places]
     scores = [entry(group, "scores", i) for group, i in places]
     from_scores = advantages_of_scores(scores, overrides, rules["score_advantages"])
-    verdicts = [
-        judge_one(*place, *said, rules) for place, said in zip(places, zip(overrides, from_scores, strict=True), strict=True)
-    ]
+    known = zip(places, overrides, from_scores, strict=True)
+    verdicts = [judge_one(*place, override, advantage, rules) for place, override, advantage in known]
     if rules["score_advantages"] in ("group_center", "rloo"):  # 0 less the mean of 3e38 and 1 is right to many digits of 3e38
         largest = max([1.0, *(abs(advantage) for advantage in from_scores if advantage is not None)])
         for verdict in verdicts:
@@ -385,12 +586,16 @@ def judge_one(group, i, override, score_advantage, rules):
         reasons.add("mask length differs from tokens")
     elif not (trained := read_mask(mask, tokens)):
         reasons.add("mask is neither labels nor 0/1")
-    if type(mask) is list and any(type(value) is int and abs(value) > 1e308 for value in mask):
+    if type(mask) is list and any(map(is_beyond_floats, mask)):
         reasons.add("mask is neither labels nor 0/1")
     if override is None:
         reasons.add("override is neither true nor false")
     elif override == NONE:
         advantages, more = judge_advantages(advantages, score_advantage, trained or [False] * len(tokens))
+        reasons |= more
+    teacher = []
+    if trained and rules["reads_teacher"]:
+        teacher, more = read_teacher(*(entry(group, name, i) for name in TEACHER), trained, rules["vocab_size"])
         reasons |= more
     if reasons:
         return Verdict(reasons)
@@ -398,7 +603,27 @@ def judge_one(group, i, override, score_advantage, rules):
         [0.0] * len(tokens) if override != NONE else [float(a) if t else 0.0 for a, t in zip(advantages, trained, strict=True)]
     )
     n = rules["max_token_len"]
-    return Verdict(set(), tokens[:n], trained[:n], values[:n], override, len(tokens) > (n or math.inf))
+    verdict = Verdict(set(), tokens[:n], trained[:n], values[:n], teacher=teacher[:n], override=override)
+    if len(tokens) > (n or math.inf):
+        verdict.mended.add("truncated to max_token_len")
+    add_what_is_mended(verdict, group, i, trained, rules)
+    return verdict
+
+
+def add_what_is_mended(verdict, group, i, trained, rules):
+    """What a sequence may lack, or have wrong, and is trained all the same."""
+    for name in LOGPS if rules["reads_reference"] else LOGPS[:1]:
+        logps, set_aside = read_logps(entry(group, name, i), trained)
+        verdict.logps[name] = logps[: rules["max_token_len"]]
+        if set_aside:
+            verdict.mended.add(f"trained without {name}: they do not fit the tokens")
+    if rules["record_temperature"]:
+        verdict.temperature, set_aside = read_temperature(said(group, i, "temperature"))
+        if set_aside:
+            verdict.mended.add("trained at the run's temperature: its own is not a number above 0")
+    score = entry(group, "scores", i)
+    verdict.score = float(score) if is_number(score) and is_finite(score) else math.nan
+    verdict.env_id, verdict.weight_version = environment_of(group), read_version(said(group, i, "weight_version"))
 
 
 def judge_advantages(row, score_advantage, trained):
@@ -412,7 +637,7 @@ def judge_advantages(row, score_advantage, trained):
         return [], {"advantages do not fit the tokens"}
     row = row if len(row) == len(trained) else row * len(trained)
     reasons = set()
-    if any(type(value) is int and abs(value) > 1e308 for value in row):
+    if any(map(is_beyond_floats, row)):
         reasons |= {"advantages do not fit the tokens", "advantage of a trained token is not finite"}
     if any(t and not is_finite(value) for value, t in zip(row, trained, strict=True)):
         reasons.add("advantage of a trained token is not finite")
@@ -432,16 +657,29 @@ def assert_counts_can_be(counted, verdicts):
             assert sum(counted.get(reason, 0) for reason in some) >= sum(n for kind, n in kinds.items() if kind <= some), kinds
 
 
-def final(batch, normalization):
-    """Advantages of a batch (which are those of the record), normalised over all that is trained, then overridden."""
+def final(batch, normalization, clip, negative_scale):
+    """Advantages of a batch (which are those of the record), shaped over all that is trained, then overridden."""
     overrides = [
         override for override, n in zip(batch.overrides.tolist(), batch.lengths.tolist(), strict=True) for _ in range(n)
     ]
     tokens = list(zip(batch.advantages.tolist(), batch.loss_mask.tolist(), overrides, strict=True))
     free = [advantage for advantage, trained, override in tokens if trained and override == NONE]
-    new = standardised(free) if normalization == "batch" and free else {advantage: advantage for advantage in free}
+    new = {advantage: advantage for advantage in free}
+    if normalization != "none" and free:
+        new = standardised(free, divided=normalization == "batch")
+    if clip is not None:
+        new = {old: min(max(advantage, -clip), clip) for old, advantage in new.items()}
+    new = {old: negative_scale * advantage if advantage < 0 else advantage for old, advantage in new.items()}
     told = {ZERO: lambda _: 0.0, SFT: lambda _: 1.0, NONE: new.get}
     return [told[override](advantage) if trained else 0.0 for advantage, trained, override in tokens]
+
+
+MENDED = {
+    "truncated to max_token_len",
+    "trained without inference_logprobs: they do not fit the tokens",
+    "trained without ref_logprobs: they do not fit the tokens",
+    "trained at the run's temperature: its own is not a number above 0",
+}
 
 
 def close(found, expected, error=1e-9):
@@ -451,14 +689,77 @@ def close(found, expected, error=1e-9):
 def drawn(number):
     """Of body `number`: its text, the rules it is decoded by, the mutations it has."""
     rng, applied = random.Random(number), Counter()
-    text = written(rng, [mutated(rng, applied) for _ in range(rng.randint(1, 4))])
+    groups = [mutated(rng, applied) for _ in range(rng.randint(1, 4))]
+    text = written(rng, [part for group in groups for part in in_parts_as_released(rng, group, applied)])
     rules = dict(
         max_token_len=rng.choice([None, None, 6, 900]),
         overlong=rng.choice(["drop", "truncate"]),
         score_advantages=rng.choice(["group_norm", "group_center", "rloo", "raw"]),
         vocab_size=rng.choice([None, VOCAB, VOCAB, 49152]),
+        record_temperature=rng.random() < 0.9,
+        reads_reference=rng.random() < 0.7,
+        reads_teacher=rng.random() < 0.7,
     )
     return text, rules, applied
+
+
+SHAPINGS = [("none", None, 1.0), ("batch", None, 1.0), ("batch_center", 0.7, 0.5), ("none", 1.5, 0.0)]
+
+
+def assert_is(batch, good, rules):
+    """Whether a batch holds what the good sequences are, each field as it stands there."""
+
+    def flat(rows):
+        return [value for row in rows for value in row]
+
+    assert batch.lengths.tolist() == [len(verdict.tokens) for verdict in good]
+    assert batch.tokens.tolist() == flat(verdict.tokens for verdict in good)
+    assert batch.loss_mask.tolist() == flat(verdict.trained for verdict in good)
+    assert batch.overrides.tolist() == [verdict.override for verdict in good]
+    assert batch.env_ids.tolist() == [verdict.env_id for verdict in good]
+    for name in ("temperature", "score", "weight_version"):
+        assert same(getattr(batch, f"{name}s"), [getattr(verdict, name) for verdict in good]), name
+    assert same(batch.behavior_logp, flat(verdict.logps["inference_logprobs"] for verdict in good))
+    references = flat(verdict.logps["ref_logprobs"] for verdict in good) if rules["reads_reference"] else []
+    assert same(batch.ref_logp, references)
+    teacher = flat(verdict.teacher for verdict in good)  # no token has one if nobody asked
+    assert batch.teacher_sizes.tolist() == [len(entries) for entries in teacher]
+    assert batch.teacher_ids.tolist() == [token for entries in teacher for token, _ in entries]
+    assert same(batch.teacher_logp, [logp for entries in teacher for _, logp in entries])
+    errors = np.repeat([verdict.error for verdict in good], batch.lengths)
+    assert close(batch.advantages, flat(verdict.advantages for verdict in good), errors)
+
+
+def same(found, expected):
+    """To the last bit; NaN is NaN."""
+    return len(found) == len(expected) and np.array_equal(found, np.array(expected, found.dtype), equal_nan=True)
+
+
+def assert_terms_are(batch, good, rules, rows):
+    """Whether the terms of some rollouts have, token by token, what the good sequences say, and the run's where they do not."""
+    coefficients = Coefficients(kl=float(rules["reads_reference"]), distill=float(rules["reads_teacher"]))
+    terms = token_terms(batch, rows, np.ones(len(good)), Objective("ppo_clip"), coefficients, 0.9)
+    tokens = [(good[i], t, n) for n, i in enumerate(rows) for t, trained in enumerate(good[i].trained) if trained]
+    assert terms.sequence_N.tolist() == dense([n for _, _, n in tokens])
+    assert same(terms.behavior_logp_N.numpy(), [verdict.logps["inference_logprobs"][t] for verdict, t, _ in tokens])
+    assert same(
+        terms.fixed_weights_N.numpy(), [{ZERO: 0.0, SFT: 1.0}.get(verdict.override, math.nan) for verdict, _, _ in tokens]
+    )
+    temperatures = [0.9 if math.isnan(verdict.temperature) else verdict.temperature for verdict, _, _ in tokens]
+    assert same(terms.temperature_N.numpy(), temperatures) and (terms.temperature_N > 0).all()
+    if rules["reads_reference"]:
+        assert same(terms.ref_logp_N.numpy(), [verdict.logps["ref_logprobs"][t] for verdict, t, _ in tokens])
+    if rules["reads_teacher"]:
+        for (verdict, t, _), ids, probs in zip(tokens, terms.teacher_ids_NK, terms.teacher_probs_NK, strict=True):
+            entries, k = verdict.teacher[t], len(verdict.teacher[t])
+            assert ids[:k].tolist() == [token for token, _ in entries] and not probs[k:].any()
+            assert np.allclose(probs[:k], [math.exp(logp) for _, logp in entries], rtol=1e-6)
+
+
+def dense(numbers):
+    """The numbers, which rise, without gaps."""
+    places = {number: place for place, number in enumerate(sorted(set(numbers)))}
+    return [places[number] for number in numbers]
 
 
 def check(number):
@@ -472,26 +773,26 @@ def check(number):
         assert DEEP in text  # orjson reads 1,024 levels, but not what else is in this body; json reads fewer
         return 0, met
     batch = AtroposBatchProcessor(**rules).decode(groups)
-    by_name = {name: batch.with_final_advantages(Shaping(name)).advantages for name in ("none", "batch")}
+    shaped = [batch.with_final_advantages(Shaping(*shaping)).advantages for shaping in SHAPINGS]
     assert time.perf_counter() - start < SECONDS
 
     records = json.loads(text.replace(DEEP, "[[[[]]]]"))["batch"]
-    verdicts = [verdict for parts in in_parts(records) for verdict in judge(parts, rules)]
+    parts = in_parts(records)
+    verdicts = [verdict for group in parts for verdict in judge(group, rules)]
     good = [verdict for verdict in verdicts if not verdict.reasons]
-    counted = batch.rejected
-    assert counted.pop("truncated to max_token_len", 0) == sum(verdict.truncated for verdict in good)
-    counted = {reason: n for reason, n in counted.items() if reason in REJECTED}
+    mended = Counter(reason for verdict in good for reason in verdict.mended)
+    assert {reason: n for reason, n in batch.rejected.items() if reason in MENDED} == mended
+    counted = {reason: n for reason, n in batch.rejected.items() if reason not in MENDED}
     assert len(batch.lengths) + sum(counted.values()) == len(verdicts)
     assert_counts_can_be(counted, verdicts)
-    assert batch.lengths.tolist() == [len(verdict.tokens) for verdict in good]
-    assert batch.tokens.tolist() == [token for verdict in good for token in verdict.tokens]
-    assert batch.loss_mask.tolist() == [trained for verdict in good for trained in verdict.trained]
-    assert batch.overrides.tolist() == [verdict.override for verdict in good]
-    errors = np.repeat([verdict.error for verdict in good], batch.lengths)
-    assert close(batch.advantages, [a for verdict in good for a in verdict.advantages], errors)
-    for name, advantages in by_name.items():
-        assert close(advantages, final(batch, name)) and not advantages[~batch.loss_mask].any()
-    return len(records), met + Counter(batch.rejected) + Counter(good=len(good))
+    assert_is(batch, good, rules)
+    for shaping, advantages in zip(SHAPINGS, shaped, strict=True):
+        assert close(advantages, final(batch, *shaping)) and not advantages[~batch.loss_mask].any()
+    rows = sorted(random.Random(number).sample(range(len(good)), min(len(good), 5)))
+    assert_terms_are(batch, good, rules, rows)
+    found = Counter(good=len(good), joined=len(records) - len(parts))
+    found |= Counter(logps=int((~np.isnan(batch.behavior_logp)).sum()), teacher=len(batch.teacher_ids))
+    return len(records), met + Counter(batch.rejected) + found
 
 
 @pytest.mark.timeout(300)
@@ -510,6 +811,7 @@ def test_ten_thousand_mutated_groups_are_trained_as_an_oracle_reads_them_or_left
     assert passed_over < number / 20
     assert min(met[mutate.__name__] for mutate in MUTATIONS) > 300 and all(met[mutate.__name__] for mutate in RARE)
     assert min(met[reason] for reason in {*REASONS} - NEVER_MET) > 50 and met["good"] > GROUPS / 2
+    assert met["joined"] > 300 and min(met["logps"], met["teacher"]) > GROUPS
 
 
 def test_a_long_string_among_the_tokens_takes_no_memory():

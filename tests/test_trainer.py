@@ -236,6 +236,57 @@ def test_other_families_train(family, settings, tmp_path):
     assert len(steps) == 3
 
 
+def make_mamba():
+    """A state-space model: it carries its state over every border."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0))
+
+
+def make_gpt_oss():
+    """Its attention has sinks, which packed attention does not know."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    return GptOssForCausalLM(GptOssConfig(**shape, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1))
+
+
+@pytest.mark.parametrize("make, stage", [(make_mamba, 2), (make_gpt_oss, 3), (make_gpt_oss, 2)])
+def test_a_model_that_cannot_keep_packed_sequences_apart_is_padded(make, stage, settings, tmp_path, capfd):
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(settings["model_name"]).save_pretrained(tmp_path / "model")
+    settings |= dict(model_name=str(tmp_path / "model"), deepspeed=FP32 | {"zero_optimization": {"stage": stage}})
+    _, steps = train(settings)
+    assert "cannot keep packed sequences apart: they are padded instead" in capfd.readouterr().err
+    _, alone = train(settings, micro_batch_tokens=2, overwrite_output_dir=True)
+    assert steps[0]["plan/padding"] > 0 == alone[0]["plan/padding"]
+    assert [s["loss"] for s in steps] == pytest.approx([s["loss"] for s in alone], rel=1e-4)
+
+
+def test_rollouts_without_weight_are_not_run_and_count_all_the_same(settings, tmp_path, rng):
+    equal = make_group(rng, [12, 9], advantages=None, scores=[1.0, 1.0])
+    zero = make_group(rng, [7, 8], overrides=[{"set_advantage_to_zero": True}, None])
+    data = write_groups(tmp_path / "weightless.jsonl", [equal, zero])
+    moved, said = [], []
+    for skip in (True, False):
+        final, (step,) = train(
+            settings, data=data, batch_size=4, skip_weightless=skip, learning_rate=1.0, overwrite_output_dir=True
+        )
+        moved.append(load_file(final / "model.safetensors"))
+        said.append(step)
+    assert [step["plan/skipped"] for step in said] == [3, 0] and said[0]["loss"] == pytest.approx(said[1]["loss"], rel=1e-6)
+    assert [step["tokens/trained"] for step in said] == [10 + 7 + 5 + 6] * 2
+    assert said[0]["weight/mean_abs"] == pytest.approx(said[1]["weight/mean_abs"], rel=1e-6)
+    assert said[0]["data/no_behavior_logp"] == said[1]["data/no_behavior_logp"] == 28
+    for name, value in moved[1].items():
+        torch.testing.assert_close(moved[0][name], value, rtol=1e-5, atol=1e-6)
+    _, (step,) = train(settings, data=data, batch_size=4, entropy_coef=0.1, overwrite_output_dir=True)
+    assert step["plan/skipped"] == 0  # each of them has entropy
+
+
 @pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero2", "zero3_cpu"])
 def test_each_shipped_deepspeed_config_trains(name, settings):
     _, steps = train(settings, deepspeed=f"ds_configs/{name}.json", learning_rate=1e-3)

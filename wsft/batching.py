@@ -100,6 +100,18 @@ class Batch:
         ends_R = np.cumsum(self.lengths)
         return before_N[ends_R] - before_N[ends_R - self.lengths]
 
+    def of_weight(self, objective: Objective) -> Batch:
+        """This batch with only those tokens trained that the objective may give a weight other than 0. To be asked for after
+        the reductions were counted, and final advantages set: it changes no sum."""
+        silent_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
+        if objective.silent_without_advantage:
+            silent_N = silent_N | (self.advantages == 0)
+        left = dataclasses.replace(self, loss_mask=self.loss_mask & ~silent_N)
+        if objective.of_sequences:  # which sees all trained tokens of a sequence, or none
+            whole_N = np.repeat(left.trained_tokens > 0, self.lengths)
+            left = dataclasses.replace(self, loss_mask=self.loss_mask & whole_N)
+        return left
+
     def with_final_advantages(self, shaping: Shaping) -> Batch:
         """Advantages shaped over the trained, not overridden tokens of this whole batch, then overridden."""
         overrides = np.repeat(self.overrides, self.lengths)
@@ -193,6 +205,19 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch
     return padded
 
 
+def pack(batch: Batch, rows: list[int], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """The given rollouts end to end in one row: tokens [1, T] int64, flat positions of the trained ones [N], lengths.
+
+    No rollout gives one pad token, trained nowhere.
+    """
+    spans = batch.spans()
+    spans = [spans[i] for i in rows]
+    if not spans:
+        return torch.full((1, 1), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), [1]
+    tokens, trained = (np.concatenate([field[span] for span in spans]) for field in (batch.tokens, batch.loss_mask))
+    return torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(np.flatnonzero(trained)), [s.stop - s.start for s in spans]
+
+
 def token_terms(
     batch: Batch, rows: list[int], scales_R: np.ndarray, objective: Objective, coefficients: Coefficients, temperature: float
 ) -> TokenTerms:
@@ -238,24 +263,3 @@ def _teacher(batch: Batch, at_N: np.ndarray, renormalize: bool) -> tuple[np.ndar
     if renormalize:
         probs_NK /= np.maximum(probs_NK.sum(1, keepdims=True), np.finfo(np.float64).tiny)
     return ids_NK, probs_NK
-
-
-def plan_shares(lengths: np.ndarray, num_ranks: int, micro_batch_tokens: int) -> list[list[list[int]]]:
-    """shares[rank][micro_batch] = the rollouts of one forward pass; the same number of micro-batches on every rank.
-
-    Rollouts go, longest first, to the rank with the fewest tokens so far; within a rank neighbours in length share a
-    micro-batch of at most `micro_batch_tokens` tokens, padding included. A longer rollout goes alone. Ranks that end up
-    with fewer micro-batches get empty ones, which still run (zero weight), for ZeRO-3 needs all ranks in every forward.
-    """
-    loads, shares = np.zeros(num_ranks, dtype=np.int64), [[] for _ in range(num_ranks)]
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        rank = int(np.argmin(loads))
-        loads[rank] += lengths[i]
-        micro_batches = shares[rank]
-        # the first rollout of a micro-batch is its longest
-        if micro_batches and (len(micro_batches[-1]) + 1) * lengths[micro_batches[-1][0]] <= micro_batch_tokens:
-            micro_batches[-1].append(i)
-        else:
-            micro_batches.append([i])
-    most = max(1, *map(len, shares))
-    return [share + [[]] * (most - len(share)) for share in shares]

@@ -89,6 +89,7 @@ class MicroBatch:
     tokens_BT: torch.Tensor
     trained_N: torch.Tensor
     terms: TokenTerms
+    lengths: list[int] | None  # of the sequences packed in one row; None: every row is one
 
 
 @dataclass
@@ -137,9 +138,9 @@ class Engine:
         for i, mb in enumerate(micro_batches):
             tokens_BT, trained_N, terms = mb.tokens_BT.to(device), mb.trained_N.to(device), mb.terms.to(device)
             if reference:
-                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N))
+                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.lengths))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            out = engine(tokens_BT, trained_N, terms, **terms.head_options())
+            out = engine(tokens_BT, trained_N, terms, mb.lengths, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
             sums, maxima = terms.sums(out)
             found.append(({"loss": out.loss.detach().double()} | sums, maxima))
@@ -199,6 +200,7 @@ class Reference:
     def __init__(self, ds: dict[str, Any], model: WeightedSFTModel, world: World):
         import deepspeed
 
+        self.model = model
         if ds["zero_optimization"]["stage"] == 3:
             self._model, *_ = deepspeed.initialize(model=model, config=for_reference(ds), dist_init_required=False)
         else:
@@ -206,10 +208,12 @@ class Reference:
         model.check_head(world.device)
 
     @torch.no_grad()
-    def logp(self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor) -> torch.Tensor:
+    def logp(
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, lengths: list[int] | None
+    ) -> torch.Tensor:
         """[N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
         silence_N = torch.zeros_like(temperature_N)
-        return self._model(tokens_BT, trained_N, silence_N, temperature=temperature_N).logp_N
+        return self._model(tokens_BT, trained_N, silence_N, lengths, temperature=temperature_N).logp_N
 
 
 def convert(folder: Path, out: Path) -> None:

@@ -1,14 +1,17 @@
 """Where batches come from, and how every rank gets the same one at the same time.
 
-A source is polled: `poll()` gives a `Batch`, or None when there is none yet, and raises `EndOfData` when there will be none.
-Ranks never wait for data inside one collective: they meet about once a second and say whether they have theirs. So a run
-may wait for hours, an error on the fetching rank reaches all, and nobody's collective times out.
+A source is asked in a thread of its own, `prefetch_batches` ahead of the step that trains: a batch is fetched, journalled and
+decoded while the one before it trains, and the main thread answers the other ranks meanwhile. Ranks never wait
+for data inside one collective: they meet about once a second and say whether they have theirs. So a run may wait for hours,
+an error on the fetching rank reaches all, and nobody's collective times out.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
 import logging
+import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -42,16 +45,13 @@ class Source(Protocol):
     state: str  # for the progress line
     possibly_lost: int  # batches that may have been lost between server and trainer
     journal_bytes: int  # on disk
-    position: dict[str, int] | None  # behind the batch polled last, where no journal keeps it
 
-    def poll(self, number: int, step: int) -> Batch | None:
-        """Batch `number` of the run (or this rank's part of it), asked for by the optimizer step after `step`."""
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, dict[str, int] | None]:
+        """Batch `number` of the run (or this rank's part of it), asked for after `step` optimizer steps, and the position
+        behind it, where no journal keeps it. Waits for it, or until the run is over. EndOfData if there will be none."""
 
     def prune(self, below: int) -> None:
         """Batches below this number will not be asked for again."""
-
-    def close(self) -> None:
-        """The run ends: let what is under way arrive."""
 
 
 class FileSource:
@@ -68,20 +68,16 @@ class FileSource:
         if not Path(path).is_file():
             raise UserError(f"data {path!r} is not a file: expected JSONL, one Atropos group a line")
         self._batch_size, self._processor = batch_size, processor
-        self.position = position or {"offset": 0, "line": 1, "taken": 0}
-        self._rollouts = self._read(Path(path), **self.position)
+        self._rollouts = self._read(Path(path), **(position or {"offset": 0, "line": 1, "taken": 0}))
 
-    def poll(self, number: int, step: int) -> Batch | None:
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, dict[str, int] | None]:
         taken = list(islice(self._rollouts, self._batch_size))
         if not taken:
             self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
             raise EndOfData
-        self.position = taken[-1][1]
-        return Batch.of([rollout for rollout, _ in taken], self._processor.decoder.take_counts())
+        return Batch.of([rollout for rollout, _ in taken], self._processor.decoder.take_counts()), taken[-1][1]
 
     def prune(self, below: int) -> None: ...
-
-    def close(self) -> None: ...
 
     def _read(self, path: Path, offset: int, line: int, taken: int) -> Iterator[tuple[Rollout, dict[str, int]]]:
         decoder = self._processor.decoder
@@ -108,20 +104,15 @@ class FileSource:
 class AtroposSource:
     """Batches of a live server, each in the journal before anything decodes it; first those that a resumed run finds there.
 
-    A request runs in a thread of its own, because the server may be slow, and this rank must answer the others meanwhile.
-
     Args:
         journal: of this rank. Its records are numbered as the batches of the run.
         others: journals that the run wrote with another number of fetching ranks.
     """
 
-    position = None
-
     def __init__(self, client: AtroposClient, processor: AtroposBatchProcessor, journal: Journal, others: list[Journal]):
         self._client, self._processor, self._journal, self._others = client, processor, journal, others
         self._replays_others = client.registers
         self._largest = SMALLEST_ROOM
-        self._fetching: Future | None = None
 
     @property
     def state(self) -> str:
@@ -135,28 +126,22 @@ class AtroposSource:
     def journal_bytes(self) -> int:
         return self._journal.size
 
-    def poll(self, number: int, step: int) -> Batch | None:
-        if self._fetching is None:  # else what is in the journal by now is what is being fetched
-            if number in self._journal:
-                return self._decoded(self._journal.read(number))
-            elsewhere = [journal for journal in self._others if number in journal]
-            if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
-                parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
-                return Batch.joined([Batch.empty(), *parts])
-            self._fetching = _in_background(lambda: self._fetch(number, step))
-        if not wait([self._fetching], timeout=POLL_S).done:
-            return None
-        body, self._fetching = self._fetching.result(), None
-        return None if body is None else self._decoded(body)
-
-    def _fetch(self, number: int, step: int) -> bytes | None:
-        self._journal.require_room(2 * self._largest)  # before the server hands it out
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, None]:
+        if number in self._journal:
+            return self._decoded(self._journal.read(number)), None
+        elsewhere = [journal for journal in self._others if number in journal]
+        if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
+            parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
+            return Batch.joined([Batch.empty(), *parts]), None
         self._client.step = step  # a server that restarts is told where the run is
-        body = self._client.poll()
-        if body is not None:
-            self._largest = max(self._largest, len(body))
-            self._journal.append(number, body)
-        return body
+        while not over.is_set():
+            self._journal.require_room(2 * self._largest)  # before the server hands it out
+            body = self._client.poll()
+            if body is not None:
+                self._largest = max(self._largest, len(body))
+                self._journal.append(number, body)
+                return self._decoded(body), None
+        raise EndOfData
 
     def _decoded(self, body: bytes) -> Batch:
         try:
@@ -170,26 +155,26 @@ class AtroposSource:
         for journal in [self._journal, *(self._others if self._replays_others else [])]:
             journal.prune(below)
 
-    def close(self) -> None:
-        if self._fetching and not wait([self._fetching], timeout=LAST_WORD_S).done:
-            log.warning(
-                "a request to the Atropos server is still unanswered after %.0f s: a batch that it hands out now is lost",
-                LAST_WORD_S,
-            )
 
+class _Ahead:
+    """A thread that does one thing after the other, and does not keep the process from ending, as a pool's would."""
 
-def _in_background(action: Callable[[], bytes | None]) -> Future:
-    """A thread that does not keep the process from ending, as a pool's would."""
-    future = Future()
+    def __init__(self):
+        self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
 
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
+    def submit(self, action: Callable[[], Any]) -> Future:
+        future = Future()
+        self._jobs.put((future, action))
+        return future
 
-    threading.Thread(target=run, daemon=True).start()
-    return future
+    def _work(self) -> None:
+        while True:
+            future, action = self._jobs.get()
+            try:
+                future.set_result(action())
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def open_source(
@@ -251,6 +236,8 @@ class Feed:
         self.batches, self._lost_before = facts.get("batches", 0), facts.get("possibly_lost", 0)
         self.possibly_lost, self.position = self._lost_before, facts.get("position")
         self.stopped, self._pruned_gib = 0, self.journal_gib
+        self._over, self._ahead = threading.Event(), _Ahead()
+        self._taking: dict[int, Future] = {}  # number of a batch -> it and the position behind it, in the making
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -276,7 +263,7 @@ class Feed:
         while True:
             if word == _Word.WAIT and not self._stop.code:
                 try:
-                    mine = self._source.poll(self.batches, step)
+                    mine = self._take(step)
                     word = _Word.READY if mine is not None else _Word.WAIT
                 except EndOfData:
                     word = _Word.END
@@ -292,11 +279,22 @@ class Feed:
             if _Word.WAIT not in words:
                 break
             waiting(self._source.state if self._source else "")
-        batch = Batch.joined(world.broadcast(mine, Batch, source) for source in self._fetching)
+        part, self.position = mine or (None, None)
+        batch = Batch.joined(world.broadcast(part, Batch, source) for source in self._fetching)
+        self._taking.pop(self.batches, None)
         self.batches += 1
-        self.position = self._source.position if self._source else None
         self.possibly_lost = self._lost_before + sum(world.words(self._source.possibly_lost if self._source else 0))
         return batch
+
+    def _take(self, step: int) -> tuple[Batch, dict[str, int] | None] | None:
+        """The next batch if it is there within a second, while those behind it come; none beyond the last step's."""
+        ahead = min(self._config.prefetch_batches, self._config.training_steps - step - 1)
+        for number in range(self.batches, self.batches + ahead + 1):
+            if number not in self._taking:
+                job = functools.partial(self._source.take, number, step, self._over)
+                self._taking[number] = self._ahead.submit(job)
+        first = self._taking[self.batches]
+        return first.result() if wait([first], timeout=POLL_S).done else None
 
     @property
     def journal_gib(self) -> float:
@@ -315,5 +313,10 @@ class Feed:
             self._pruned_gib = self.journal_gib
 
     def close(self) -> None:
-        if self._source:
-            self._source.close()
+        """The run ends: let what is under way arrive."""
+        self._over.set()
+        if wait(self._taking.values(), timeout=LAST_WORD_S).not_done:
+            log.warning(
+                "a request to the Atropos server is still unanswered after %.0f s: a batch that it hands out now is lost",
+                LAST_WORD_S,
+            )

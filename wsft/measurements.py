@@ -10,6 +10,7 @@ import numpy as np
 from wsft.advantages import Override
 from wsft.batching import Batch
 from wsft.groups import MENDED, REJECTED
+from wsft.shares import Cost, imbalance
 
 
 def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
@@ -26,6 +27,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/truncated": rejected.get("truncated to max_token_len", 0),
         "data/mended": sum(n for reason, n in rejected.items() if reason in MENDED[1:]),
         "data/staleness": _mean(step - known_age),
+        "data/no_behavior_logp": int(np.isnan(batch.behavior_logp[batch.loss_mask]).sum()),
     }
     scored = np.isfinite(batch.scores)
     of_envs = {f"env_{i}/": scored & (batch.env_ids == i) for i in np.unique(batch.env_ids) if i >= 0}
@@ -34,8 +36,8 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
     return values
 
 
-def of_tokens(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, float | int]:
-    """The trained tokens, from what `terms.TokenTerms.sums` says of them."""
+def of_tokens(sums: dict[str, float], maxima: dict[str, float], trained: int) -> dict[str, float | int]:
+    """The trained tokens, from what `terms.TokenTerms.sums` says of those that were run. The others of `trained` weigh 0."""
 
     def mean(name: str, count: str) -> float:
         return sums[name] / sums[count] if sums[count] else math.nan
@@ -45,14 +47,13 @@ def of_tokens(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, flo
         "logp/positive": mean("logp_positive", "positive"),
         "logp/negative": mean("logp_negative", "negative"),
         "entropy": mean("entropy", "tokens"),
-        "weight/mean": mean("weight", "tokens"),
-        "weight/mean_abs": mean("weight_abs", "tokens"),
+        "weight/mean": sums["weight"] / trained if trained else math.nan,
+        "weight/mean_abs": sums["weight_abs"] / trained if trained else math.nan,
         "ratio/mean": mean("ratio", "behavior"),
         "ratio/max": maxima["ratio"] if known else math.nan,
         "ratio/clipped": mean("clipped", "behavior"),
         "kl/behavior_k1": mean("k1", "behavior"),
         "kl/behavior_k3": mean("k3", "behavior"),
-        "data/no_behavior_logp": int(sums["tokens"] - known),
     }
     if "reference" in sums:
         values["kl/reference"] = mean("kl_reference", "reference")
@@ -61,6 +62,17 @@ def of_tokens(sums: dict[str, float], maxima: dict[str, float]) -> dict[str, flo
         values["kl/teacher"] = mean("divergence", "teacher")
         values["data/no_teacher"] = int(sums["tokens"] - sums["teacher"])
     return values
+
+
+def of_plan(shares: list[list[list[int]]], lengths: np.ndarray, cost: Cost, packed: bool) -> dict[str, float | int]:
+    """How the batch was shared: see shares.py."""
+    rows = [lengths[rows] for share in shares for rows in share if rows]
+    room = sum(int(n.sum() if packed else len(n) * n.max()) for n in rows)
+    return {
+        "plan/micro_batches": len(shares[0]),
+        "plan/padding": 1 - int(lengths.sum()) / room if room else 0.0,
+        "plan/imbalance": imbalance(shares, lengths, cost),
+    }
 
 
 def missing(batch: Batch, needs_behavior: bool) -> dict[str, str]:

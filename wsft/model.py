@@ -5,6 +5,7 @@ Knows nothing of Atropos, advantages or objectives: it is given weights.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -13,8 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
+from wsft.attention import PACKED, borders, kernel, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.loss_head import HeadOutput, LossHead, TokenLoss
+
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they keep packed sequences apart themselves
 
 log = logging.getLogger(__name__)
 
@@ -28,18 +32,26 @@ class WeightedSFTModel(torch.nn.Module):
         self.logit_options = _logit_options(model.config.get_text_config())
         # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
         model.get_output_embeddings().__class__ = LossHead
+        self.packs = False  # until `check_packing` saw it
 
     def forward(
-        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, weights: torch.Tensor | TokenLoss, **options: Any
+        self,
+        tokens_BT: torch.Tensor,
+        trained_N: torch.Tensor,
+        weights: torch.Tensor | TokenLoss,
+        lengths: list[int] | None = None,
+        **options: Any,
     ) -> HeadOutput:
         """The loss of the trained tokens, as `loss_head.head_loss` has it.
 
         Args:
             tokens_BT: [B, T] int64 rows, padded on the right. No attention mask: under a causal one nothing sees the padding.
+            lengths: of the sequences that are packed in the one row; None: every row is one sequence.
             trained_N: [N] flat positions in [B, T] of the trained tokens; never a row's position 0. N may be 0.
             weights, options: as there, for the N tokens.
         """
-        hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        packing = borders(lengths, tokens_BT.device) if lengths else {}
+        hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
         targets_N = tokens_BT.flatten()[trained_N]
         return self.model.get_output_embeddings()(hidden_NH, targets_N, weights, **options, **self.logit_options)
@@ -60,6 +72,51 @@ class WeightedSFTModel(torch.nn.Module):
                 f"log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model, or add it to "
                 f"model._logit_options"
             )
+
+    @property
+    def attention(self) -> str:
+        """What attends, in words."""
+        name, param = self.model.config._attn_implementation, next(self.model.parameters())
+        return kernel(param.device, param.dtype) if name == PACKED else name
+
+    @torch.no_grad()
+    def check_packing(self, device: torch.device) -> bool:
+        """Try packed rows: sequences in one row must get the logps that each has alone, with the model's own attention.
+
+        Where they do, `packs` is set, and packed attention stays; else the model's own, and rows are to be padded.
+        """
+        lengths, own = [5, 11, 2, 8], self.model.config._attn_implementation
+        vocab, mode = self.model.config.get_text_config().vocab_size, self.training
+        tokens = torch.arange(sum(lengths), device=device) * 7919 % vocab
+        trained = [torch.arange(1, n, device=device) for n in lengths]
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+
+        def logps(rows: torch.Tensor, at: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
+            return self(rows.unsqueeze(0), at, torch.zeros(len(at), device=device), lengths).logp_N
+
+        self.eval()
+        parts = tokens.split(lengths)
+        alone = torch.cat([logps(part, at) for part, at in zip(parts, trained, strict=True)])
+        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
+        # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
+        if self._takes_positions() and self._attend_by(PACKED if own not in FLASH else own):
+            packed = logps(tokens, torch.cat([s + at for s, at in zip(starts, trained, strict=True)]), lengths)
+            self.packs = torch.allclose(packed, alone, atol=tolerance, rtol=tolerance)
+        if not self.packs:
+            self._attend_by(own)
+        self.train(mode)
+        return self.packs
+
+    def _takes_positions(self) -> bool:
+        parameters = inspect.signature(self.model.base_model.forward).parameters
+        return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    def _attend_by(self, name: str) -> bool:
+        try:
+            self.model.set_attn_implementation(name)
+        except ValueError:  # a model whose attention cannot be chosen
+            return False
+        return True
 
 
 def _logit_options(config: Any) -> dict[str, float | None]:
@@ -109,6 +166,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
+    register()
     model.train()
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -134,6 +134,7 @@ def _clipped(
 
 OBJECTIVES = {f.__name__: f for f in (weighted_sft, sft, importance_sampling, ppo_clip, cispo, gspo, dft)}
 _WITHOUT_BEHAVIOR = {weighted_sft, sft, dft}
+_WITHOUT_ADVANTAGE = {sft, dft}
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ class Objective:
     @property
     def needs_behavior(self) -> bool:
         return self.function not in _WITHOUT_BEHAVIOR
+
+    @property
+    def silent_without_advantage(self) -> bool:
+        """Whether a token of advantage 0 surely weighs 0."""
+        return self.function in OBJECTIVES.values() and self.function not in _WITHOUT_ADVANTAGE
 
     def __call__(
         self, logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor", sequence_N: "Tensor"

@@ -26,6 +26,11 @@ class Coefficients:
     distill: float = 0.0
     renormalize: bool = False  # the teacher's entries are taken to be all it says: their probabilities made to sum to 1
 
+    @property
+    def concern_every_token(self) -> bool:
+        """Whether a token may count that the objective gives no weight."""
+        return bool(self.kl or self.entropy or self.distill)
+
 
 @dataclass(frozen=True)
 class TokenTerms:

@@ -17,17 +17,18 @@ import numpy as np
 from transformers.utils.logging import disable_progress_bar
 
 from wsft import ds_config
-from wsft.batching import AtroposBatchProcessor, Batch, pad, plan_shares, token_terms
+from wsft.batching import AtroposBatchProcessor, Batch, pack, pad, token_terms
 from wsft.checkpoint import Checkpoint, load_random, prune, resumable, save
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.engine import Engine, MicroBatch, Reference, StepResult, bf16_is_native, start_ranks
 from wsft.export import export
 from wsft.feed import Feed, open_source
-from wsft.measurements import missing, of_batch, of_tokens
+from wsft.measurements import missing, of_batch, of_plan, of_tokens
 from wsft.metrics import Metrics, Silence, speak
 from wsft.model import load_model, load_model_config, load_reference, load_tokenizer
 from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
+from wsft.shares import Cost, plan_shares
 from wsft.stopping import Stop, name_of
 from wsft.terms import Coefficients
 from wsft.world import World, ranks_from_environment
@@ -111,6 +112,7 @@ class WeightedSFTTrainer:
             self.model.check_head(world.device)
             if saved:
                 self.engine.load(saved)
+        self.packs, self.cost = self._check_packing(), Cost(1 / (12 * shape.hidden_size))  # a layer has about 12 H^2 parameters
         if start:
             load_random(start, world.rank)
         self.said_missing = set()
@@ -119,6 +121,18 @@ class WeightedSFTTrainer:
         self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
+
+    def _check_packing(self) -> bool:
+        """Whether rows are packed: as all models and all ranks can."""
+        if not self.config.packing:
+            return False
+        models = [self.model, *([self.reference.model] if self.reference else [])]
+        packs = min(self.world.words(int(all([model.check_packing(self.world.device) for model in models])))) == 1
+        if packs:
+            log.info("sequences are packed; attention: %s", self.model.attention)
+        else:
+            log.info("%s cannot keep packed sequences apart: they are padded instead", type(self.model.model).__name__)
+        return packs
 
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
         if self.config.ref_model_name is None:
@@ -143,11 +157,11 @@ class WeightedSFTTrainer:
             batch = batch.with_final_advantages(self.processor.shaping)
             wait = time.monotonic() - start
             self.metrics.doing("training")
-            result = self._train_on(batch)
+            result, plan = self._train_on(batch)
             self.step += 1
             self.bad = 0 if result.applied and math.isfinite(result.loss) else self.bad + 1
             self.not_finite += self.bad > 0
-            self.metrics.step(self._describe(batch, result, wait, time.monotonic() - start))
+            self.metrics.step(self._describe(batch, result, wait, time.monotonic() - start) | plan)
             self._shout(result)
             if self.step % self.config.save_steps == 0 or self.feed.journal_is_full():
                 self._save()
@@ -187,20 +201,28 @@ class WeightedSFTTrainer:
         size, spent = sum(self.saved.facts["files"].values()) / 2**30, time.monotonic() - start
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
-    def _train_on(self, batch: Batch) -> StepResult:
-        """One optimizer step: every rank plans the same shares from the same batch and runs its own."""
+    def _train_on(self, batch: Batch) -> tuple[StepResult, dict]:
+        """One optimizer step, and what is said of its plan, which every rank makes from the same batch to run its own share."""
         self._require_what_the_loss_needs(batch)
-        shares = plan_shares(batch.lengths, self.world.size, self.config.micro_batch_tokens)
         # counted over the whole batch before the first backward: the step does not depend on how it is split
         scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
-        micro_batches = [self._micro_batch(batch, rows, scales_R) for rows in shares[self.world.rank]]
-        return self.engine.step(micro_batches, self.reference)
+        if self.config.skip_weightless and not self.coefficients.concern_every_token:
+            batch = batch.of_weight(self.objective)
+        chosen = np.flatnonzero(batch.trained_tokens) if self.config.skip_weightless else np.arange(len(batch.lengths))
+        lengths = batch.lengths[chosen]
+        shares = plan_shares(lengths, self.world.size, self.config.micro_batch_tokens, self.cost, self.packs)
+        mine = [[int(chosen[i]) for i in rows] for rows in shares[self.world.rank]]
+        result = self.engine.step([self._micro_batch(batch, rows, scales_R) for rows in mine], self.reference)
+        return result, of_plan(shares, lengths, self.cost, self.packs) | {"plan/skipped": len(batch.lengths) - len(chosen)}
 
     def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray) -> MicroBatch:
+        terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
+        if self.packs:
+            tokens_1T, trained_N, lengths = pack(batch, rows, self.tokenizer.pad_token_id)
+            return MicroBatch(tokens_1T, trained_N, terms, lengths)
         padded = pad(batch, rows, self.tokenizer.pad_token_id)
         trained_N = padded["loss_masks"].flatten().nonzero().squeeze(1)
-        terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
-        return MicroBatch(padded["tokens"], trained_N, terms)
+        return MicroBatch(padded["tokens"], trained_N, terms, None)
 
     def _require_what_the_loss_needs(self, batch: Batch) -> None:
         for name, instead in missing(batch, self.objective.needs_behavior).items():
@@ -221,7 +243,7 @@ class WeightedSFTTrainer:
             "grad_norm": result.grad_norm,
             "learning_rate": result.learning_rate,
             **batch_values,
-            **of_tokens(result.sums, result.maxima),
+            **of_tokens(result.sums, result.maxima, batch.num_trained),
             "tokens/per_second": batch_values["tokens/total"] / spent,
             "data/possibly_lost_batches": self.feed.possibly_lost,
             "journal/gib": self.feed.journal_gib,

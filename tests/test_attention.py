@@ -1,0 +1,56 @@
+"""Packed rows: each sequence sees itself alone, whatever the family of the model."""
+
+import pytest
+import torch
+from conftest import VOCAB, make_model
+
+from wsft import attention
+from wsft.attention import PACKED, borders
+
+LENGTHS = [5, 11, 1, 8, 2]
+FAMILIES = {
+    "llama": {},
+    "qwen": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "gemma": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 4, "attn_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_sequences_get_what_each_gets_alone(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "model", family=family, **FAMILIES[family])
+    attention.register()
+    model, own = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name) for name in (PACKED, "eager"))
+    parts = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).split(LENGTHS)
+    found = model(torch.cat(parts).unsqueeze(0), use_cache=False, **borders(LENGTHS, torch.device("cpu"))).logits[0]
+    alone = torch.cat([own(part.unsqueeze(0)).logits[0] for part in parts])
+    torch.testing.assert_close(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weights).sum().backward()
+    (alone * weights).sum().backward()
+    for ours, theirs in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_it_costs_the_sum_of_the_squares(monkeypatch):
+    seen = []
+    real = attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape[2]) or real(q, *a, **k)
+    )
+    q, kv = torch.randn(1, 4, sum(LENGTHS), 8), torch.randn(1, 2, sum(LENGTHS), 8)
+    starts = borders(LENGTHS, torch.device("cpu"))["cu_seq_lens_q"]
+    out, _ = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, cu_seq_lens_q=starts)
+    assert seen == LENGTHS and out.shape == (1, sum(LENGTHS), 4, 8)
+
+
+@pytest.mark.parametrize("strange", [{"s_aux": torch.ones(4)}, {"position_bias": torch.ones(4)}])
+def test_attention_of_a_kind_it_does_not_know_is_not_a_number(strange):
+    q = torch.randn(1, 4, 3, 8)
+    assert attention.packed_attention(torch.nn.Module(), q, q, q, None, **strange)[0].isnan().all()
+
+
+def test_positions_begin_anew_with_each_sequence():
+    said = borders([3, 1, 2], torch.device("cpu"))
+    assert said["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]] and said["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
