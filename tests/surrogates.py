@@ -151,9 +151,9 @@ def forward_kl(log_p_TV, teacher_T, renormalize):
 
 
 def losses_of_records(groups, hidden_NH, lm_head_VH, case, coefficients, run_temperature):
-    """The loss of every sequence [T], read off Atropos records; hidden_NH are the states of their trained tokens, end to end."""
+    """The loss of every sequence [T], read off Atropos records; hidden_NH: the states of their trained tokens, end to end."""
     losses, start = [], 0
-    for group, i, tokens in ((group, i, row) for group in groups for i, row in enumerate(group["tokens"])):
+    for group, i, tokens in ((record, i, row) for record in groups for i, row in enumerate(record["tokens"])):
         at = [t for t in range(1, len(tokens)) if group["masks"][i][t] != -100]
         if not at:
             continue

@@ -330,7 +330,7 @@ def in_parts_as_released(rng, group, applied):
     """The records that a group becomes where it was posted in parts: mostly of one prompt and environment, and neighbours."""
     if type(group) is not dict or type(group.get("tokens")) is not list or rng.random() < 0.7:
         return [group]
-    with suppress(TypeError, IndexError):
+    with suppress(TypeError, LookupError):
         for row, mask in zip(group["tokens"][1:], group["masks"][1:], strict=False):
             if rng.random() < 0.9:
                 row[:2], mask[:2] = group["tokens"][0][:2], group["masks"][0][:2]
