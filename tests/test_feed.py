@@ -13,6 +13,7 @@ from atropos_server import group
 from wsft import WeightedSFTConfig
 from wsft.atropos import AtroposClient
 from wsft.batching import AtroposBatchProcessor
+from wsft.config import UserError
 from wsft.feed import AtroposSource, Feed
 from wsft.journal import Journal
 
@@ -85,6 +86,9 @@ class OneRank:
     def words(self, word):
         return [word]
 
+    def agree(self, error):
+        raise error
+
     def broadcast(self, arrays, like, source):
         return arrays
 
@@ -114,3 +118,21 @@ def test_a_batch_under_way_when_the_run_stops_is_kept_for_the_next(tmp_path):
         assert feed.next(0, waiting=lambda state: None) is None and feed.stopped == 15
         feed.close()
         assert len(served) == 1 and Journal(tmp_path / "journal").numbers == [0]
+
+
+def test_no_batch_is_fetched_in_the_place_of_one_that_failed(tmp_path, monkeypatch):
+    """Else the journal would have a hole that no later start could fill."""
+    with slow_server(0.1) as (url, served):
+        feed, append = open_feed(url, tmp_path / "journal", prefetch_batches=2), Journal.append
+
+        def failing(journal, number, body):
+            if number == 1:
+                raise UserError("the disk is full")
+            append(journal, number, body)
+
+        monkeypatch.setattr(Journal, "append", failing)
+        assert feed.next(0, waiting=lambda state: None).lengths.tolist() == [6, 6]
+        with pytest.raises(UserError, match="the disk is full"):
+            feed.next(1, waiting=lambda state: None)
+        time.sleep(0.5)
+        assert len(served) == 2 and Journal(tmp_path / "journal").numbers == [0]

@@ -1,9 +1,9 @@
 """Where batches come from, and how every rank gets the same one at the same time.
 
 A source is asked in a thread of its own, `prefetch_batches` ahead of the step that trains: a batch is fetched, journalled and
-decoded while the one before it trains, and the main thread answers the other ranks meanwhile. Ranks never wait
-for data inside one collective: they meet about once a second and say whether they have theirs. So a run may wait for hours,
-an error on the fetching rank reaches all, and nobody's collective times out.
+decoded while the one before it trains, and the main thread answers the other ranks meanwhile. Ranks never wait for data inside
+one collective: they meet about once a second and say whether they have theirs. So a run may wait for hours, an error on the
+fetching rank reaches all, and nobody's collective times out.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class AtroposSource:
 
 
 class _Ahead:
-    """A thread that does one thing after the other, and does not keep the process from ending, as a pool's would."""
+    """A thread that does one thing after the other, until one fails: those behind it then fail likewise, for a batch must not
+    be fetched in the place of one that could not be. It does not keep the process from ending, as a pool's would."""
 
     def __init__(self):
         self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]]] = queue.SimpleQueue()
@@ -169,11 +170,15 @@ class _Ahead:
         return future
 
     def _work(self) -> None:
+        failure = None
         while True:
             future, action = self._jobs.get()
             try:
+                if failure:
+                    raise failure
                 future.set_result(action())
             except BaseException as error:
+                failure = error
                 future.set_exception(error)
 
 
