@@ -300,10 +300,10 @@ def a_sequence_is_very_long(rng, group):
 
 @rare
 def a_group_is_huge(rng, group):
-    group["tokens"] = [[5, 6, 7][: rng.randrange(4)] for _ in range(10_000)]
+    group["tokens"] = [[5, 6, 7][: rng.randrange(4)] for _ in range(5_000)]
     group["masks"] = [rng.choice([row, [0, 1, 1][: len(row)], [-100, -100, -100], None]) for row in group["tokens"]]
     group["scores"] = [rng.randrange(3) for _ in group["tokens"]]
-    group["advantages"] = rng.choice([None, [[0, 1.5, -0.5]] * 5_000])
+    group["advantages"] = rng.choice([None, [[0, 1.5, -0.5]] * 2_500])
 
 
 @rare
@@ -336,7 +336,7 @@ def in_parts_as_released(rng, group, applied):
                 row[:2], mask[:2] = group["tokens"][0][:2], group["masks"][0][:2]
     cuts = sorted(rng.randrange(len(group["tokens"]) + 1) for _ in range(rng.choice([1, 1, 2])))
     spans = [slice(*ends) for ends in zip([0, *cuts], [*cuts, None], strict=True)]
-    group["env_id"] = rng.choice([0, 0, 0, 3, 2**63 - 1, 2**63, None, -1, True, 0.0, "0"])
+    group["env_id"] = rng.choice([0] * 9 + [3, 2**63 - 1, 2**63, None, -1, True, 0.0, "0"])
     parts = [{name: rows[span] if type(rows) is list else rows for name, rows in group.items()} for span in spans]
     if rng.random() < 0.1:
         parts[-1]["env_id"] = rng.choice([0, 1, None])
@@ -354,7 +354,7 @@ def mutated(rng, applied):
         group = json.loads(rng.choice(RECORDED))
     elif rng.random() < 0.7:
         group |= sampled(rng, group["tokens"])
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         group["advantages"] = None
     for mutate in rng.choices(MUTATIONS, k=rng.randint(1, 4)) + ([rng.choice(RARE)] if rng.random() < 0.003 else []):
         # an earlier mutation may have left nothing to bite on
@@ -702,7 +702,9 @@ def drawn(number):
     return text, rules, applied
 
 
-SHAPINGS = [("none", None, 1.0), ("batch", None, 1.0), ("batch_center", 0.7, 0.5), ("none", 1.5, 0.0)]
+OBJECTIVE = Objective("ppo_clip")
+# normalisation, clip, scale of negative ones
+SHAPINGS = [("none", None, 1.0), ("batch", None, 1.0), ("batch", 1.2, 2.0), ("batch_center", 0.7, 0.5), ("none", 1.5, 0.0)]
 
 
 def assert_is(batch, good, rules):
@@ -737,7 +739,7 @@ def same(found, expected):
 def assert_terms_are(batch, good, rules, rows):
     """Whether the terms of some rollouts have, token by token, what the good sequences say, and the run's where they do not."""
     coefficients = Coefficients(kl=float(rules["reads_reference"]), distill=float(rules["reads_teacher"]))
-    terms = token_terms(batch, rows, np.ones(len(good)), Objective("ppo_clip"), coefficients, 0.9)
+    terms = token_terms(batch, rows, np.ones(len(good)), OBJECTIVE, coefficients, 0.9)
     tokens = [(good[i], t, n) for n, i in enumerate(rows) for t, trained in enumerate(good[i].trained) if trained]
     assert terms.sequence_N.tolist() == dense([n for _, _, n in tokens])
     assert same(terms.behavior_logp_N.numpy(), [verdict.logps["inference_logprobs"][t] for verdict, t, _ in tokens])
@@ -749,10 +751,12 @@ def assert_terms_are(batch, good, rules, rows):
     if rules["reads_reference"]:
         assert same(terms.ref_logp_N.numpy(), [verdict.logps["ref_logprobs"][t] for verdict, t, _ in tokens])
     if rules["reads_teacher"]:
-        for (verdict, t, _), ids, probs in zip(tokens, terms.teacher_ids_NK, terms.teacher_probs_NK, strict=True):
-            entries, k = verdict.teacher[t], len(verdict.teacher[t])
-            assert ids[:k].tolist() == [token for token, _ in entries] and not probs[k:].any()
-            assert np.allclose(probs[:k], [math.exp(logp) for _, logp in entries], rtol=1e-6)
+        entries = [verdict.teacher[t] for verdict, t, _ in tokens]
+        K = max([1, *map(len, entries)])  # what is missing is filled up with probability 0
+        filled = [[*row, *[(0, -math.inf)] * (K - len(row))] for row in entries]
+        assert terms.teacher_ids_NK.tolist() == [[token for token, _ in row] for row in filled]
+        probs = [math.exp(logp) for row in filled for _, logp in row]
+        assert np.allclose(terms.teacher_probs_NK.flatten().numpy(), probs, rtol=1e-6, atol=0)
 
 
 def dense(numbers):
@@ -772,7 +776,8 @@ def check(number):
         assert DEEP in text  # orjson reads 1,024 levels, but not what else is in this body; json reads fewer
         return 0, met
     batch = AtroposBatchProcessor(**rules).decode(groups)
-    shaped = [batch.with_final_advantages(Shaping(*shaping)).advantages for shaping in SHAPINGS]
+    shaping = SHAPINGS[number % len(SHAPINGS)]
+    advantages = batch.with_final_advantages(Shaping(*shaping)).advantages
     assert time.perf_counter() - start < SECONDS
 
     records = json.loads(text.replace(DEEP, "[[[[]]]]"))["batch"]
@@ -785,8 +790,8 @@ def check(number):
     assert len(batch.lengths) + sum(counted.values()) == len(verdicts)
     assert_counts_can_be(counted, verdicts)
     assert_is(batch, good, rules)
-    for shaping, advantages in zip(SHAPINGS, shaped, strict=True):
-        assert close(advantages, final(batch, *shaping)) and not advantages[~batch.loss_mask].any()
+    error = 1e-9 * max([1.0, *abs(batch.advantages)]) if shaping[0] == "batch_center" else 1e-9
+    assert close(advantages, final(batch, *shaping), error) and not advantages[~batch.loss_mask].any()
     rows = sorted(random.Random(number).sample(range(len(good)), min(len(good), 5)))
     if rows:
         assert_terms_are(batch, good, rules, rows)
@@ -811,7 +816,7 @@ def test_ten_thousand_mutated_groups_are_trained_as_an_oracle_reads_them_or_left
     assert passed_over < number / 20
     assert min(met[mutate.__name__] for mutate in MUTATIONS) > 300 and all(met[mutate.__name__] for mutate in RARE)
     assert min(met[reason] for reason in {*REASONS} - NEVER_MET) > 50 and met["good"] > GROUPS / 2
-    assert met["joined"] > 300 and min(met["logps"], met["teacher"]) > GROUPS
+    assert met["joined"] > 200 and min(met["logps"], met["teacher"]) > GROUPS
 
 
 def test_a_long_string_among_the_tokens_takes_no_memory():

@@ -97,7 +97,7 @@ class WeightedSFTModel(torch.nn.Module):
         self.eval()
         parts = tokens.split(lengths)
         alone = torch.cat([logps(part, at) for part, at in zip(parts, trained, strict=True)])
-        tolerance = 1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1
+        tolerance = 1e-4 if next(self.model.parameters()).dtype == torch.float32 else 0.1
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
         if self._takes_positions() and self._attend_by(PACKED if own not in FLASH else own):
             packed = logps(tokens, torch.cat([s + at for s, at in zip(starts, trained, strict=True)]), lengths)
@@ -121,10 +121,11 @@ class WeightedSFTModel(torch.nn.Module):
 
 def _logit_options(config: Any) -> dict[str, float | None]:
     """What lies between lm_head and softmax, under the names that transformers' model configs give it."""
-    scale = getattr(config, "logit_scale", None)  # Cohere
+    multipliers = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse; Falcon-H1
+    scale = next((getattr(config, name) for name in multipliers if getattr(config, name, None) is not None), None)
     scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:  # Granite divides by it, others multiply
-        scale = 1 / scaling if config.model_type.startswith("granite") else scaling
+    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+        scale = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
     return {"logit_scale": scale, "final_logit_softcapping": getattr(config, "final_logit_softcapping", None)}
 
 
