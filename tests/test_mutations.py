@@ -756,7 +756,7 @@ def assert_terms_are(batch, good, rules, rows):
         filled = [[*row, *[(0, -math.inf)] * (K - len(row))] for row in entries]
         assert terms.teacher_ids_NK.tolist() == [[token for token, _ in row] for row in filled]
         probs = [math.exp(logp) for row in filled for _, logp in row]
-        assert np.allclose(terms.teacher_probs_NK.flatten().numpy(), probs, rtol=1e-6, atol=0)
+        assert np.allclose(terms.teacher_probs_NK.flatten().numpy(), probs, rtol=1e-6, atol=1e-37)
 
 
 def dense(numbers):

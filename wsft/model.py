@@ -97,11 +97,12 @@ class WeightedSFTModel(torch.nn.Module):
         self.eval()
         parts = tokens.split(lengths)
         alone = torch.cat([logps(part, at) for part, at in zip(parts, trained, strict=True)])
-        tolerance = 1e-4 if next(self.model.parameters()).dtype == torch.float32 else 0.1
+        # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
+        tolerance = alone.std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
         if self._takes_positions() and self._attend_by(PACKED if own not in FLASH else own):
             packed = logps(tokens, torch.cat([s + at for s, at in zip(starts, trained, strict=True)]), lengths)
-            self.packs = torch.allclose(packed, alone, atol=tolerance, rtol=tolerance)
+            self.packs = bool((packed - alone).abs().max() < tolerance)  # not where one is NaN
         if not self.packs:
             self._attend_by(own)
         self.train(mode)
