@@ -11,7 +11,9 @@ from conftest import clean_environment, make_group, run_together, write_groups
 from fed_run import steps_of, train
 
 from wsft.attention import borders, packed_attention
-from wsft.loss_head import weighted_linear_cross_entropy
+from wsft.loss_head import head_loss, weighted_linear_cross_entropy
+from wsft.objectives import Objective
+from wsft.terms import Coefficients, TokenTerms
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +35,27 @@ def test_the_head_on_a_gpu_gives_the_dense_gradients(dtype, tolerance):
     assert (loss - dense).abs() < tolerance * dense.abs()
     for ours, theirs in zip(gradients, torch.autograd.grad(dense, inputs), strict=True):
         assert (ours.double() - theirs.double()).norm() < tolerance * theirs.double().norm()
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
+def test_terms_on_a_gpu_are_those_of_a_cpu(name):
+    generator, N = torch.Generator().manual_seed(0), 300
+    hidden, lm_head = torch.randn(N, 64, generator=generator), torch.randn(500, 64, generator=generator) / 8
+    targets, sequences = torch.randint(500, (N,), generator=generator), torch.arange(N) // 50
+    logp = (hidden @ lm_head.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    terms = TokenTerms(
+        Objective(name), Coefficients(kl=0.1, entropy=0.01, distill=0.5), torch.full((N,), 1 / N), torch.randn(N, generator=generator),
+        logp + torch.randn(N, generator=generator) / 4, torch.full((N,), torch.nan), torch.ones(N), sequences,
+        logp - 0.1, torch.randint(500, (N, 4), generator=generator), torch.rand(N, 4, generator=generator) / 4,
+    )  # fmt: skip
+    found = []
+    for device in ("cuda", "cpu"):
+        inputs, there = [x.to(device).requires_grad_() for x in (hidden, lm_head)], terms.to(device)
+        out = head_loss(*inputs, targets.to(device), there, chunk_tokens=128, **there.head_options())
+        sums, maxima = there.sums(out)
+        found.append([x.cpu() for x in (out.loss, *torch.autograd.grad(out.loss, inputs), *sums.values(), *maxima.values())])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])

@@ -248,7 +248,9 @@ def make_falcon_h1():
     from transformers import FalconH1Config, FalconH1ForCausalLM
 
     shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
-    return FalconH1ForCausalLM(FalconH1Config(**shape, num_key_value_heads=2, pad_token_id=0, eos_token_id=2))
+    return FalconH1ForCausalLM(
+        FalconH1Config(**shape, num_key_value_heads=2, mamba_chunk_size=8, mamba_d_state=8, pad_token_id=0)
+    )
 
 
 def make_gpt_oss():
