@@ -44,7 +44,8 @@ def test_terms_on_a_gpu_are_those_of_a_cpu(name):
     targets, sequences = torch.randint(500, (N,), generator=generator), torch.arange(N) // 50
     logp = (hidden @ lm_head.T).log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
     terms = TokenTerms(
-        Objective(name), Coefficients(kl=0.1, entropy=0.01, distill=0.5), torch.full((N,), 1 / N), torch.randn(N, generator=generator),
+        Objective(name), Coefficients(kl=0.1, entropy=0.01, distill=0.5), torch.full((N,), 1 / N),
+        torch.randn(N, generator=generator),
         logp + torch.randn(N, generator=generator) / 4, torch.full((N,), torch.nan), torch.ones(N), sequences,
         logp - 0.1, torch.randint(500, (N, 4), generator=generator), torch.rand(N, 4, generator=generator) / 4,
     )  # fmt: skip
