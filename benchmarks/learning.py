@@ -23,7 +23,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from wsft.checkpoint import DEEPSPEED, FACTS, Checkpoint
 from wsft.engine import saved_parameters
+from wsft.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = {
@@ -242,9 +242,7 @@ def learn(plan: Plan) -> dict:
     make_model(plan.folder / "model", plan.seed)
     # no bf16, not even where the machine has it: the curve should be the same everywhere
     (plan.folder / "ds.json").write_text(json.dumps({"optimizer": ADAM, "zero_optimization": {"stage": 3}}))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     url, server_log, log = f"http://127.0.0.1:{port}", plan.folder / "server.log", plan.folder / "train.log"
     serve = ["-m", "uvicorn", "atroposlib.api.server:app", "--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
     with started(serve, server_log) as server, started(["train.py", *train_flags(plan, url)], log) as trainer:

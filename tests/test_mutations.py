@@ -280,7 +280,9 @@ def a_teacher_is_of_another_form(rng, group):
 
 @mutation
 def a_teachers_entry_is_odd(rng, group):
-    kind, odd = rng.choice([("distill_token_ids", [*IDS, True, 3.0, None, "7"]), ("distill_logprobs", A_LOGP)])
+    kind, odd = rng.choice(
+        [("distill_token_ids", [*IDS, *[VOCAB, 49152] * 5, True, 3.0, None, "7"]), ("distill_logprobs", A_LOGP)]
+    )
     row = rng.choice([row for row in rng.choice(group[kind]) if row])
     row[place(rng, row)] = rng.choice(odd)
 
@@ -340,6 +342,8 @@ def in_parts_as_released(rng, group, applied):
     parts = [{name: rows[span] if type(rows) is list else rows for name, rows in group.items()} for span in spans]
     if rng.random() < 0.1:
         parts[-1]["env_id"] = rng.choice([0, 1, None])
+    if rng.random() < 0.1:
+        parts.insert(1, rng.choice([None, 5, group | {"env_id": None}, group | {"tokens": []}]))
     applied["in parts"] += 1
     return parts
 

@@ -259,6 +259,7 @@ def test_all_terms_together_have_their_values_and_gradients(name, dtype):
 # -- from records, reduced, in micro-batches -------------------------------------------------------------------------------
 
 MAX_TOKEN_LEN, RUN_TEMPERATURE = 30, 1.4
+SPLITS = [[*range(9)]], [[8, 3, 1], [], [5], [0, 2, 4, 6, 7]], [[i] for i in (4, 7, 0, 3, 8, 5, 1, 6, 2)]
 
 
 def make_records(rng, per_sequence=False):
@@ -267,9 +268,9 @@ def make_records(rng, per_sequence=False):
     for group in groups:
         tokens = group["tokens"]
         if per_sequence:
-            group["advantages"] = [[round(float(a), 3)] for a in rng.normal(0, 1, len(tokens))]
+            group["advantages"] = [[a] for a in rng.normal(0, 1, len(tokens)).round(3).tolist()]
         for name in ("inference_logprobs", "ref_logprobs"):
-            group[name] = [np.where(rng.random(len(x)) < 0.2, 1.0, -rng.exponential(3, len(x))).tolist() for x in tokens]
+            group[name] = [np.where(rng.random(len(x)) < 0.2, 1.0, rng.normal(-4.7, 0.4, len(x))).tolist() for x in tokens]
         group["distill_token_ids"] = [[rng.integers(0, VOCAB, rng.integers(0, 4)).tolist() for _ in x] for x in tokens]
         group["distill_logprobs"] = [[rng.uniform(-4, -1.2, len(y)).tolist() for y in x] for x in group["distill_token_ids"]]
         group["overrides"] = [{} for _ in tokens]
@@ -278,8 +279,14 @@ def make_records(rng, per_sequence=False):
     groups[1]["overrides"] = [{"set_advantage_to_zero": True}, {"sft": True}, {}, {"temperature": 0.9}]
     groups[1]["masks"][2] = [-100] * 5
     groups[1]["inference_logprobs"][3] = None
+    groups[0]["advantages"][2][-4:] = [0.0] * len(groups[0]["advantages"][2][-4:])
     groups[2] |= dict.fromkeys(["ref_logprobs", "distill_token_ids", "distill_logprobs"])
     return groups
+
+
+def make_policy(batch, rng):
+    """Hidden states of the trained tokens and lm_head, for logps about those of the records."""
+    return [torch.from_numpy(rng.normal(0, std, (n, H))) for std, n in ((0.3, batch.num_trained), (1.0, VOCAB))]
 
 
 def gradients_in(micro_batches, batch, scales, case, coefficients, hidden, lm_head):
@@ -301,15 +308,27 @@ def test_records_in_any_micro_batches_give_the_gradient_of_the_reduced_surrogate
     coefficients = Coefficients(kl=0.3, entropy=0.1, distill=0.6, renormalize=reduction in ("mean", "constant"))
     batch = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch(groups)
     assert not batch.rejected and batch.trained_tokens[5] == 0 and 1 in batch.trained_tokens
-    scales = batch.scales(reduction, MAX_TOKEN_LEN)
-    hidden, lm_head = (torch.from_numpy(rng.normal(size=(n, H))) for n in (batch.num_trained, VOCAB))
+    scales, (hidden, lm_head) = batch.scales(reduction, MAX_TOKEN_LEN), make_policy(batch, rng)
     leaves = [x.clone().requires_grad_() for x in (hidden, lm_head)]
     losses = papers.losses_of_records(groups, *leaves, case, coefficients, RUN_TEMPERATURE)
     wanted = torch.autograd.grad(papers.REDUCTIONS[reduction](losses, MAX_TOKEN_LEN), leaves)
-    for split in ([[*range(9)]], [[8, 3, 1], [], [5], [0, 2, 4, 6, 7]], [[i] for i in rng.permutation(9).tolist()]):
+    for split in SPLITS:
         assert_close(gradients_in(split, batch, scales, case, coefficients, hidden, lm_head), wanted, 1e-6)
-    single = gradients_in([[2, 8, 5, 0], [4, 7, 6, 3, 1]], batch, scales, case, coefficients, hidden.float(), lm_head.float())
+    single = gradients_in(SPLITS[1], batch, scales, case, coefficients, hidden.float(), lm_head.float())
     assert_close(single, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_surely_weighs_nothing_can_be_left_out(name, rng):
+    case, objective = CASES[name], Objective(CASES[name].objective, CASES[name].args)
+    batch = AtroposBatchProcessor().process_atropos_batch(make_records(rng, case.per_sequence))
+    scales, (hidden, lm_head) = batch.scales("sequence_mean", MAX_TOKEN_LEN), make_policy(batch, rng)
+    wanted = gradients_in(SPLITS[1], batch, scales, case, Coefficients(), hidden, lm_head)
+    fewer = batch.of_weight(objective)
+    kept = torch.from_numpy(fewer.loss_mask[batch.loss_mask])
+    found = gradients_in(SPLITS[1], fewer, scales, case, Coefficients(), hidden[kept], lm_head)
+    assert_close(found, (wanted[0][kept], wanted[1]), 1e-12)
+    assert 0 < int(kept.sum()) < len(kept) and not wanted[0][~kept].any()
 
 
 @pytest.mark.parametrize("reduction", papers.REDUCTIONS)
@@ -519,6 +538,18 @@ def test_arguments_outside_their_range_are_refused_by_name_and_value(name, argum
             Objective(name, {argument: value})
         assert str(error.value).startswith(f"{argument} of objective {name} is {value!r}: Input should be ")
         assert str(error.value).endswith(f"it takes {', '.join(a for o, a in RANGES if o == name)}")
+
+
+def test_defaults_are_those_of_the_papers():
+    assert {name: f.__kwdefaults__ or {} for name, f in OBJECTIVES.items()} == {
+        "weighted_sft": {},
+        "sft": {},
+        "importance_sampling": {"cap": None},
+        "ppo_clip": {"eps_low": 0.2, "eps_high": 0.2, "dual_clip": None},
+        "cispo": {"eps_low": 1.0, "eps_high": 4.0},
+        "gspo": {"eps_low": 3e-4, "eps_high": 4e-4},
+        "dft": {},
+    }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

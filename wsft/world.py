@@ -60,10 +60,14 @@ def _take_ranks_from_slurm(env: MutableMapping[str, str]) -> None:
 
 
 def _be_alone(env: MutableMapping[str, str]) -> None:
+    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def free_port() -> int:
+    """One on loopback that nobody listens on now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
 
 
 def ranks_on_this_host() -> int:
