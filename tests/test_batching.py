@@ -1,5 +1,6 @@
 """Flat batches, padded rows, shares."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from conftest import make_group
 
 from wsft import AtroposBatchProcessor
-from wsft.batching import Batch, pad
+from wsft.batching import Batch, pad, token_terms
+from wsft.objectives import Objective
+from wsft.terms import Coefficients
 
 
 def test_a_recorded_body_becomes_the_tensors_one_reads_off_it():
@@ -31,6 +34,78 @@ def test_a_recorded_body_becomes_the_tensors_one_reads_off_it():
         [0, 0, 0, 0.5, 0.5, 0],  # a lone sequence keeps its score
     ]
     assert tensors["loss_masks"].sum().item() == 9
+
+
+def test_terms_of_some_rollouts_are_theirs_in_their_order():
+    """Three sequences of 2, 1 and 2 trained tokens; the third, then the first are asked for."""
+    told = dict(
+        tokens=[[1, 5, 6], [1, 2, 7], [1, 8, 9]],
+        masks=[[-100, 5, 6], [-100, -100, 7], [-100, 8, 9]],
+        advantages=[[0, 0.5, -0.5], [0, 0, 3.0], [0, 2.0, 9.0]],
+        inference_logprobs=[[1.0, -0.5, 1.0], [1.0, 1.0, -3.0], [1.0, -2.0, -4.0]],
+        ref_logprobs=[[1.0, -1.5, -2.5], [1.0, 1.0, -3.5], [1.0, 1.0, -4.5]],
+        overrides=[None, None, {"sft": True, "temperature": 0.5}],
+        distill_token_ids=[[[], [5, 4], []], [[], [], [7]], [[], [8], [1, 2, 3]]],
+        distill_logprobs=[[[], [0.0, -np.inf], []], [[], [], [-1.0]], [[], [-1.0], [-2.0, -2.0, -2.0]]],
+    )
+    batch = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch([told])
+    scales = batch.scales("sequence_mean", 10)
+    assert scales.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 6])  # of three sequences' means
+    for renormalize in (False, True):
+        coefficients = Coefficients(kl=0.1, distill=0.5, renormalize=renormalize)
+        terms = token_terms(batch, [2, 0], scales, Objective("ppo_clip"), coefficients, 0.9)
+        wanted = {
+            "scale_N": [1 / 6] * 4,
+            "advantages_N": [1, 1, 0.5, -0.5],
+            "behavior_logp_N": [-2, -4, -0.5, np.nan],
+            "fixed_weights_N": [1, 1, np.nan, np.nan],
+            "temperature_N": [0.5, 0.5, 0.9, 0.9],
+            "ref_logp_N": [np.nan, -4.5, -1.5, -2.5],
+        }
+        for name, values in wanted.items():
+            assert getattr(terms, name).tolist() == pytest.approx(values, nan_ok=True), name
+        assert terms.sequence_N.tolist() == [1, 1, 0, 0]  # the same number for a sequence's tokens, whatever it is
+        assert terms.teacher_ids_NK.tolist() == [[8, 0, 0], [1, 2, 3], [5, 4, 0], [0, 0, 0]]
+        said = [1, 1 / 3, 1, 0] if renormalize else [np.exp(-1), np.exp(-2), 1, 0]
+        probs = [[said[0], 0, 0], [said[1]] * 3, [said[2], 0, 0], [said[3]] * 3]
+        assert np.allclose(terms.teacher_probs_NK.numpy(), probs)
+
+
+def test_terms_of_no_rollout_are_empty_and_of_the_same_kinds():
+    """What a rank has that only runs along."""
+    record = dict(tokens=[[1, 5, 6]], masks=[[-100, 5, 6]], scores=[1.0], ref_logprobs=[[1.0, -1.0, -1.0]])
+    batch = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch([record])
+    some, none = (
+        token_terms(batch, rows, batch.scales("mean", 10), Objective("gspo"), Coefficients(kl=0.1, distill=0.5), 1.0)
+        for rows in ([0], [])
+    )
+    for field in dataclasses.fields(some):
+        one, other = getattr(some, field.name), getattr(none, field.name)
+        assert (type(one), getattr(one, "dtype", None)) == (type(other), getattr(other, "dtype", None)), field.name
+    weights, clipped = none.weigh(torch.zeros(0))
+    assert len(none.scale_N) == len(weights) == len(clipped) == 0
+
+
+def test_joined_parts_have_every_field_of_the_whole(rng):
+    """As ranks join what each of them fetched."""
+
+    def told(lengths, env_id):
+        entries = [[[int(i) for i in rng.integers(0, 96, k)] for k in rng.integers(0, 3, n)] for n in lengths]
+        logps = [[[-1.0 - k for k in range(len(row))] for row in rows] for rows in entries]
+        sampled = [rng.normal(-2, 1, n).clip(max=-0.1).tolist() for n in lengths]
+        more = dict(distill_token_ids=entries, distill_logprobs=logps, inference_logprobs=sampled, ref_logprobs=sampled)
+        return make_group(rng, lengths, env_id=env_id, generation_params={"temperature": 0.5, "weight_version": env_id}, **more)
+
+    groups = [told([6, 9], 0), told([7, 5], 1), make_group(rng, [4], masks=None), told([8], 2), make_group(rng, [5])]
+    processor = AtroposBatchProcessor(reads_reference=True, reads_teacher=True)
+    whole = processor.decode(groups)
+    joined = Batch.joined(
+        [processor.decode(groups[:1]), Batch.empty(), processor.decode(groups[1:2]), processor.decode(groups[2:])]
+    )
+    for field in dataclasses.fields(Batch):
+        one, other = getattr(whole, field.name), getattr(joined, field.name)
+        assert one.dtype == other.dtype and np.array_equal(one, other, equal_nan=one.dtype.kind == "f"), field.name
+    assert len(whole.teacher_ids) == whole.teacher_sizes.sum() > 10
 
 
 def test_normalisation_is_over_the_whole_batch_and_leaves_overrides_out(rng):
@@ -69,13 +144,3 @@ def test_an_empty_batch_is_rows_of_nothing():
     assert batch.num_trained == 0
     filler = pad(batch, [], pad_token_id=3)
     assert filler["tokens"].tolist() == [[3]] and not filler["loss_masks"].any()
-
-
-def test_joined_parts_are_the_whole(rng):
-    groups = [make_group(rng, [6, 9]), make_group(rng, [7, 5]), make_group(rng, [4], masks=None)]
-    processor = AtroposBatchProcessor()
-    whole = processor.decode(groups)
-    joined = Batch.joined([processor.decode(groups[:1]), processor.decode(groups[1:])])
-    for name in ("tokens", "loss_mask", "advantages", "lengths", "overrides", "counts"):
-        assert np.array_equal(getattr(whole, name), getattr(joined, name))
-    assert joined.rejected == {"no mask": 1}

@@ -87,6 +87,123 @@ def test_overrides_stay_out_of_the_groups_statistics():
     assert [r.advantages[3] for r in rollouts[:2]] == [-1, 1] and not rejected
 
 
+def parts(*scores, **fields):
+    """Records of one environment and prompt, one for each list of scores."""
+    return [one(tokens=[TOKENS] * len(s), masks=[LABELS] * len(s), scores=s, env_id=3) | fields for s in scores]
+
+
+def advantages_in(records, **rules):
+    return [rollout.advantages[3] for rollout in Decoder(**rules).batch(records)]
+
+
+@pytest.mark.parametrize(
+    "method, wanted",
+    [
+        ("group_center", [-3, -2, 0, 5]),  # the mean is 3
+        ("group_norm", np.array([-3, -2, 0, 5]) / np.sqrt((9 + 4 + 0 + 25) / 4)),
+        ("rloo", [-4, -8 / 3, 0, 20 / 3]),  # less the mean of the other three: 0 - 12 / 3, 1 - 11 / 3, 3 - 9 / 3, 8 - 4 / 3
+        ("raw", [0, 1, 3, 8]),
+    ],
+)
+def test_parts_of_one_group_are_scored_as_the_group(method, wanted):
+    for split in ([[0, 1, 3, 8]], [[0, 1], [3, 8]], [[0], [1, 3], [8]], [[0], [1], [3], [8]], [[], [0, 1, 3], [8]]):
+        whole = [part for part in parts(*split) if part["tokens"]]  # what holds no sequence has no prompt
+        assert np.allclose(advantages_in(whole, score_advantages=method), wanted)
+
+
+def test_what_is_no_part_of_the_group_is_scored_alone():
+    """A lone sequence keeps its score; two of them would be 1 apart from their mean."""
+    (first, second), deviation = parts([0], [2]), {"score_advantages": "group_center"}
+    assert advantages_in([first, second], **deviation) == [-1, 1]
+    others = [
+        second | {"env_id": 4},
+        second | {"tokens": [[5, 9, 7, 8]]},  # another prompt
+        second | {"masks": [[-100, 6, 7, 8]]},  # a shorter one
+    ]
+    for other in others:
+        assert advantages_in([first, other], **deviation) == [0, 2]
+    for env_id in (None, -1, True, "3", 3.0):  # of no environment, or none that can be
+        assert advantages_in(parts([0], [2], env_id=env_id), **deviation) == [0, 2]
+    assert [r.advantages[3] for part in (first, second) for r in Decoder(**deviation).group(part, "line 1")] == [0, 2]
+
+
+def test_overridden_and_rejected_sequences_of_a_part_are_those_of_the_group():
+    first, second, third = parts([0, 100], [2, None], [4])
+    first["overrides"] = [None, {"set_advantage_to_zero": True}]
+    third["tokens"] = [[*TOKENS[:3], -1]]  # its prompt cannot be read
+    decoder = Decoder(score_advantages="group_center")
+    assert [r.advantages[3] for r in decoder.batch([first, second, third])] == [-1, 0, 1]
+    assert decoder.rejected == {"no finite score and no advantages": 1, "token id outside the vocabulary": 1}
+
+
+def test_groups_without_a_prompt_of_their_own_are_not_parts_of_one():
+    """Where every token is trained, all that two texts have in common is the token that begins every text."""
+    for masks in ([1, 1, 1, 1], [0, 1, 1, 1]):
+        texts = [
+            one(tokens=[[1, p, 7, 8], [1, p, 8, 7]], masks=[masks] * 2, scores=s, env_id=3)
+            for p, s in ((5, [0, 2]), (6, [4, 8]))
+        ]
+        assert advantages_in(texts, score_advantages="group_center") == [-1, 1, -2, 2]
+
+
+@pytest.mark.parametrize(
+    "places, wanted",
+    [
+        (([{"temperature": 0.5}], {"temperature": 0.6}, {"temperature": 0.7}), 0.5),
+        (([{}], {"temperature": 0.6}, {"temperature": 0.7}), 0.6),
+        (([{"temperature": None}], {"temperature": None}, {"temperature": 0.7}), 0.7),
+        ((None, None, {"temperature": 2}), 2.0),
+        (([None], [], []), np.nan),
+        ((["x"], "y", 5), np.nan),
+        (([], {}, {}), np.nan),
+    ],
+)
+def test_the_temperature_is_that_of_the_nearest_who_says_it(places, wanted):
+    (rollout,), rejected = decode(one(**dict(zip(("overrides", "generation_params", "group_overrides"), places, strict=True))))
+    assert rollout.temperature == pytest.approx(wanted, nan_ok=True) and not rejected
+
+
+@pytest.mark.parametrize(
+    "said, wanted",
+    [(0, 0), (12, 12), ("12", 12), (2**53 - 1, 2**53 - 1)]
+    + [(value, np.nan) for value in (None, "default", "", -1, 1.5, True, 2**53, 2**80, [], "1" * 16)],
+)
+def test_a_weight_version_is_a_step_or_not_known(said, wanted):
+    (rollout,), rejected = decode(one(generation_params={"weight_version": said}))
+    assert rollout.weight_version == pytest.approx(wanted, nan_ok=True, rel=0) and not rejected
+
+
+def test_logps_are_those_of_trained_tokens_and_placeholders_are_none():
+    rows = {
+        (-3.0, -2.0, -1.0, -0.5): [-1.0, -0.5],
+        (1.0, 1.0, 1.0, -0.5): [np.nan, -0.5],
+        (1, 1, 0, -2): [0.0, -2.0],
+        (None, None, None, -0.5): [np.nan, -0.5],
+        (np.nan, 1.0, -np.inf, 0.5): [np.nan, np.nan],
+        (1.0, 1.0, 0.001, 0.0011): [0.0, np.nan],  # a rounding above 0 is 0
+        (1.0, 1.0, -1e300, -3e38): [np.nan, np.float32(-3e38)],
+    }
+    for row, wanted in rows.items():
+        record = one(inference_logprobs=[list(row)], ref_logprobs=[list(row)])
+        (rollout,), rejected = decode(record, reads_reference=True)
+        for found in (rollout.behavior_logp, rollout.ref_logp):
+            assert np.array_equal(found, np.array([np.nan, np.nan, *wanted], np.float32), equal_nan=True)
+        assert not rejected
+
+
+def test_a_teacher_is_read_where_a_token_is_trained_and_cut_with_the_sequence():
+    record = one(distill_token_ids=[[[9], "x", [5, 6], [7]]], distill_logprobs=[[[-1], None, [-1, -2.5], [0.0005]]])
+    for limit, sizes, ids, logp in ((None, [0, 0, 2, 1], [5, 6, 7], [-1, -2.5, 0]), (3, [0, 0, 2], [5, 6], [-1, -2.5])):
+        (rollout,), _ = decode(record, reads_teacher=True, max_token_len=limit, overlong="truncate")
+        assert (rollout.teacher_sizes.tolist(), rollout.teacher_ids.tolist(), rollout.teacher_logp.tolist()) == (
+            sizes,
+            ids,
+            logp,
+        )
+    (rollout,), _ = decode(record)
+    assert len(rollout.teacher_sizes) == len(rollout.teacher_ids) == len(rollout.ref_logp) == 0  # nobody asked
+
+
 @pytest.mark.parametrize(
     "overrides, group_overrides, wanted",
     [

@@ -30,7 +30,7 @@ def test_what_is_written_of_a_batch_is_what_one_counts():
     lone = one(scores=[5.0], env_id=4, generation_params={"weight_version": "5"})  # keeps its score as advantage
     told = one(scores=[None], advantages=[[9, 9, 0.5, 0.5, -0.5, -0.5]], inference_logprobs=[[-1.0] * 5])  # one logp too few
     chosen = one(overrides=[{"sft": True, "temperature": 0}])  # which is no temperature
-    long = group(size=1, length=9) | {"env_id": 4, "scores": [2.0]}
+    long = one(tokens=[[8] * 9], masks=[[-100, -100, *[8] * 7]], scores=[2.0], env_id=4)  # and another prompt
     bad = one(tokens=[[1, 2, 3, 4, 5, -6]])
     values = of_batch(process(pair, lone, told, chosen, long, bad, max_token_len=6, overlong="truncate"), step=7)
     # of the long one four are trained, too; advantages: 4 times -1, 1, 5 and 2, twice 0.5 and -0.5, and 1 by override
@@ -110,8 +110,8 @@ def test_means_over_no_tokens_are_nan():
 
 
 def test_the_plan_is_written_as_its_rows_are_filled():
-    """Rows of 6 + 4 and of 3 + 2 tokens: packed nothing is filled up, padded 2 and 1 are. At a cost of 1 a token the second rank
-    waits 5 of 10."""
+    """Rows of 6 + 4 and of 3 + 2 tokens, one for each rank: packed nothing is filled up, padded 2 and 1 are. The second rank
+    waits for half of the first's 10."""
     lengths, shares = np.array([6, 4, 3, 2]), [[[0, 1]], [[2, 3]]]
     assert of_plan(shares, lengths, Cost(), packed=True) == {
         "plan/micro_batches": 1,

@@ -53,7 +53,7 @@ FLOATS += [math.nan, math.inf, -math.inf, "<1e999>", "<-1e999>", "<1E1>"]
 JUNK = [None, True, False, "", "7", "text", "NaN", "\ud800", "\0\U0001f600", "x" * 5000, {}, {"a": 1}, [], [5], [[5, 6]], [[]]]
 JUNK += [[None], [True], {"tokens": [[5, 6]]}, "<deep>"]
 FLAGS = [True, False, None, 1, 0, 1.0, "false", "true", "", 2, -1, math.nan, [], {}]
-TEMPERATURES = [1.0, 0.7, 2, 1e-3, 0, -0.0, -1, 3e38, 3.5e38, 1e300, 10**400, math.nan, math.inf, "<1e999>"]
+TEMPERATURES = [1.0, 0.7, 2, 0.05, 0, -0.0, -1, 3e38, 3.5e38, 1e300, 10**400, math.nan, math.inf, "<1e999>"]
 TEMPERATURES += ["hot", "0.7", None, [], {}, True, False]
 VERSIONS = [
     0,
@@ -225,10 +225,8 @@ def overrides_are_anything(rng, group):
 @mutation
 def temperature_and_version_are_said_in_several_places(rng, group):
     def one():
-        said = {
-            "temperature": rng.choice(TEMPERATURES[: rng.choice([4, len(TEMPERATURES)])]),
-            "weight_version": rng.choice(VERSIONS),
-        }
+        temperature = rng.choice(TEMPERATURES[: rng.choice([4, len(TEMPERATURES)])])  # of the first four each is good
+        said = {"temperature": temperature, "weight_version": rng.choice(VERSIONS)}
         return {name: value for name, value in said.items() if rng.random() < 0.6}
 
     for name in rng.sample(SAYING, rng.randint(1, 3)):
@@ -241,18 +239,8 @@ def logps_are_of_another_form(rng, group):
     rows = group[rng.choice(LOGPS)]
     i = place(rng, rows)
     n = len(rows[i])
-    forms = [
-        None,
-        [],
-        [None] * n,
-        [1.0] * n,
-        rows[i][:-1],
-        [*rows[i], -1.0],
-        -0.5,
-        "text",
-        [rng.choice(A_LOGP[:19]) for _ in range(n)],
-    ]
-    rows[i] = rng.choice([*forms, [rng.choice(A_LOGP) for _ in range(n)]])
+    numbers, odd = ([rng.choice(values) for _ in range(n)] for values in (A_LOGP[:19], A_LOGP))
+    rows[i] = rng.choice([None, [], [None] * n, [1.0] * n, rows[i][:-1], [*rows[i], -1.0], -0.5, "text", numbers, odd])
 
 
 @mutation
@@ -263,26 +251,21 @@ def a_logp_is_odd(rng, group):
 
 @mutation
 def a_teacher_is_of_another_form(rng, group):
-    i = place(rng, group["tokens"])
-    n, kind, forms = (
-        len(group["tokens"][i]),
-        rng.choice(TEACHER),
-        [None, [], 0, False, "", {}, "text", [5], [None], [[5]], [-1.0]],
-    )
-    rng.choice(
-        [
-            lambda: group.update({kind: rng.choice([None, []])}),  # one of the two without the other
-            lambda: group[kind].__setitem__(i, rng.choice([*forms, [[]] * n, [None] * n, [[-1.0]] * n, [[5]] * (n + 1)])),
-            lambda: group[kind][i].__setitem__(rng.randrange(n), rng.choice(forms)),
-        ]
-    )()
+    i, kind = place(rng, group["tokens"]), rng.choice(TEACHER)
+    n, entries = len(group["tokens"][i]), [None, [], 0, False, "", {}, "text", [5], [None], [[5]], [-1.0]]
+    match rng.randrange(3):
+        case 0:
+            group[kind] = rng.choice([None, []])  # one of the two without the other
+        case 1:
+            group[kind][i] = rng.choice([*entries, [[]] * n, [None] * n, [[-1.0]] * n, [[5]] * (n + 1)])
+        case 2:
+            group[kind][i][rng.randrange(n)] = rng.choice(entries)
 
 
 @mutation
 def a_teachers_entry_is_odd(rng, group):
-    kind, odd = rng.choice(
-        [("distill_token_ids", [*IDS, *[VOCAB, 49152] * 5, True, 3.0, None, "7"]), ("distill_logprobs", A_LOGP)]
-    )
+    ids = [*IDS, *[VOCAB, 49152] * 5, True, 3.0, None, "7"]
+    kind, odd = rng.choice([("distill_token_ids", ids), ("distill_logprobs", A_LOGP)])
     row = rng.choice([row for row in rng.choice(group[kind]) if row])
     row[place(rng, row)] = rng.choice(odd)
 
@@ -379,6 +362,10 @@ def written(rng, groups):
 # -- the oracle -------------------------------------------------------------------------------------------------------
 
 LARGEST = 2.0**128 - 2.0**104  # of float32
+TRUNCATED = "truncated to max_token_len"
+NO_TEMPERATURE = "trained at the run's temperature: its own is not a number above 0"
+NO_LOGPS = {name: f"trained without {name}: they do not fit the tokens" for name in LOGPS}
+MENDED = {TRUNCATED, NO_TEMPERATURE, *NO_LOGPS.values()}
 WIDEST = dict(vocab_size=None, max_token_len=None, overlong="truncate")  # rules by which most is good
 WIDEST |= dict(record_temperature=False, reads_reference=False, reads_teacher=False)
 
@@ -479,7 +466,7 @@ def read_temperature(value):
     """(temperature, whether it had to be set aside)"""
     if value is None:
         return math.nan, False
-    good = is_number(value) and value > 0 and is_finite(value)
+    good = is_number(value) and value >= 1e-6 and is_finite(value)
     return (float(value) if good else math.nan), not good
 
 
@@ -540,15 +527,21 @@ def prompt_of(record):
     if not is_group(record) or environment_of(record) == -1 or not record["tokens"]:
         return None
     first = judge_one(record, 0, ZERO, None, WIDEST)
-    return (record["env_id"], *first.tokens[: first.trained.index(True)]) if True in first.trained else None
+    border = first.trained.index(True) if True in first.trained else 0
+    return (record["env_id"], *first.tokens[:border]) if border > 1 else None  # at 1 stands what begins every text
 
 
-def in_parts(records):
-    """Neighbours with one prompt stand together."""
+def judge_all(records, rules):
+    """A `Verdict` per sequence of a batch, in its order. Records of one prompt are parts of one group, wherever they stand."""
     prompts = [prompt_of(record) for record in records]
-    joined = [prompt is not None and i > 0 and prompt == prompts[i - 1] for i, prompt in enumerate(prompts)]
-    starts = [i for i, with_last in enumerate(joined) if not with_last]
-    return [records[i:j] for i, j in zip(starts, [*starts[1:], len(records)], strict=True)]
+    verdicts = {}
+    for i, prompt in enumerate(prompts):
+        parts = [i] if prompt is None else [j for j, other in enumerate(prompts) if other == prompt]
+        if parts[0] == i:
+            of_all = iter(judge([records[j] for j in parts], rules))
+            sizes = {j: len(records[j]["tokens"]) if is_group(records[j]) else 1 for j in parts}
+            verdicts |= {j: [next(of_all) for _ in range(size)] for j, size in sizes.items()}
+    return [verdict for i in range(len(records)) for verdict in verdicts[i]]
 
 
 def judge(parts, rules):
@@ -608,7 +601,7 @@ def judge_one(group, i, override, score_advantage, rules):
     n = rules["max_token_len"]
     verdict = Verdict(set(), tokens[:n], trained[:n], values[:n], teacher=teacher[:n], override=override)
     if len(tokens) > (n or math.inf):
-        verdict.mended.add("truncated to max_token_len")
+        verdict.mended.add(TRUNCATED)
     add_what_is_mended(verdict, group, i, trained, rules)
     return verdict
 
@@ -619,11 +612,11 @@ def add_what_is_mended(verdict, group, i, trained, rules):
         logps, set_aside = read_logps(entry(group, name, i), trained)
         verdict.logps[name] = logps[: rules["max_token_len"]]
         if set_aside:
-            verdict.mended.add(f"trained without {name}: they do not fit the tokens")
+            verdict.mended.add(NO_LOGPS[name])
     if rules["record_temperature"]:
         verdict.temperature, set_aside = read_temperature(said(group, i, "temperature"))
         if set_aside:
-            verdict.mended.add("trained at the run's temperature: its own is not a number above 0")
+            verdict.mended.add(NO_TEMPERATURE)
     score = entry(group, "scores", i)
     verdict.score = float(score) if is_number(score) and is_finite(score) else math.nan
     verdict.env_id, verdict.weight_version = environment_of(group), read_version(said(group, i, "weight_version"))
@@ -675,14 +668,6 @@ def final(batch, normalization, clip, negative_scale):
     new = {old: negative_scale * advantage if advantage < 0 else advantage for old, advantage in new.items()}
     told = {ZERO: lambda _: 0.0, SFT: lambda _: 1.0, NONE: new.get}
     return [told[override](advantage) if trained else 0.0 for advantage, trained, override in tokens]
-
-
-MENDED = {
-    "truncated to max_token_len",
-    "trained without inference_logprobs: they do not fit the tokens",
-    "trained without ref_logprobs: they do not fit the tokens",
-    "trained at the run's temperature: its own is not a number above 0",
-}
 
 
 def close(found, expected, error=1e-9):
@@ -785,8 +770,8 @@ def check(number):
     assert time.perf_counter() - start < SECONDS
 
     records = json.loads(text.replace(DEEP, "[[[[]]]]"))["batch"]
-    parts = in_parts(records)
-    verdicts = [verdict for group in parts for verdict in judge(group, rules)]
+    verdicts = judge_all(records, rules)
+    prompts = [prompt for prompt in map(prompt_of, records) if prompt]
     good = [verdict for verdict in verdicts if not verdict.reasons]
     mended = Counter(reason for verdict in good for reason in verdict.mended)
     assert {reason: n for reason, n in batch.rejected.items() if reason in MENDED} == mended
@@ -799,7 +784,7 @@ def check(number):
     rows = sorted(random.Random(number).sample(range(len(good)), min(len(good), 5)))
     if rows:
         assert_terms_are(batch, good, rules, rows)
-    found = Counter(good=len(good), joined=len(records) - len(parts))
+    found = Counter(good=len(good), joined=len(prompts) - len(set(prompts)))
     found |= Counter(logps=int((~np.isnan(batch.behavior_logp)).sum()), teacher=len(batch.teacher_ids))
     return len(records), met + Counter(batch.rejected) + found
 
@@ -843,7 +828,8 @@ def assert_a_list_or_a_value_error(body):
     except ValueError:
         groups = []
     assert type(groups) is list
-    batch = AtroposBatchProcessor(vocab_size=49152).decode(groups)
+    batch = AtroposBatchProcessor(vocab_size=49152, reads_reference=True, reads_teacher=True).decode(groups)
+    assert all(not (logps > 0).any() and not np.isinf(logps).any() for logps in (batch.behavior_logp, batch.ref_logp))
     assert ((batch.tokens >= 0) & (batch.tokens < 49152)).all() and np.isfinite(batch.advantages).all()
     assert time.perf_counter() - start < SECONDS
 

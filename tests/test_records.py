@@ -5,6 +5,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from math import exp
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,9 @@ def test_the_weights_of_a_recorded_body_are_those_one_reads_off_it():
     weights, clipped = terms.weigh(torch.full((9,), -0.4))
     wanted = [
         0,  # A 0.75, ratio exp(-0.4 + 0.5) = 1.105 > 1.05: clipped
-        0.5 * math.exp(-0.4 + 0.1),  # A 0.5, ratio 0.741: too small already, and the clip holds only from above
-        -0.25 * math.exp(-0.4 + 1.5),  # A -0.25, ratio 3.0: held only from below
-        -0.5 * math.exp(-0.4 + 0.7),
+        0.5 * exp(-0.4 + 0.1),  # A 0.5, ratio 0.741: too small already, and the clip holds only from above
+        -0.25 * exp(-0.4 + 1.5),  # A -0.25, ratio 3.0: held only from below
+        -0.5 * exp(-0.4 + 0.7),
         0,  # A -0.5, ratio exp(-0.4 + 0.2) = 0.819 < 0.9: clipped
         *(1, 1),  # the sft override
         *(0.5, 0.5),  # a lone sequence keeps its score 0.5, and nobody said how likely it was: ratio 1
@@ -52,7 +53,6 @@ def test_the_weights_of_a_recorded_body_are_those_one_reads_off_it():
     assert terms.scale_N.tolist() == pytest.approx([1 / 9] * 9)
 
 
-E = math.exp
 # The policy gives every token the logp -1. The first sequence's sampler said -0.5 and -0.1: ratios exp(-0.5) = 0.607 and
 # exp(-0.9) = 0.407, of mean exponent -0.7. The second's said -1.5, -0.7 and -0.2: exp(0.5) = 1.649, exp(-0.3) = 0.741 and
 # exp(-0.8) = 0.449, of mean exponent -0.2. Of the third an override says 1; the fourth's has no sampler: ratio 1.
@@ -60,20 +60,25 @@ FIRST, SECOND = (0.75, 0.5), (-0.25, -0.5, -0.5)  # their advantages
 WEIGHTS = [
     ("weighted_sft", {}, [*FIRST, *SECOND], [0.5, 0.5]),
     ("sft", {}, [1] * 5, [1, 1]),
-    ("dft", {}, [E(-1)] * 5, [E(-1)] * 2),
-    ("importance_sampling", {}, [0.75 * E(-0.5), 0.5 * E(-0.9), -0.25 * E(0.5), -0.5 * E(-0.3), -0.5 * E(-0.8)], [0.5, 0.5]),
-    ("importance_sampling", {"cap": 0.6}, [0.75 * 0.6, 0.5 * E(-0.9), -0.25 * 0.6, -0.5 * 0.6, -0.5 * E(-0.8)], [0.3, 0.3]),
+    ("dft", {}, [exp(-1)] * 5, [exp(-1)] * 2),
+    (
+        "importance_sampling",
+        {},
+        [0.75 * exp(-0.5), 0.5 * exp(-0.9), -0.25 * exp(0.5), -0.5 * exp(-0.3), -0.5 * exp(-0.8)],
+        [0.5, 0.5],
+    ),
+    ("importance_sampling", {"cap": 0.6}, [0.75 * 0.6, 0.5 * exp(-0.9), -0.25 * 0.6, -0.5 * 0.6, -0.5 * exp(-0.8)], [0.3, 0.3]),
     # favoured tokens are held only above 1.2, disfavoured ones only below 0.8: there they weigh 0
-    ("ppo_clip", {}, [0.75 * E(-0.5), 0.5 * E(-0.9), -0.25 * E(0.5), 0, 0], [0.5, 0.5]),
-    ("ppo_clip", {"dual_clip": 1.5}, [0.75 * E(-0.5), 0.5 * E(-0.9), 0, 0, 0], [0.5, 0.5]),  # and disfavoured above 1.5
+    ("ppo_clip", {}, [0.75 * exp(-0.5), 0.5 * exp(-0.9), -0.25 * exp(0.5), 0, 0], [0.5, 0.5]),
+    ("ppo_clip", {"dual_clip": 1.5}, [0.75 * exp(-0.5), 0.5 * exp(-0.9), 0, 0, 0], [0.5, 0.5]),  # and disfavoured above 1.5
     (
         "cispo",
         {"eps_low": 0.5, "eps_high": 0.4},
-        [0.75 * E(-0.5), 0.5 * 0.5, -0.25 * 1.4, -0.5 * E(-0.3), -0.5 * 0.5],
+        [0.75 * exp(-0.5), 0.5 * 0.5, -0.25 * 1.4, -0.5 * exp(-0.3), -0.5 * 0.5],
         [0.5, 0.5],
     ),
-    ("gspo", {"eps_low": 0.2}, [0.75 * E(-0.7), 0.5 * E(-0.7), *(A * E(-0.2) for A in SECOND)], [0.5, 0.5]),
-    ("gspo", {"eps_low": 0.1}, [0.75 * E(-0.7), 0.5 * E(-0.7), 0, 0, 0], [0.5, 0.5]),  # exp(-0.2) = 0.819 < 0.9
+    ("gspo", {"eps_low": 0.2}, [0.75 * exp(-0.7), 0.5 * exp(-0.7), *(A * exp(-0.2) for A in SECOND)], [0.5, 0.5]),
+    ("gspo", {"eps_low": 0.1}, [0.75 * exp(-0.7), 0.5 * exp(-0.7), 0, 0, 0], [0.5, 0.5]),  # exp(-0.2) = 0.819 < 0.9
 ]
 
 
@@ -104,7 +109,7 @@ def test_two_real_environments_give_what_their_scores_and_samplers_say():
     terms = token_terms(batch, [4, 6, 0], batch.scales("sum", 100), Objective("cispo"), Coefficients(), 0.9)
     weights, clipped = terms.weigh(torch.full((48 + 18 + 7,), -1.0))  # so many are trained
     assert weights[0].item() == pytest.approx(-5 / math.sqrt(3)) and clipped[0]  # exp(-1 + 8.456663) = 1,731, held at 5
-    assert weights[48].item() == pytest.approx(math.sqrt(3) * math.exp(-1 + 2.456662893)) and not clipped[48]  # 4.29
+    assert weights[48].item() == pytest.approx(math.sqrt(3) * exp(-1 + 2.456662893)) and not clipped[48]  # 4.29
     assert not weights[66:].any() and terms.temperature_N.tolist() == pytest.approx([0.9] * 73)  # nobody says another one
 
 
@@ -200,6 +205,21 @@ def test_partial_groups_of_one_prompt_are_compared_as_one_and_of_two_prompts_are
         assert [batch.advantages[span][2] for span in batch.spans()] == pytest.approx(wanted)
 
 
+def test_parts_of_two_groups_that_arrive_by_turns_are_compared_with_their_own():
+    """An environment works on several prompts at once: the server releases their parts in the order in which they came."""
+    first, second = group(size=1), group(size=1) | {"tokens": [[9, 9, 3, 4, 5, 6]]}
+    scores = [0.0, 5.0, 1.0, 7.0]
+    with atropos_server() as server:
+        client = AtroposClient(server.url, batch_size=4, max_token_len=64, num_steps=10, timeout=10)
+        assert client.poll() is None
+        env_id = register_env(server.url, 4)
+        for part, score in zip([first, second] * 2, scores, strict=True):
+            assert post_group(server.url, env_id, part | {"scores": [score]}) == "buffered"
+        batch = AtroposBatchProcessor().process_atropos_batch(decode(client.poll()))
+    assert batch.scores.tolist() == scores
+    assert [batch.advantages[span][2] for span in batch.spans()] == pytest.approx([-1.0, -1.0, 1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     "fields, reason",
     [
@@ -238,6 +258,14 @@ def test_a_temperature_that_cannot_be_is_set_aside_and_counted(temperature):
     assert AtroposBatchProcessor(record_temperature=False).process_atropos_batch([record]).rejected == {}
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-50, 1e-40])
+def test_a_temperature_that_no_float32_can_be_divided_by_is_set_aside_and_counted(temperature):
+    """As float32 it is 0, or so small that logits over it are infinite. It must neither end a run nor spoil others' step."""
+    record = group(size=1) | {"generation_params": {"temperature": temperature}}
+    batch = AtroposBatchProcessor().process_atropos_batch([record])
+    assert len(batch.rejected) == 1 and np.isnan(batch.temperatures).all()
+
+
 @pytest.fixture
 def settings(tiny_model, tmp_path, monkeypatch):
     for name in RANK_VARIABLES:
@@ -253,7 +281,7 @@ def train(settings, **changes):
 
 
 def post_batches(url, batches):
-    """Posts each batch when the one before it was taken: groups of two as they are, those named in parts one sequence a time."""
+    """Posts each batch when the one before it was taken; of its two groups the second in parts of one sequence."""
     told_by, silent_by = register_env(url, 2), register_env(url, 2)
     for told, silent in batches:
         assert post_group(url, told_by, told) == "received"

@@ -101,12 +101,10 @@ class Decoder:
 
     def batch(self, found: list[Any]) -> list[Rollout]:
         """The good sequences of the records of one batch, some of which may be parts of one group."""
-        rollouts, number = [], 0
-        for parts in _joined(found):
-            for record, advantages in zip(parts, self._score_advantages(parts), strict=True):
-                rollouts += self._record(record, advantages, f"group {number}")
-                number += 1
-        return rollouts
+        advantages = {}
+        for numbers in _parts(found):
+            advantages |= zip(numbers, self._score_advantages([found[n] for n in numbers]), strict=True)
+        return [rollout for n, record in enumerate(found) for rollout in self._record(record, advantages[n], f"group {n}")]
 
     def group(self, record: Any, place: str) -> list[Rollout]:
         """The good sequences of one record. `place` names the record in messages ("group 3", "line 17")."""
@@ -201,18 +199,15 @@ class Decoder:
 _NO_TEACHER = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
 
 
-def _joined(found: list[Any]) -> list[list[Any]]:
-    """The records of a batch, with the parts of one group together.
+def _parts(found: list[Any]) -> list[list[int]]:
+    """The numbers of the records of a batch, those that are parts of one group together.
 
     The server keeps a record that is smaller than its environment's group size back until others of that environment fill it
-    up, then releases them one behind the other, each as an item: they are neighbours and have one env_id. Parts of one group
-    they are if they also begin with the same prompt: what fills up may as well be another prompt's.
+    up, then releases them together, in the order in which they came. What fills up may be another prompt's: parts of one group
+    have one env_id and one prompt.
     """
-    joined, last = [], None
-    for record in found:
+    parts: dict[Any, list[int]] = {}
+    for number, record in enumerate(found):
         prompt = records.prompt(record)
-        if prompt is None or prompt != last:
-            joined.append([])
-        joined[-1].append(record)
-        last = prompt
-    return joined
+        parts.setdefault(number if prompt is None else prompt, []).append(number)
+    return list(parts.values())

@@ -77,6 +77,8 @@ def of_plan(shares: list[list[list[int]]], lengths: np.ndarray, cost: Cost, pack
 
 def missing(batch: Batch, needs_behavior: bool) -> dict[str, str]:
     """What the loss needs and no trained token of the batch brings: name of the field -> what becomes of the loss instead."""
+    if not batch.num_trained:
+        return {}
     free = batch.loss_mask & (np.repeat(batch.overrides, batch.lengths) == Override.NONE)
     absent = {}
     if needs_behavior and free.any() and np.isnan(batch.behavior_logp[free]).all():

@@ -17,6 +17,7 @@ from wsft.advantages import Override
 
 IGNORED = -100  # the label of an untrained token in Atropos masks
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_COLDEST = 1e-6  # temperature: below it, logits divided by it are no float32 any more
 _LOGP_ROUNDING = 1e-3  # of a logp above 0, as bf16 samplers make them
 
 
@@ -59,7 +60,8 @@ def env_id(group: dict) -> int:
 
 
 def prompt(record: Any) -> tuple[int, bytes] | None:
-    """(env_id, tokens of the first sequence before its first trained one): what parts of one group have in common."""
+    """(env_id, tokens of the first sequence before its first trained one): what parts of one group have in common. None where
+    that is but the token that begins every text."""
     if not is_group(record) or not record["tokens"] or env_id(record) < 0:
         return None
     try:
@@ -67,7 +69,7 @@ def prompt(record: Any) -> tuple[int, bytes] | None:
         mask = loss_mask(record, 0, first)
     except Malformed:
         return None
-    return (env_id(record), first[: mask.argmax()].tobytes()) if mask.any() else None
+    return (env_id(record), first[: mask.argmax()].tobytes()) if mask.argmax() > 1 else None
 
 
 # -- of sequence i --------------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ def temperature(group: dict, i: int) -> float:
     value = _said(group, i, "temperature")
     if value is None:
         return math.nan
-    if not (_is_number(value) and value > 0 and _finite(value)):
+    if not (_is_number(value) and value >= _COLDEST and _finite(value)):
         raise Malformed("trained at the run's temperature: its own is not a number above 0", f"found {short(value)}")
     return float(value)
 
