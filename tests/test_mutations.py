@@ -54,7 +54,7 @@ JUNK = [None, True, False, "", "7", "text", "NaN", "\ud800", "\0\U0001f600", "x"
 JUNK += [[None], [True], {"tokens": [[5, 6]]}, "<deep>"]
 FLAGS = [True, False, None, 1, 0, 1.0, "false", "true", "", 2, -1, math.nan, [], {}]
 TEMPERATURES = [1.0, 0.7, 2, 0.05, 0, -0.0, -1, 3e38, 3.5e38, 1e300, 10**400, math.nan, math.inf, "<1e999>"]
-TEMPERATURES += ["hot", "0.7", None, [], {}, True, False]
+TEMPERATURES += [5e-324, 1e-40, 1e-7, "hot", "0.7", None, [], {}, True, False]
 VERSIONS = [
     0,
     7,
@@ -426,7 +426,8 @@ def override_of(group, i):
     """NONE, ZERO, SFT; None where what is said is neither true nor false."""
     own, shared = entry(group, "overrides", i), group.get("group_overrides")
     own, shared = (said if type(said) is dict else {} for said in (own, shared))
-    flags = [own.get(name, shared.get(name)) for name in ("set_advantage_to_zero", "sft")]
+    names = ("set_advantage_to_zero", "sft")
+    flags = [own.get(name) if own.get(name) is not None else shared.get(name) for name in names]
     for flag in flags:
         if not (flag is None or type(flag) is bool or (is_number(flag) and flag in (0, 1))):
             return None
@@ -466,7 +467,7 @@ def read_temperature(value):
     """(temperature, whether it had to be set aside)"""
     if value is None:
         return math.nan, False
-    good = is_number(value) and value >= 1e-6 and is_finite(value)
+    good = is_number(value) and value >= 0.01 and is_finite(value)
     return (float(value) if good else math.nan), not good
 
 

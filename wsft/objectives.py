@@ -170,10 +170,12 @@ class Objective:
         behavior_logp_N = behavior_logp_N.where(~behavior_logp_N.isnan(), logp_N)
         more = {"sequence_N": sequence_N} if self.of_sequences else {}
         found = self.function(logp_N, behavior_logp_N, advantages_N, **more, **self.args)
-        weights_N, clipped_N = found if isinstance(found, tuple) else (found, logp_N.new_zeros(len(logp_N), dtype=bool))
-        if weights_N.shape != logp_N.shape or clipped_N.shape != logp_N.shape:
-            raise ValueError(f"objective {self.name} gave weights {list(weights_N.shape)}; expected {list(logp_N.shape)}")
-        return weights_N.detach(), clipped_N
+        pair = found if isinstance(found, tuple) and len(found) == 2 else (found, logp_N.new_zeros(len(logp_N), dtype=bool))
+        for what, x in zip(("weights", "clipped"), pair, strict=True):
+            if getattr(x, "shape", None) != logp_N.shape:  # it may be no tensor at all
+                shape = list(x.shape) if isinstance(x, type(logp_N)) else f"a {type(x).__name__}"
+                raise ValueError(f"objective {self.name} gave {what} {shape}; expected {list(logp_N.shape)}")
+        return pair[0].detach(), pair[1].bool()
 
 
 def _function(name: str) -> Callable:
@@ -190,7 +192,7 @@ def _function(name: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"objective {name!r} cannot be imported: {error}; looked in {os.getcwd()} and the Python path"
         ) from error
@@ -204,7 +206,7 @@ def _checked(name: str, function: Callable, args: dict[str, Any]) -> dict[str, A
     parameters = inspect.signature(function).parameters
     takes = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     tensors = [n for n in parameters if n not in takes]
-    if len(tensors) != 3 + ("sequence_N" in tensors):
+    if len(tensors) not in (3, 4) or "sequence_N" in tensors[:3] or tensors[3:] not in ([], ["sequence_N"]):
         raise ValueError(
             f"objective {name!r} takes ({', '.join(tensors)}); expected (logp_N, behavior_logp_N, advantages_N), "
             f"sequence_N as a fourth or not, and its own arguments behind a *"

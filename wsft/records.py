@@ -17,7 +17,7 @@ from wsft.advantages import Override
 
 IGNORED = -100  # the label of an untrained token in Atropos masks
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_COLDEST = 1e-6  # temperature: below it, logits divided by it are no float32 any more
+_COLDEST = 0.01  # temperature: below it sampling is greedy in effect, and the gradient that much larger
 _LOGP_ROUNDING = 1e-3  # of a logp above 0, as bf16 samplers make them
 
 
@@ -136,8 +136,11 @@ def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> n
 def override(group: dict, i: int) -> Override | None:
     """The sequence's own, else its group's; set_advantage_to_zero wins over sft. None for a "false" in quotes."""
     own, shared = _row(group, "overrides", i), group.get("group_overrides")
-    said = {**(shared if isinstance(shared, dict) else {}), **(own if isinstance(own, dict) else {})}
-    zero, sft = said.get("set_advantage_to_zero"), said.get("sft")
+    places = [place for place in (own, shared) if isinstance(place, dict)]
+    zero, sft = (
+        next((place[name] for place in places if place.get(name) is not None), None)  # null says nothing
+        for name in ("set_advantage_to_zero", "sft")
+    )
     if any(flag not in (None, False, True) for flag in (zero, sft)):  # 0 and 1 are equal to them
         return None
     if zero:
