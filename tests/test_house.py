@@ -20,7 +20,7 @@ environment batching shares ds_config journal stopping watchdog
 weighted_texts terms
 loss loss_head attention atropos groups
 records
-config advantages
+config advantages device
 objectives
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
@@ -32,6 +32,7 @@ NEVER_KNOWS = {
     "objectives": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "terms": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "measurements": {"torch", "requests", "wsft.world", "wsft.model"},
+    "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
     "config": {"torch", "requests", "deepspeed"},
     "ds_config": {"torch", "requests", "deepspeed"},
     "loss": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},

@@ -13,6 +13,7 @@ from surrogates import CASES, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from wsft import loss_head
 from wsft.advantages import FROM_SCORES, Override, Shaping, from_scores
 from wsft.batching import AtroposBatchProcessor, Batch, token_terms
 from wsft.loss_head import head_loss
@@ -214,7 +215,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_tokens_cost_three_products_sequences_four_and_no_tensor_holds_all_logits(name):
+def test_tokens_cost_three_products_sequences_four_and_no_tensor_holds_all_logits(name, monkeypatch):
+    monkeypatch.setattr(loss_head, "multiplies", lambda *_: True)
     data = make()
     terms = data.terms(Case(name, {}), Coefficients(0.1, 0.1, 0.1), torch.float32, **make_beside(data)[0])
     leaves = data.leaves(torch.bfloat16)  # in float32 torch does not count addmm_

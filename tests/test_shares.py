@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from wsft.shares import Cost, imbalance, plan_shares
 
-COST = Cost(1 / (12 * 576))
+COST = Cost(1, 1 / (12 * 576))
 
 
 def plan(lengths, num_ranks=2, budget=100, packed=True, cost=COST):
@@ -43,7 +43,7 @@ def test_lognormal_lengths_are_shared_without_waste(num_ranks):
 
 def test_attention_counts_where_it_costs():
     lengths = [3000] + [100] * 40
-    cheap, dear = (plan(lengths, 2, 8000, cost=Cost(quadratic)) for quadratic in (0, 1e-3))
+    cheap, dear = (plan(lengths, 2, 8000, cost=Cost(1, per_pair)) for per_pair in (0, 1e-3))
     with_the_long_one = [next(len(share[0]) for share in shares if 0 in share[0]) for shares in (cheap, dear)]
     assert with_the_long_one[0] > 1 and with_the_long_one[1] == 1
 

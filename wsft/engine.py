@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import set_seed
 
 from wsft.config import UserError, WeightedSFTConfig
+from wsft.device import PeakMemory
 from wsft.ds_config import for_reference
 from wsft.model import WeightedSFTModel
 from wsft.terms import TokenTerms
@@ -75,13 +76,6 @@ def trust_no_pickle() -> None:
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
-def bf16_is_native(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices itself. On a CPU that does not, they take 5 to 100 times as long as fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 @dataclass
 class MicroBatch:
     """One forward pass: rows [B, T], flat positions of their trained tokens [N] (see model.py), what these add to the loss."""
@@ -102,6 +96,7 @@ class StepResult:
     applied: bool  # False: gradients were not finite, parameters are as before
     sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
     maxima: dict[str, float]
+    peak_gib: float  # of memory, on the rank that took most, since the step before
 
 
 class Engine:
@@ -110,6 +105,8 @@ class Engine:
         from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
         self.world, self.stage = world, ds["zero_optimization"]["stage"]
+        self.queues = world.device.type == "cuda"  # what is asked of the device is done later
+        self._peak = PeakMemory(world.device)
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
         try:
             with _compiling_ops():
@@ -128,15 +125,15 @@ class Engine:
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None  # no code among the data
 
-    def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> StepResult:
+    def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> Callable[[], StepResult]:
         """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many.
 
-        With a reference, its logps are those that the KL term compares with.
+        With a reference, its logps are those that the KL term compares with. What is returned tells the result; to call it is
+        a collective, and waits for the device: best after the next step was given to it.
         """
-        engine, device = self._engine, self.world.device
-        found = []
+        engine, found = self._engine, []
         for i, mb in enumerate(micro_batches):
-            tokens_BT, trained_N, terms = mb.tokens_BT.to(device), mb.trained_N.to(device), mb.terms.to(device)
+            tokens_BT, trained_N, terms = (self._to_device(x) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
             if reference:
                 terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.lengths))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
@@ -145,29 +142,40 @@ class Engine:
             sums, maxima = terms.sums(out)
             found.append(({"loss": out.loss.detach().double()} | sums, maxima))
         learning_rate = engine.get_lr()[0]
-        grad_norm = self._apply()
-        sums, maxima = zip(*found, strict=True)
-        sums = dict(zip(sums[0], self.world.sums(sum(torch.stack([*s.values()]) for s in sums)), strict=True))
-        most = torch.stack([torch.stack([*m.values()]) for m in maxima]).amax(0)
-        maxima = dict(zip(maxima[0], self.world.highest(most), strict=True))
-        return StepResult(sums.pop("loss"), grad_norm, learning_rate, math.isfinite(grad_norm), sums, maxima)
+        grad_norm, applied = self._apply()
+        peak = {"gib": torch.tensor(self._peak.gib())}
+        sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
 
-    def _apply(self) -> float:
-        """The optimizer step; the norm of the gradient before clipping, not finite where the step was not taken.
+        def result() -> StepResult:
+            all_sums = self.world.sums({name: x.sum() for name, x in sums.items()})
+            highest = self.world.highest({name: x.amax() for name, x in maxima.items()})
+            norm, peak_gib = float(grad_norm) if applied else math.nan, self.world.highest(peak)["gib"]
+            return StepResult(all_sums.pop("loss"), norm, learning_rate, applied, all_sums, highest, peak_gib)
+
+        return result
+
+    def _to_device(self, host: torch.Tensor | TokenTerms) -> torch.Tensor | TokenTerms:
+        """From pinned memory: from other memory a copy would first wait for all that the device has yet to do."""
+        if not self.queues:
+            return host
+        return host.pin_memory().to(self.world.device, non_blocking=True)
+
+    def _apply(self) -> tuple[float | torch.Tensor, bool]:
+        """The optimizer step; the norm of the gradient before clipping, and whether it was finite: else there was no step.
 
         Stages 1 to 3 look for non-finite gradients themselves and skip the step without a word; stage 0 does not look.
         """
         engine = self._engine
         if self.stage > 0:
             engine.step()
-            return float(engine.get_global_grad_norm()) if engine.was_step_applied() else math.nan
+            return engine.get_global_grad_norm(), engine.was_step_applied()
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
         if math.isfinite(norm):
             engine.step()
         else:
             engine.optimizer.zero_grad()
             engine.zero_grad()
-        return norm
+        return norm, math.isfinite(norm)
 
     def save(self, folder: Path) -> Exception | None:
         """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from wsft.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
@@ -27,6 +27,7 @@ from wsft.config import UserError
 from wsft.engine import saved_parameters
 from wsft.journal import sync
 from wsft.metrics import speak
+from wsft.model import empty_model
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,7 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.facts["config"]["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.facts["precision"]]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusts)
+    model = empty_model(config, trusts, dtype)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

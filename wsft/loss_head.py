@@ -11,18 +11,24 @@ Letters: N trained tokens, C tokens of a chunk, R tokens of a block of it, H hid
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-# The size of a chunk's logits, were they float32. On a CPU larger ones were no faster; a GPU needs more rows to be filled.
+from wsft.device import fuses, memory_bytes, multiplies
+
+# The size of a chunk's logits, were they float32. On a CPU larger ones were no faster; on a GPU each chunk reads and writes the
+# float32 gradient of lm_head once, which takes as long as the products of some hundred rows.
 CHUNK_BYTES_CPU = 64 * 2**20
-CHUNK_BYTES_GPU = 512 * 2**20
-# The softmax walks over a chunk in blocks of rows, so that its float32 temporaries are small beside the chunk, and on a CPU
-# stay in the cache (2.5 times as fast as whole chunks).
+CHUNK_SHARE_GPU = 1 / 32  # of its memory
+# Where it is not one kernel, the softmax walks over a chunk in blocks of rows, so that its float32 temporaries are small beside
+# the chunk, and on a CPU stay in the cache (2.5 times as fast as whole chunks).
 BLOCKS_PER_CHUNK = 16
+# lm_head is converted so many bytes at a time where the device does not multiply its type.
+CONVERTED_BYTES = 16 * 2**20
 
 
 class HeadOutput(NamedTuple):
@@ -91,7 +97,7 @@ def head_loss(
     cap * tanh(z / cap) with cap = `final_logit_softcapping` (Gemma 2): the order of the models in `transformers`.
 
     The matrix products run in the type of `hidden`; softmax, loss, and the sum of lm_head's gradient over chunks in float32
-    (float64 where hidden is). The gradients are made before the loss is scaled, so float16 ones may vanish: use bfloat16.
+    (float64 where hidden is). Hidden's gradient is made before the loss is scaled, so in float16 it may vanish: use bfloat16.
 
     Args:
         hidden_NH: [N, H], the states that score the targets (the shift is the caller's). N may be 0: a loss of 0, connected.
@@ -111,8 +117,9 @@ def head_loss(
     terms = _Terms(targets_N, token_loss, entropy_weights_N, teacher)
     _check(hidden_NH, lm_head_VH, bias_V, weights, terms, shape)
     if chunk_tokens is None:
-        chunk_bytes = CHUNK_BYTES_CPU if hidden_NH.device.type == "cpu" else CHUNK_BYTES_GPU
-        chunk_tokens = max(1, chunk_bytes // (4 * len(lm_head_VH)))
+        on_cpu = hidden_NH.device.type == "cpu"
+        chunk_bytes = CHUNK_BYTES_CPU if on_cpu else CHUNK_SHARE_GPU * memory_bytes(hidden_NH.device)
+        chunk_tokens = max(1, int(chunk_bytes / (4 * len(lm_head_VH))))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1, or None to let the head choose")
     inputs = (hidden_NH, lm_head_VH, bias_V)
@@ -158,15 +165,19 @@ class _LogitShape(NamedTuple):
         one_number = not isinstance(self.temperature, torch.Tensor)
         return self if one_number else self._replace(temperature=self.temperature[rows].unsqueeze(1))
 
-    def apply(self, z: torch.Tensor) -> torch.Tensor | None:
-        """Make of the products [R, V], in place, what the softmax is taken of; the slope of the softcap, where there is one."""
+    @property
+    def steepness(self) -> float | torch.Tensor:
+        return self.scale / self.temperature
+
+    def apply_(self, z: torch.Tensor) -> torch.Tensor:
+        """Make of the products [R, any], in place, what the softmax is taken of."""
         if self.softcap is None:
-            z.mul_(self.scale / self.temperature)
-            return None
-        z.mul_(self.scale / self.softcap).tanh_()
-        slope = 1 - z.square()
-        z.mul_(self.softcap / self.temperature)
-        return slope
+            return z.mul_(self.steepness)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
+        """Of what `apply_` made, with respect to the products."""
+        return self.steepness * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.steepness
 
 
 class _Weighted:
@@ -213,6 +224,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, lm_head_VH, bias_V, terms, shape, chunk_tokens, wanted):
         N, exact = len(hidden_NH), torch.promote_types(hidden_NH.dtype, torch.float32)
+        product = hidden_NH.dtype if multiplies(hidden_NH.device, hidden_NH.dtype) else exact
         wants_hidden, wants_lm_head, wants_bias = wanted
         grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         grad_VH = torch.zeros_like(lm_head_VH, dtype=exact) if wants_lm_head else None
@@ -220,45 +232,40 @@ class _ChunkedHead(torch.autograd.Function):
         if isinstance(shape.temperature, torch.Tensor):
             shape = shape._replace(temperature=shape.temperature.detach().to(exact))
         found_4N = torch.zeros(4, N, dtype=exact, device=hidden_NH.device)  # loss, logp, entropy, divergence
-        buffer_CV = hidden_NH.new_empty(min(chunk_tokens, N), len(lm_head_VH))
+        buffer_CV = hidden_NH.new_empty(min(chunk_tokens, N), len(lm_head_VH), dtype=product)
+        block_rows = math.ceil(len(buffer_CV) / (1 if fuses(hidden_NH.device) else BLOCKS_PER_CHUNK))
 
-        def logits(chunk: slice, hidden_CH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-            """The chunk's, in the buffer; a block of rows at a time."""
-            logits_CV = buffer_CV[: len(hidden_CH)]
-            if bias_V is None:
-                torch.mm(hidden_CH, lm_head_VH.T, out=logits_CV)
-            else:
-                torch.addmm(bias_V, hidden_CH, lm_head_VH.T, out=logits_CV)
-            for rows in _slices(chunk.start, chunk.stop, math.ceil(len(buffer_CV) / BLOCKS_PER_CHUNK)):
-                yield rows, logits_CV[rows.start - chunk.start : rows.stop - chunk.start]
+        def blocks(chunk: slice, hidden_CH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+            """The chunk's logits, in the buffer; some rows at a time."""
+            for part, lm_head_PH in _parts(lm_head_VH, product):
+                out_CP = buffer_CV[: len(hidden_CH), part]
+                if bias_V is None:
+                    torch.mm(hidden_CH, lm_head_PH.T, out=out_CP)
+                else:
+                    torch.addmm(bias_V[part].to(product), hidden_CH, lm_head_PH.T, out=out_CP)
+            for rows in _slices(chunk.start, chunk.stop, block_rows):
+                yield rows, buffer_CV[rows.start - chunk.start : rows.stop - chunk.start]
 
         if terms.token_loss.of_sequences:
             for chunk in _slices(0, N, chunk_tokens):
-                for rows, block_RV in logits(chunk, hidden_NH[chunk]):
-                    found_4N[1, rows] = _logp(block_RV.to(exact), terms.targets_N[rows], shape.of_rows(rows))
+                for rows, block_RV in blocks(chunk, hidden_NH[chunk].to(product)):
+                    found_4N[1, rows] = _Softmax.of_(block_RV, terms.targets_N[rows, None], shape.of_rows(rows)).logp_RJ[:, 0]
             terms = terms._replace(token_loss=_Known(*terms.token_loss(found_4N[1], slice(0, N))))
 
         for chunk in _slices(0, N, chunk_tokens):
-            hidden_CH = terms.audible(hidden_NH[chunk], chunk)
-            for rows, block_RV in logits(chunk, hidden_CH):
-                found_4N[:, rows], grad_RV = _terms_of_rows(block_RV.to(exact), rows, terms, shape.of_rows(rows), any(wanted))
-                if any(wanted):
-                    block_RV.copy_(grad_RV)
-            grad_CV = buffer_CV[: len(hidden_CH)]  # with respect to the logits that stood there
+            hidden_CH = terms.audible(hidden_NH[chunk], chunk).to(product)
+            for rows, block_RV in blocks(chunk, hidden_CH):
+                found_4N[:, rows] = _to_gradient_(block_RV, rows, terms, shape.of_rows(rows), any(wanted))
+            grad_CV = buffer_CV[: len(hidden_CH)]  # with respect to the products that stood there
             if wants_hidden:
-                torch.mm(grad_CV, lm_head_VH, out=grad_NH[chunk])
-            if wants_lm_head and grad_CV.dtype == exact:
-                grad_VH.addmm_(grad_CV.T, hidden_CH)
-            elif wants_lm_head:
-                grad_VH += grad_CV.T @ hidden_CH
+                parts = (grad_CV[:, part] @ lm_head_PH for part, lm_head_PH in _parts(lm_head_VH, product))
+                grad_NH[chunk] = functools.reduce(torch.Tensor.add_, parts)
+            if wants_lm_head:
+                _add_product_(grad_VH, grad_CV.T, hidden_CH)
             if wants_bias:
                 grad_V += grad_CV.sum(0, dtype=exact)
 
-        ctx.gradients = (
-            grad_NH,
-            grad_VH.to(lm_head_VH.dtype) if wants_lm_head else None,
-            grad_V.to(bias_V.dtype) if wants_bias else None,
-        )
+        ctx.gradients, ctx.dtype = (grad_NH, grad_VH, grad_V), hidden_NH.dtype
         loss_N, *others = found_4N.unbind()
         ctx.mark_non_differentiable(*others)
         return loss_N.sum(), *others
@@ -270,56 +277,129 @@ class _ChunkedHead(torch.autograd.Function):
             raise RuntimeError("the chunked head gives its gradients away in the first backward; run its forward again")
         gradients, ctx.gradients = ctx.gradients, None
         # scaled even by 1: to look at grad_loss would be to wait for the device
-        return *(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None
+        return *(g if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in gradients), None, None, None, None
 
 
-def _terms_of_rows(
-    z: torch.Tensor, rows: slice, terms: _Terms, shape: _LogitShape, wants_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Loss, logp, entropy and divergence [4, R] of rows z [R, V] = hidden @ lm_head.T + bias, and the loss's gradient [R, V].
+class _Softmax(NamedTuple):
+    """Of R rows of logits, where these stood now exp(z - max z); and of J of their entries."""
 
-    Overwrites z, and has one more temporary of its size (two with a softcap). With p = softmax(z), the gradient of -logp is
-    p - onehot; that of -entropy p * (log p + entropy) = p * (z - mean z); that of the divergence sum(q) * p - q.
-    """
-    slope = shape.apply(z)
-    z.sub_(z.amax(1, keepdim=True))
-    exp = z.exp()
+    exp_RV: torch.Tensor
+    peak_R1: torch.Tensor  # max z
+    total_R1: torch.Tensor  # the sum of exp
+    mean_z_R1: torch.Tensor  # of z - max z
+    z_RJ: torch.Tensor  # - max z
+    logp_RJ: torch.Tensor
+
+    @classmethod
+    def of_(cls, logits_RV: torch.Tensor, ids_RJ: torch.Tensor, shape: _LogitShape) -> _Softmax:
+        exact = torch.promote_types(logits_RV.dtype, torch.float32)
+        z_RJ = shape.apply_(logits_RV.gather(1, ids_RJ).to(exact))
+        peak_R1, total_R1, mean_z_R1 = _fused(_exponentiate_, logits_RV)(logits_RV, shape)
+        z_RJ -= peak_R1
+        return cls(logits_RV, peak_R1, total_R1, mean_z_R1, z_RJ, z_RJ - total_R1.log())
+
+
+def _exponentiate_(logits_RV: torch.Tensor, shape: _LogitShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Overwrites logits with exp(z - max z); max z, the sum of exp, the mean of z - max z, [R, 1] each."""
+    z = shape.apply_(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
+    peak_R1 = z.amax(1, keepdim=True)
+    exp = z.sub_(peak_R1).exp()
     total_R1 = exp.sum(1, keepdim=True)
-    targets_R1 = terms.targets_N[rows].unsqueeze(1)
-    logp_R1 = z.gather(1, targets_R1) - total_R1.log()
-    if terms.teacher:
-        ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, z.dtype)
-        log_p_RK = z.gather(1, ids_RK) - total_R1.log()
-        divergence_R1 = (torch.xlogy(q_RK, q_RK) - q_RK * log_p_RK).sum(1, keepdim=True)
     mean_z_R1 = z.mul_(exp).sum(1, keepdim=True) / total_R1
-    entropy_R1 = total_R1.log() - mean_z_R1
+    logits_RV.copy_(exp)
+    return peak_R1, total_R1, mean_z_R1
 
+
+def _to_gradient_(
+    logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: _LogitShape, wants_gradient: bool
+) -> torch.Tensor:
+    """Loss, logp, entropy and divergence [4, R] of rows of products; these are overwritten with the loss's gradient.
+
+    With p = softmax(z), the gradient of -logp is p - onehot; that of -entropy p * (log p + entropy) = p * (z - mean z); that of
+    the divergence sum(q) * p - q.
+    """
+    ids_RJ = terms.targets_N[rows].unsqueeze(1)
+    if terms.teacher:
+        ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, torch.promote_types(logits_RV.dtype, torch.float32))
+        ids_RJ = torch.cat([ids_RJ, ids_RK], dim=1)
+    softmax = _Softmax.of_(logits_RV, ids_RJ, shape)
+    logp_R1, entropy_R1 = softmax.logp_RJ[:, :1], softmax.total_R1.log() - softmax.mean_z_R1
     loss_R1, weights_R1 = (x.unsqueeze(1) for x in terms.token_loss(logp_R1.squeeze(1), rows))
-    mass_R1 = weights_R1
+    mass_R1, onehot_RJ, bonus_R1 = weights_R1, weights_R1, None  # the gradient is p * (mass + bonus * z) - onehot
+    divergence_R1 = torch.zeros_like(logp_R1)
     if terms.entropy_weights_N is not None:
-        bonus_R1 = terms.entropy_weights_N[rows].unsqueeze(1).to(z.dtype)
-        loss_R1, mass_R1 = loss_R1 - bonus_R1 * entropy_R1, mass_R1 - bonus_R1 * mean_z_R1
+        bonus_R1 = terms.entropy_weights_N[rows].unsqueeze(1).to(logp_R1.dtype)
+        loss_R1, mass_R1 = loss_R1 - bonus_R1 * entropy_R1, mass_R1 - bonus_R1 * softmax.mean_z_R1
     if terms.teacher:
+        divergence_R1 = (torch.xlogy(q_RK, q_RK) - q_RK * softmax.logp_RJ[:, 1:]).sum(1, keepdim=True)
         loss_R1, mass_R1 = loss_R1 + strength_R1 * divergence_R1, mass_R1 + strength_R1 * q_RK.sum(1, keepdim=True)
+        onehot_RJ = _of_equal_ids(ids_RJ, torch.cat([weights_R1, strength_R1 * q_RK], dim=1))
+    if wants_gradient:
+        _differentiate_(softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+    return torch.cat([loss_R1, logp_R1, entropy_R1, divergence_R1], dim=1).T
+
+
+def _differentiate_(
+    softmax: _Softmax,
+    ids_RJ: torch.Tensor,
+    mass_R1: torch.Tensor,
+    onehot_RJ: torch.Tensor,
+    bonus_R1: torch.Tensor | None,
+    shape: _LogitShape,
+) -> None:
+    """Overwrites exp with slope * (p * (mass + bonus * z) - onehot), onehot at `ids` alone.
+
+    Those entries are set, not added to: in the type of the buffer p - 1 would have lost its digits.
+    """
+    exp_RV, peak_R1, total_R1, _, z_RJ, logp_RJ = softmax
+    at_ids_RJ = logp_RJ.exp() * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z_RJ) - onehot_RJ
+    bonus = None if bonus_R1 is None else bonus_R1 / total_R1
+    _fused(_spread_, exp_RV)(exp_RV, mass_R1 / total_R1, bonus, peak_R1, shape)
+    exp_RV.scatter_(1, ids_RJ, (shape.slope(z_RJ + peak_R1) * at_ids_RJ).to(exp_RV.dtype))
+
+
+def _spread_(
+    exp_RV: torch.Tensor, mass_R1: torch.Tensor, bonus_R1: torch.Tensor | None, peak_R1: torch.Tensor, shape: _LogitShape
+) -> None:
+    """Overwrites exp with slope * exp * (mass + bonus * z)."""
+    if bonus_R1 is None and shape.softcap is None:
+        exp_RV.mul_(shape.steepness * mass_R1)
+        return
+    exp = exp_RV.to(mass_R1.dtype)
+    z = exp.clamp_min(torch.finfo(exp.dtype).tiny).log_()
+    exp = exp * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z)
+    exp_RV.copy_(exp.mul_(shape.slope(z + peak_R1)))
+
+
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+
+def _fused(function: Callable, like: torch.Tensor) -> Callable:
+    """The function as one kernel where the device of `like` has them."""
+    return _compiled(function) if fuses(like.device) else function
+
+
+def _of_equal_ids(ids_RJ: torch.Tensor, values_RJ: torch.Tensor) -> torch.Tensor:
+    """Each entry with the sum over those of its row that have its id."""
+    pairs = zip(ids_RJ.split(1, dim=1), values_RJ.split(1, dim=1), strict=True)
+    return sum((ids_RJ == id_R1) * value_R1 for id_R1, value_R1 in pairs)
+
+
+def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """lm_head in a type that the device multiplies: itself, or one block of rows after the other, converted."""
+    V, H = lm_head_VH.shape
+    size = V if lm_head_VH.dtype == dtype else max(1, CONVERTED_BYTES // (4 * H))
+    return ((part, lm_head_VH[part].to(dtype)) for part in _slices(0, V, size))
+
+
+def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
+    """sum += left @ right, in the type of the sum where the device can."""
+    if left_VC.dtype == sum_VH.dtype:
+        sum_VH.addmm_(left_VC, right_CH)
+    elif sum_VH.device.type == "cuda":
+        torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
     else:
-        divergence_R1 = torch.zeros_like(logp_R1)
-    found_4R = torch.cat([loss_R1, logp_R1, entropy_R1, divergence_R1], dim=1).T
-    if not wants_gradient:
-        return found_4R, None
-
-    steepness = shape.scale / shape.temperature
-    grad = exp.mul_(steepness * mass_R1 / total_R1).scatter_add_(1, targets_R1, -steepness * weights_R1)
-    if terms.entropy_weights_N is not None:
-        grad.addcmul_(z, steepness * bonus_R1 / total_R1)  # z holds z * exp
-    if terms.teacher:
-        grad.scatter_add_(1, ids_RK, -steepness * strength_R1 * q_RK)
-    return found_4R, grad if slope is None else grad.mul_(slope)
-
-
-def _logp(z: torch.Tensor, targets_R: torch.Tensor, shape: _LogitShape) -> torch.Tensor:
-    """Of the targets alone [R]. Overwrites z [R, V]."""
-    shape.apply(z)
-    return z.gather(1, targets_R.unsqueeze(1)).squeeze(1) - z.logsumexp(1)
+        sum_VH += left_VC @ right_CH
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -75,6 +75,15 @@ def of_plan(shares: list[list[list[int]]], lengths: np.ndarray, cost: Cost, pack
     }
 
 
+def of_speed(tokens: int, flops: float, spent: float, wait: float, num_ranks: int, rated: float | None) -> dict[str, float]:
+    """A step of `spent` seconds, `wait` of them for its batch. `flops` are of all ranks; MFU is their share of what the cards
+    are rated at, over the whole of the step, and left out where that is not known."""
+    per_rank = flops / spent / num_ranks
+    values = {"time/step": spent, "time/wait": wait, "tokens/per_second": tokens / spent}
+    values["compute/tflops_per_rank"] = per_rank / 1e12
+    return values | ({"compute/mfu": per_rank / rated} if rated else {})
+
+
 def missing(batch: Batch, needs_behavior: bool) -> dict[str, str]:
     """What the loss needs and no trained token of the batch brings: name of the field -> what becomes of the loss instead."""
     if not batch.num_trained:

@@ -108,7 +108,10 @@ class _TerminalLine:
         self._bar.set_description_str(what)
 
     def step(self, values: dict[str, Any]) -> None:
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['tokens/per_second']:.0f} tokens/s", refresh=False)
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, {values['tokens/per_second']:.0f} tokens/s, {values['memory/peak_gib']:.1f} GiB",
+            refresh=False,
+        )
         self._bar.update(values["step"] - self._bar.n)
 
     def close(self) -> None:
@@ -139,6 +142,7 @@ class _LogLines:
         left = tqdm.format_interval(spent / (step - self._from) * (self._total - step))
         said = f"loss {values['loss']:+.4f}  grad_norm {values['grad_norm']:.3g}  {values['tokens/per_second']:.0f} tokens/s"
         times = f"{values['time/step']:.1f} s, {values['time/wait']:.1f} s of it waiting  left {left}"
+        times += f"  peak {values['memory/peak_gib']:.1f} GiB"
         _say(f"step {step}/{self._total}  {said}  {times}")
 
     def close(self) -> None: ...

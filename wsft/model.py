@@ -11,12 +11,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from wsft.attention import PACKED, borders, kernel, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.loss_head import HeadOutput, LossHead, TokenLoss
+from wsft.shares import Cost
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they keep packed sequences apart themselves
 
@@ -152,6 +160,30 @@ def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})") from error
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """On the meta device: classes, names and shapes, no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def cost_of(model: PreTrainedModel) -> tuple[Cost, float]:
+    """FLOPs of a training step, 6 per parameter and token (Chowdhery et al. 2022, "PaLM", appendix B): those of a sequence
+    below lm_head, and of a trained token in it.
+
+    2 of the 6 are the forward pass, 4 the backward; what is computed anew for checkpointed activations is not counted. Causal
+    attention is half a square. Of experts, those count that a token is sent to.
+    """
+    config, used = model.config.get_text_config(), 0.0
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    experts = getattr(config, "num_experts_per_tok", None)
+    for param in model.base_model.parameters():
+        if param.ndim > 1 and id(param) not in embeddings:
+            used += param.numel() * (experts / len(param) if experts and param.ndim == 3 else 1)
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+    return Cost(6.0 * used, 6.0 * config.num_hidden_layers * width), 6.0 * model.get_output_embeddings().weight.numel()
 
 
 def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:

@@ -18,16 +18,18 @@ Bin = list[int]  # the rollouts of one micro-batch
 
 @dataclass(frozen=True)
 class Cost:
-    """What it costs to run a sequence, in units of one token through the model's matrices.
+    """What it costs to run a sequence forward and backward, in floating point operations or any other unit.
 
     Args:
-        quadratic: of attention, per pair of a token with one before it.
+        per_token: in the model's matrices.
+        per_pair: in attention, per pair of a token with one up to it; counted as T^2 for a sequence of T.
     """
 
-    quadratic: float = 0.0
+    per_token: float = 1.0
+    per_pair: float = 0.0
 
     def of(self, lengths: np.ndarray) -> np.ndarray:
-        return lengths * (1 + self.quadratic * lengths)
+        return lengths * (self.per_token + self.per_pair * lengths)
 
 
 def plan_shares(lengths: np.ndarray, num_ranks: int, micro_batch_tokens: int, cost: Cost, packed: bool) -> list[list[Bin]]:

@@ -9,6 +9,7 @@ batches, ranks, or which objective it is.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,10 +49,15 @@ class TokenTerms:
     teacher_ids_NK: torch.Tensor | None = None  # int64
     teacher_probs_NK: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> TokenTerms:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTerms:
+        return self._with_each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TokenTerms:
+        return self._with_each(torch.Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTerms:
         tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        moved = {name: x.to(device, non_blocking=True) for name, x in tensors.items() if isinstance(x, torch.Tensor)}
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **{name: change(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
 
     @property
     def of_sequences(self) -> bool:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from wsft import ds_config
 from wsft.batching import AtroposBatchProcessor, Batch, pack, pad, token_terms
 from wsft.checkpoint import Checkpoint, load_random, prune, resumable, save
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.engine import Engine, MicroBatch, Reference, StepResult, bf16_is_native, start_ranks
+from wsft.device import multiplies, rated_flops
+from wsft.engine import Engine, MicroBatch, Reference, StepResult, start_ranks
 from wsft.export import export
 from wsft.feed import Feed, open_source
-from wsft.measurements import missing, of_batch, of_plan, of_tokens
+from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
 from wsft.metrics import Metrics, Silence, speak
-from wsft.model import load_model, load_model_config, load_reference, load_tokenizer
+from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer
 from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
-from wsft.shares import Cost, plan_shares
+from wsft.shares import plan_shares
 from wsft.stopping import Stop, name_of
 from wsft.terms import Coefficients
 from wsft.world import World, ranks_from_environment
@@ -87,9 +90,10 @@ class WeightedSFTTrainer:
 
     def _set_up(self, world: World) -> None:
         self.world = world
-        shape = load_model_config(self.config.model_name, self.config).get_text_config()
+        model_config = load_model_config(self.config.model_name, self.config)
+        shape = model_config.get_text_config()
         self.tokenizer = load_tokenizer(self.config)
-        native_bf16 = bf16_is_native(world.device)
+        native_bf16 = multiplies(world.device, torch.bfloat16)
         self.config, ds = ds_config.resolve(self.config, world.size, shape.hidden_size, native_bf16)
         start = world.on_rank_0(lambda: self.folder.open(self.config))
         world.together(self.folder.require_shared)
@@ -112,7 +116,9 @@ class WeightedSFTTrainer:
             self.model.check_head(world.device)
             if saved:
                 self.engine.load(saved)
-        self.packs, self.cost = self._check_packing(), Cost(1 / (12 * shape.hidden_size))  # a layer has about 12 H^2 parameters
+        self.packs = self._check_packing()
+        self.cost, self.flops_of_trained = cost_of(empty_model(model_config, self.config.trust_remote_code))
+        self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
         self.said_missing = set()
@@ -148,26 +154,46 @@ class WeightedSFTTrainer:
             raise _AskedToStop
 
     def _loop(self) -> None:
+        self.unread: Callable[[], None] | None = None
         while self.step < self.config.training_steps:
             start = time.monotonic()
             self.metrics.doing("waiting for a batch")
-            batch = self.feed.next(self.step, waiting=self.metrics.doing)
+            batch = self.feed.next(self.step, waiting=self._while_waiting)
             if batch is None:
                 break
             batch = batch.with_final_advantages(self.processor.shaping)
             wait = time.monotonic() - start
             self.metrics.doing("training")
-            result, plan = self._train_on(batch)
+            result, values, flops = self._train_on(batch)
             self.step += 1
-            self.bad = 0 if result.applied and math.isfinite(result.loss) else self.bad + 1
-            self.not_finite += self.bad > 0
-            self.metrics.step(self._describe(batch, result, wait, time.monotonic() - start) | plan)
-            self._shout(result)
+            self._report()
+            spent = time.monotonic() - start
+            values |= {
+                "step": self.step,
+                "data/possibly_lost_batches": self.feed.possibly_lost,
+                "journal/gib": self.feed.journal_gib,
+            }
+            values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
+            self.unread = functools.partial(self._account, values, result)
+            if not self.engine.queues:
+                self._report()
             if self.step % self.config.save_steps == 0 or self.feed.journal_is_full():
                 self._save()
 
+    def _while_waiting(self, state: str) -> None:
+        self._report()
+        self.metrics.doing(state)
+
+    def _report(self) -> None:
+        """Write what the last step came to, unless that was done: where a device queues its work after the next step was given
+        to it, or when there is time to wait. A collective."""
+        unread, self.unread = self.unread, None
+        if unread:
+            unread()
+
     def _end(self) -> Path | None:
         """The last checkpoint, and the trained model unless the run only pauses."""
+        self._report()
         if self.step == 0 and not self.feed.stopped:
             raise UserError(f"data {self.config.data} holds no usable sequence: nothing was trained")
         if self.step > (self.saved.step if self.saved else 0):
@@ -187,6 +213,7 @@ class WeightedSFTTrainer:
         return self.folder.final
 
     def _save(self) -> None:
+        self._report()  # a checkpoint knows how many steps were not finite
         self.metrics.doing("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
@@ -201,9 +228,11 @@ class WeightedSFTTrainer:
         size, spent = sum(self.saved.facts["files"].values()) / 2**30, time.monotonic() - start
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
-    def _train_on(self, batch: Batch) -> tuple[StepResult, dict]:
-        """One optimizer step, and what is said of its plan, which every rank makes from the same batch to run its own share."""
+    def _train_on(self, batch: Batch) -> tuple[Callable[[], StepResult], dict[str, float], float]:
+        """One optimizer step: what tells its result, what is said of the batch and of the plan (every rank makes it, to run its
+        own share), and the FLOPs of all."""
         self._require_what_the_loss_needs(batch)
+        values = of_batch(batch, self.step)
         # counted over the whole batch before the first backward: the step does not depend on how it is split
         scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
         if self.config.skip_weightless and not self.coefficients.concern_every_token:
@@ -211,9 +240,10 @@ class WeightedSFTTrainer:
         chosen = np.flatnonzero(batch.trained_tokens) if self.config.skip_weightless else np.arange(len(batch.lengths))
         lengths = batch.lengths[chosen]
         shares = plan_shares(lengths, self.world.size, self.config.micro_batch_tokens, self.cost, self.packs)
+        values |= of_plan(shares, lengths, self.cost, self.packs) | {"plan/skipped": len(batch.lengths) - len(chosen)}
         mine = [[int(chosen[i]) for i in rows] for rows in shares[self.world.rank]]
         result = self.engine.step([self._micro_batch(batch, rows, scales_R) for rows in mine], self.reference)
-        return result, of_plan(shares, lengths, self.cost, self.packs) | {"plan/skipped": len(batch.lengths) - len(chosen)}
+        return result, values, float(self.cost.of(lengths).sum()) + self.flops_of_trained * batch.num_trained
 
     def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray) -> MicroBatch:
         terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
@@ -235,31 +265,25 @@ class WeightedSFTTrainer:
                 self.metrics.warn(f"step {self.step + 1}: no trained token of the batch has {name}: {instead}")
             self.said_missing.add(name)
 
-    def _describe(self, batch: Batch, result: StepResult, wait: float, spent: float) -> dict:
-        batch_values = of_batch(batch, self.step - 1)
-        return {
-            "step": self.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "learning_rate": result.learning_rate,
-            **batch_values,
-            **of_tokens(result.sums, result.maxima, batch.num_trained),
-            "tokens/per_second": batch_values["tokens/total"] / spent,
-            "data/possibly_lost_batches": self.feed.possibly_lost,
-            "journal/gib": self.feed.journal_gib,
-            "steps/not_finite": self.not_finite,
-            "time/step": spent,
-            "time/wait": wait,
-        }
+    def _account(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
+        """Write down what a step came to. A collective."""
+        result = read()
+        self.bad = 0 if result.applied and math.isfinite(result.loss) else self.bad + 1
+        self.not_finite += self.bad > 0
+        of_step = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+        of_run = {"steps/not_finite": self.not_finite, "memory/peak_gib": result.peak_gib}
+        of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
+        self.metrics.step({"step": values["step"], **of_step, **values, **of_all, **of_run})
+        self._shout(values["step"], result)
 
-    def _shout(self, result: StepResult) -> None:
+    def _shout(self, step: int, result: StepResult) -> None:
         if not self.bad:
             return
         what = "gradients are not finite, the step was skipped" if not result.applied else "the loss is not finite"
-        self.metrics.warn(f"step {self.step}: {what} (loss {result.loss}, grad_norm {result.grad_norm}); {self.bad} in a row")
+        self.metrics.warn(f"step {step}: {what} (loss {result.loss}, grad_norm {result.grad_norm}); {self.bad} in a row")
         if self.bad >= BAD_STEPS_ALLOWED:
             raise TrainingDiverged(
-                f"{self.bad} steps in a row were not finite, the last at step {self.step}: lower learning_rate, set "
+                f"{self.bad} steps in a row were not finite, the last at step {step}: lower learning_rate, set "
                 f"max_grad_norm, or look at the advantages of the batches"
             )
 

@@ -120,17 +120,18 @@ class World:
         dist.all_reduce(gathered, group=self._hosts)
         return gathered.tolist()
 
-    def sums(self, values: torch.Tensor) -> list[float]:
-        """A vector's sum over ranks, in float64."""
-        total = values.detach().to("cpu", torch.float64)
-        dist.all_reduce(total, group=self._hosts)
-        return total.tolist()
+    def sums(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Each scalar's sum over ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
 
-    def highest(self, values: torch.Tensor) -> list[float]:
-        """A vector's maximum over ranks, in float64."""
-        most = values.detach().to("cpu", torch.float64)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._hosts)
-        return most.tolist()
+    def highest(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Each scalar's maximum over ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: dict[str, torch.Tensor], how: dist.ReduceOp) -> dict[str, float]:
+        reduced = torch.stack([x.detach().double() for x in values.values()]).cpu()
+        dist.all_reduce(reduced, how, group=self._hosts)
+        return dict(zip(values, reduced.tolist(), strict=True))
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""

@@ -1,0 +1,69 @@
+"""What a device can do, and what memory it took. Knows nothing of models, batches or ranks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+# bf16 matrix products in TFLOP/s, without sparsity, as the data sheets have it
+RATED_TFLOPS = {
+    "A100": 312, "A800": 312, "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A6000": 155, "L4": 121, "L40": 181, "L40S": 362,
+    "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H20": 148, "H200": 989, "GH200": 989, "B200": 2250,
+    "GB200": 2500, "B300": 2250, "GB300": 2500, "3090": 71, "4090": 165, "5090": 210,
+}  # fmt: skip
+
+
+@functools.cache
+def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the device multiplies matrices of a type itself. On a CPU that does not, half precision takes 5 to 100 times as
+    long as float32."""
+    if device.type == "cuda":
+        return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in native or bool(getattr(torch.ops.mkldnn, native[dtype])())
+
+
+@functools.cache
+def fuses(device: torch.device) -> bool:
+    """Whether torch.compile makes kernels for it that pay: on a CPU they gained nothing, and took 20 s to make."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def rated_flops(device: torch.device) -> float | None:
+    """bf16 FLOP/s that the card is sold with; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [key for key in RATED_TFLOPS if all(re.search(rf"\b{word}\b", name) for word in key.split())]
+    return RATED_TFLOPS[max(known, key=len)] * 1e12 if known else None
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All there is of a GPU's."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+class PeakMemory:
+    """The most memory taken between two looks at it: on a GPU by tensors, else by the whole process."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self.gib()
+
+    def gib(self) -> float:
+        """Since the last look."""
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return peak / 2**30
+        try:
+            status = Path("/proc/self/status").read_text()
+            Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is anew
+            return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+        except (OSError, TypeError):  # no Linux: the peak of the whole run so far
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
