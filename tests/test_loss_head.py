@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wsft import WeightedSFTInterface, loss_head
 from wsft.loss_head import LossHead, Teacher, head_loss, weighted_linear_cross_entropy
+from wsft.objectives import Objective
+from wsft.terms import Coefficients, TokenTerms
 
 N, H, V = 13, 6, 17
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -405,3 +407,25 @@ def test_eight_times_the_tokens_take_no_more_memory():
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     few, many = map(int, out.stdout.split())
     assert many - few < 150  # MB; one chunk of logits is 64 MB, those of 4,096 tokens are 512 MB
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
+def test_nothing_looks_at_what_the_device_has_yet_to_compute(name, monkeypatch):
+    """Tensors without values, as those that a GPU has not come to yet: whoever looked would wait for it."""
+    monkeypatch.setattr(loss_head, "multiplies", lambda *_: True)
+    monkeypatch.setattr(loss_head, "memory_bytes", lambda _: 2**20)
+
+    def some(*shape, dtype=torch.float32):
+        return torch.empty(*shape, device="meta", dtype=dtype)
+
+    leaves = [some(rows, H, dtype=torch.bfloat16).requires_grad_() for rows in (300, 500)]
+    ids = some(300, dtype=torch.int64)
+    terms = TokenTerms(
+        Objective(name), Coefficients(0.1, 0.1, 0.1), *(some(300) for _ in range(5)), ids, some(300), ids[:, None], some(300, 1)
+    )
+    out = head_loss(*leaves, ids, terms, **terms.head_options())
+    out.loss.backward()
+    terms.sums(out)
+    assert leaves[1].grad.is_meta
+    with pytest.raises(RuntimeError, match="meta"):
+        out.loss.item()

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer
 from wsft.config import UserError
+from wsft.engine import Engine
 from wsft.trainer import TrainingDiverged
 
 FP32 = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
@@ -333,3 +335,17 @@ def test_wandb_gets_the_same_offline(settings, tmp_path, monkeypatch):
     train(settings, wandb_project="tests", wandb_group="g", wandb_run_name="n")
     logged = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert logged and b"logp/positive" in logged[0].read_bytes()
+
+
+def test_results_read_a_step_late_are_the_same(settings, monkeypatch, tmp_path):
+    """As on a GPU, which is given the next step before anyone asks for the result of the last."""
+    data = write_groups(tmp_path / "five.jsonl", [make_group(np.random.default_rng(0), [10, 14]) for _ in range(5)])
+    changes = {"data": data, "learning_rate": 0.1, "save_steps": 2}
+    _, at_once = train(settings, **changes)
+    monkeypatch.setattr(Engine, "queues", True)
+    _, late = train(settings, **changes, overwrite_output_dir=True)
+    timed = ("time/", "tokens/per_second", "compute/", "memory/", "journal/")
+    assert [s["step"] for s in late] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(late, at_once, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key] == theirs[key] for key in ours if not key.startswith(timed))

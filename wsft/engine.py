@@ -105,7 +105,6 @@ class Engine:
         from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
         self.world, self.stage = world, ds["zero_optimization"]["stage"]
-        self.queues = world.device.type == "cuda"  # what is asked of the device is done later
         self._peak = PeakMemory(world.device)
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
         try:
@@ -124,6 +123,11 @@ class Engine:
         self._unwritten: Exception | None = None
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None  # no code among the data
+
+    @property
+    def queues(self) -> bool:
+        """Whether what is asked of the device is done later."""
+        return self.world.device.type == "cuda"
 
     def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> Callable[[], StepResult]:
         """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many.
@@ -156,9 +160,8 @@ class Engine:
 
     def _to_device(self, host: torch.Tensor | TokenTerms) -> torch.Tensor | TokenTerms:
         """From pinned memory: from other memory a copy would first wait for all that the device has yet to do."""
-        if not self.queues:
-            return host
-        return host.pin_memory().to(self.world.device, non_blocking=True)
+        device = self.world.device
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def _apply(self) -> tuple[float | torch.Tensor, bool]:
         """The optimizer step; the norm of the gradient before clipping, and whether it was finite: else there was no step.

@@ -1,0 +1,69 @@
+"""What a device says of itself, and what a step costs."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from wsft.device import PeakMemory, rated_flops
+from wsft.model import cost_of, empty_model
+
+
+def test_the_peak_is_that_since_the_last_look():
+    memory = PeakMemory(torch.device("cpu"))
+    held = memory.gib()
+    large = torch.ones(100 * 2**20)  # 0.4 GiB
+    del large
+    assert held + 0.35 < memory.gib() < held + 0.6
+    assert memory.gib() < held + 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA Unheard-of 9000", None),
+    ],
+)
+def test_a_card_is_rated_by_its_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert rated_flops(torch.device("cuda", 0)) == (tflops and tflops * 1e12)
+
+
+def test_no_cpu_is_rated():
+    assert rated_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_cost_of_a_step_is_what_its_products_take(tied, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", tied=tied), attn_implementation="eager")
+    T = 24
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.arange(T)[None] % 4).logits.sum().backward()
+    cost, of_trained = cost_of(model)
+    # eager attention computes the whole square, of which a causal one needs half
+    expected = cost.of(np.array([T]))[0] + cost.per_pair * T**2 + of_trained * T
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "billions", "pairs"),
+    [
+        ("llama", 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 1e9, 32 * 4096),
+        ("mixtral", 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 2 * 3 * 4096 * 14336 + 4096 * 8) / 1e9, 32 * 4096),
+        ("mamba", None, 0),
+    ],
+)
+def test_a_token_costs_6_per_parameter_that_it_meets(kind, billions, pairs):
+    cost, of_trained = cost_of(empty_model(config := AutoConfig.for_model(kind), trust_remote_code=False))
+    assert billions is None or cost.per_token == pytest.approx(6e9 * billions, rel=1e-4)
+    assert cost.per_pair == 6 * pairs and of_trained == 6 * config.vocab_size * config.hidden_size
