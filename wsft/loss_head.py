@@ -28,7 +28,7 @@ CHUNK_SHARE_GPU = 1 / 32  # of its memory
 # the chunk, and on a CPU stay in the cache (2.5 times as fast as whole chunks).
 BLOCKS_PER_CHUNK = 16
 # lm_head is converted so many bytes at a time where the device does not multiply its type.
-CONVERTED_BYTES = 16 * 2**20
+CONVERTED_BYTES = 4 * 2**20
 
 
 class HeadOutput(NamedTuple):

@@ -23,6 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from wsft.attention import PACKED, borders, kernel, register
 from wsft.config import UserError, WeightedSFTConfig
+from wsft.device import fuses
 from wsft.loss_head import HeadOutput, LossHead, TokenLoss
 from wsft.shares import Cost
 
@@ -67,6 +68,8 @@ class WeightedSFTModel(torch.nn.Module):
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
         """Hold the head against the model's own logits on a few tokens: a model may do more between the two than we know."""
+        if fuses(device):
+            log.info("making the kernels of the head (the first time on a machine: up to a minute)")
         vocab = self.model.config.get_text_config().vocab_size
         tokens = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
         trained = torch.arange(1, 8, device=device)
