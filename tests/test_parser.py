@@ -12,22 +12,8 @@ from wsft import parser
 from wsft.parser import ROWS, parse_json
 
 NUMBERS = [0, -0.0, -100, 7, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 0.1, -1.5e-7, 5e-324, 1.7976931348623157e308]
-OTHERS = [
-    2**64,
-    10**400,
-    math.nan,
-    math.inf,
-    None,
-    True,
-    "",
-    "text",
-    "[1,2,3]",
-    '],"[1,2]',
-    [],
-    [5],
-    [1, [2], [], 3],
-    {"a": [1, 2]},
-]
+OTHERS = [2**64, 10**400, math.nan, math.inf, None, True, [], [5], [1, [2], [], 3], {"a": [1, 2], "b": [[1, 2]]}]
+OTHERS += ["", "text", "[1,2,3]", '":[[1,2,3]', '],[1,2]","']
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +60,7 @@ def test_what_is_parsed_is_what_json_reads(batch, separators, whole):
         '{"tokens":[[1,2,3]],"tokens":[[4,5,6]]}',  # the last one counts
         '{"tokens":[[1,2,3]],"tokens":5}',
         '{"tokens":[[1,2,3]],"batch":[{"tokens":[[4,5]]}]}',
-        '{"batch":[{"tokens":[[1,2,3]],"messages":"[[1,2,3]"}]}',
+        '{"batch":[{"tokens":[[1,2,3]],"messages":"],[1,2,3]"}]}',
         '{"batch":[{"tokens":[[1,2,3]],"messages":[[1,2,3]]}]}',
         '{"tokens":[[1,2,3]],"messages":["\\",[1,2,3]\\"", "\\\\", "],[1,2,3],["]}',
         '{"tokens":[["[1,2,3]","[4]"],[1,2,3]]}',
@@ -88,7 +74,7 @@ def test_what_looks_like_a_row_and_is_none_is_left_alone(text):
 
 
 @pytest.mark.parametrize(
-    "text", [b'{"tokens":[[1,2,3]', b'{"tokens":[[01,2]]}', b'["[1,2,3]]', b"[1,2]]", b'[1,2] "', b"[{{{[1,2]"]
+    "text", [b'{"tokens":[[1,2,3]', b'{"tokens":[[01,2]]}', b'["],[1,2,3]', b"[1,2]]", b'[1,2] "', b"[{{{[1,2]"]
 )
 def test_what_is_no_json_is_a_value_error(text):
     with pytest.raises(ValueError):

@@ -17,7 +17,7 @@ import orjson
 import simdjson
 
 ROWS = ("tokens", "masks", "advantages", "inference_logprobs", "ref_logprobs")  # the fields whose rows become arrays
-LONG = 2048  # characters of a row that is worth it; few lists in texts are as long
+LONG = 2048  # characters of a row that is worth it
 _MARK = secrets.token_hex(8)  # stands where a row was; no record can say it
 
 
@@ -51,8 +51,9 @@ def _cut(text: bytes) -> tuple[bytes, dict[str, np.ndarray]]:
     parser, pieces, rows, done, at = simdjson.Parser(), [], {}, 0, 0
     while (end := text.find(b"]", at + LONG)) >= 0:  # only what ends there can be long and begin behind `at`
         start, at = text.rfind(b"[", at, end), end + 1
-        in_list = 0 <= start <= end - LONG and text[max(0, start - 20) : start].rstrip().endswith((b"[", b","))  # not scores
-        row = _numbers(parser, text[start:at]) if in_list else None
+        before = text[max(0, start - 20) : start].translate(None, b" \t\r\n")
+        among_rows = 0 <= start <= end - LONG and before.endswith((b'":[', b"],"))  # neither scores nor most lists in texts
+        row = _numbers(parser, text[start:at]) if among_rows else None
         if row is not None:
             mark = f"{_MARK} {len(rows)}"
             rows[mark] = row
