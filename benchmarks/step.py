@@ -1,15 +1,24 @@
-"""A whole optimizer step beside TRL's SFTTrainer: the same rollouts, model, DeepSpeed JSON and ranks, in turn in one call.
+"""Whole optimizer steps beside what a user would pick instead: the same rollouts, model, optimizer, ZeRO stage and ranks, by
+turns in one call.
 
-    python -m benchmarks.step runs/models/SmolLM2-135M-Instruct [--rollouts 128] [--steps 2] [--rounds 2] [--ranks 2]
+    python -m benchmarks.step runs/models/SmolLM2-135M-Instruct [--rollouts 128] [--lengths 32:512] [--rounds 2] [--ranks 2]
+    python -m benchmarks.step --shape qwen2.5-7b --ranks 1 --lengths 512:8192 --rollouts 32    (random weights, NVIDIA GPU)
 
-Rollouts have lognormal lengths (median 120, 32 to 512 tokens); 40 % of each is prompt, which carries no loss, and a fifth of
-them has advantage 0. TRL has no advantages: it trains all of them alike, at its defaults, with 8 sequences in a micro-batch, or
-with its packing. Both compute in the precision that the device has, and checkpoint activations. A step is what each trainer
-takes for all rollouts, waiting for data included; the first of a run is not counted.
+Rollouts have lognormal lengths (median 120 for 32 to 512 tokens); 40 % of each is prompt, which carries no loss, and a fifth of
+them has advantage 0. A step is what each takes for all rollouts, waiting for data included; the first of a run is not counted.
+All compute in `--dtype` (float32 where the device has no bf16), with or without activation checkpointing as it is said for all.
+
+    wsft         train.py as it is
+    trl          TRL's SFTTrainer at its defaults, 8 sequences a micro-batch. It has no advantages: it trains all tokens that
+                 carry loss alike
+    trl packing  the same with its packing, in rows of the longest rollout's length
+    example      the way of the example trainer of Atropos: all rollouts padded to one length, a multiple of 64, dense logits,
+                 8 sequences a micro-batch; here under DeepSpeed like the others
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -24,71 +33,95 @@ import numpy as np
 from wsft.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-DS = {
-    "zero_optimization": {"stage": 3},
-    "bf16": {"enabled": "auto"},
-    "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}},
-}
-PER_DEVICE = 8
-PEERS = ("wsft", "trl", "trl packing")
+PER_DEVICE = 8  # sequences in a micro-batch, where a peer wants it said
+QWEN = {
+    "qwen2.5-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+                         num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True),
+    "qwen2.5-7b": dict(hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+                       num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False),
+}  # fmt: skip
 
 
-def make_groups(rollouts: int, vocab: int) -> list[dict[str, Any]]:
+def make_groups(rollouts: int, vocab: int, shortest: int = 32, longest: int = 512) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
+    median = shortest * (longest / shortest) ** 0.476  # 120 between 32 and 512
     groups = []
-    for n in rng.lognormal(np.log(120), 0.7, rollouts).clip(32, 512).astype(int):
+    for n in rng.lognormal(np.log(median), 0.7, rollouts).clip(shortest, longest).astype(int):
         tokens, prompt = rng.integers(100, vocab, n).tolist(), int(0.4 * n)
         advantage = 0.0 if rng.random() < 0.2 else float(rng.normal())
         groups.append({"tokens": [tokens], "masks": [[-100] * prompt + tokens[prompt:]], "advantages": [[advantage] * int(n)]})
     return groups
 
 
-def run_ranks(command: list[str], ranks: int) -> None:
-    """The Python command once per rank, as a launcher would; what it says goes to stderr."""
+def run_ranks(command: list[str], ranks: int, log: Path | None = None) -> None:
+    """The Python command once per rank, as a launcher would; what it says goes to the log. RuntimeError with its end if it
+    fails."""
     env = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env |= {"LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_DEEPSPEED": "true"}
     env |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}  # as launch/common.sh has it
     each = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    processes = [subprocess.Popen([sys.executable, *command], cwd=ROOT, env=own, stdout=sys.stderr) for own in each]
-    codes = [process.wait() for process in processes]
-    if any(codes):
-        sys.exit(f"{' '.join(command[:3])} ended with {codes}")
+    with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as said:
+        options = {"cwd": ROOT, "stdout": said, "stderr": subprocess.STDOUT}
+        codes = [p.wait() for p in [subprocess.Popen([sys.executable, *command], env=own, **options) for own in each]]
+        if any(codes):
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command[:3])} ended with {codes}: {said.read().strip()[-600:]}")
+
+
+def ds_config(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    adam = {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}
+    return {"zero_optimization": {"stage": 3}, "bf16": {"enabled": args.dtype == "bfloat16"}, "optimizer": adam, **more}
 
 
 def wsft(args: argparse.Namespace, folder: Path) -> list[float]:
+    (folder / "ds.json").write_text(json.dumps(ds_config(args)))
     flags = {
         "model_name": args.model, "data": folder / "groups.jsonl", "deepspeed": folder / "ds.json",
-        "output_dir": folder / "run",
+        "output_dir": folder / "run", "overwrite_output_dir": "true", "max_token_len": args.longest,
         "batch_size": args.rollouts, "training_steps": args.steps + 1, "learning_rate": 1e-5, "max_grad_norm": 0,
-        "micro_batch_tokens": args.micro_batch_tokens, "overwrite_output_dir": "true",
+        "micro_batch_tokens": args.micro_batch_tokens, "gradient_checkpointing": str(args.checkpointing).lower(),
     }  # fmt: skip
-    run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], args.ranks)
-    return [json.loads(line)["time/step"] for line in (folder / "run" / "metrics.jsonl").open()][1:]
+    run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], args.ranks, folder / "wsft.log")
+    steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
+    shown = ("plan/micro_batches", "plan/padding", "plan/skipped", "memory/peak_gib", "compute/tflops_per_rank", "compute/mfu")
+    print("wsft:", {key: round(steps[-1][key], 3) for key in shown if key in steps[-1]}, file=sys.stderr)
+    return [step["time/step"] for step in steps]
 
 
-def trl(args: argparse.Namespace, folder: Path, packing: bool = False) -> list[float]:
-    out = folder / "trl.json"
-    told = {"model": args.model, "data": str(folder / "groups.jsonl"), "out": str(out), "rollouts": args.rollouts}
-    told |= {"steps": args.steps + 1, "ranks": args.ranks, "packing": packing}
-    run_ranks(["-m", "benchmarks.step", "--trl", json.dumps(told)], args.ranks)
+def peer(args: argparse.Namespace, folder: Path, name: str) -> list[float]:
+    out = folder / "seconds.json"
+    told = vars(args) | {"peer": name, "folder": str(folder), "out": str(out)}
+    run_ranks(["-m", "benchmarks.step", "--as_peer", json.dumps(told)], args.ranks, folder / "peer.log")
     return json.loads(out.read_text())[1:]
 
 
-def train_with_trl(model: str, data: str, out: str, rollouts: int, steps: int, ranks: int, packing: bool) -> None:
-    """One rank of TRL's run; rank 0 writes the seconds of each step."""
+def read_rollouts(folder: Path, rollouts: int) -> list[dict[str, list]]:
+    records = [json.loads(line) for line in (folder / "groups.jsonl").read_text().splitlines()[:rollouts]]
+    return [{name: record[name][0] for name in ("tokens", "masks", "advantages")} for record in records]
+
+
+def start_gloo() -> bool:
+    """Whether there is no GPU; then over gloo, which Accelerate does not think of."""
     import torch
-    from datasets import Dataset
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
     cpu = not torch.cuda.is_available()
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
+    import deepspeed
 
-        deepspeed.init_distributed("gloo")
-    records = [json.loads(line) for line in Path(data).read_text().splitlines()]
-    rows = [{"input_ids": r["tokens"][0], "completion_mask": [int(m != -100) for m in r["masks"][0]]} for r in records]
+    deepspeed.init_distributed("gloo" if cpu else "nccl")
+    return cpu
+
+
+def train_with_trl(args: argparse.Namespace) -> list[float]:
+    cpu, packing = start_gloo(), args.peer == "trl packing"
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rollouts = read_rollouts(Path(args.folder), args.rollouts)
+    rows = [{"input_ids": r["tokens"], "completion_mask": [int(m != -100) for m in r["masks"]]} for r in rollouts]
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -99,56 +132,156 @@ def train_with_trl(model: str, data: str, out: str, rollouts: int, steps: int, r
             times[-1] = time.perf_counter() - times[-1]
 
     # packed rows hold about as many tokens as PER_DEVICE sequences do; a step is again all rollouts
-    tokens, length = sum(len(r["input_ids"]) for r in rows[:rollouts]), 512
-    in_a_step = -(-tokens // length) if packing else rollouts
-    per_device = 2 if packing else PER_DEVICE
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    in_a_step = math.ceil(tokens / args.longest) if packing else args.rollouts
+    per_device = max(1, round(PER_DEVICE * tokens / args.rollouts / args.longest)) if packing else PER_DEVICE
+    bf16 = args.dtype == "bfloat16"
     config = SFTConfig(
-        output_dir=str(Path(out).parent / "trl"), max_steps=steps, per_device_train_batch_size=per_device, max_length=length,
-        gradient_accumulation_steps=max(1, round(in_a_step / per_device / ranks)), packing=packing, completion_only_loss=True,
-        deepspeed=DS | {"bf16": {"enabled": not cpu}, "gradient_accumulation_steps": "auto",
-                        "train_micro_batch_size_per_gpu": "auto"},
-        bf16=not cpu, use_cpu=cpu, gradient_checkpointing=True, report_to="none", logging_steps=1, save_strategy="no",
-        max_grad_norm=0, learning_rate=1e-5, dataloader_num_workers=0, disable_tqdm=True,
+        output_dir=f"{args.folder}/trl", max_steps=args.steps + 1, per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=max(1, round(in_a_step / per_device / args.ranks)), max_length=args.longest,
+        packing=packing, completion_only_loss=True, bf16=bf16, use_cpu=cpu, gradient_checkpointing=args.checkpointing,
+        deepspeed=ds_config(args, gradient_accumulation_steps="auto", train_micro_batch_size_per_gpu="auto"),
+        report_to="none", save_strategy="no", max_grad_norm=0, learning_rate=1e-5, disable_tqdm=True,
+        model_init_kwargs={"dtype": args.dtype},
     )  # fmt: skip
-    trainer = SFTTrainer(model, args=config, train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+    trainer = SFTTrainer(args.model, args=config, train_dataset=Dataset.from_list(rows * (args.steps + 1)), callbacks=[Clock()])
     trainer.train()
-    if trainer.is_world_process_zero():
-        Path(out).write_text(json.dumps(times))
+    return times
 
 
-def main() -> None:
+def train_like_the_example(args: argparse.Namespace) -> list[float]:
+    start_gloo()
+    import deepspeed
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    ds = ds_config(args, train_micro_batch_size_per_gpu=PER_DEVICE, gradient_accumulation_steps=1)
+    zero3 = HfDeepSpeedConfig(ds)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    del zero3
+    model.train()
+    if args.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    engine, *_ = deepspeed.initialize(model=model, config=ds, model_parameters=model.parameters(), dist_init_required=False)
+    rollouts = read_rollouts(Path(args.folder), args.rollouts)
+    T = 64 * math.ceil(max(len(r["tokens"]) for r in rollouts) / 64)
+
+    def rows(name: str, fill: float) -> torch.Tensor:
+        return torch.tensor([r[name] + [fill] * (T - len(r[name])) for r in rollouts])
+
+    tokens, labels, advantages = rows("tokens", 0), rows("masks", -100), rows("advantages", 0.0)
+    mine = [
+        range(i, args.rollouts)[:PER_DEVICE]
+        for i in range(args.local_rank * PER_DEVICE, args.rollouts, PER_DEVICE * args.ranks)
+    ]
+    times = []
+    for _ in range(args.steps + 1):
+        start = time.perf_counter()
+        for i, chosen in enumerate(mine):
+            engine.set_gradient_accumulation_boundary(i == len(mine) - 1)
+            x, y, a = (part[list(chosen)].to(engine.device) for part in (tokens, labels, advantages))
+            logits = engine(input_ids=x, attention_mask=(x != 0).long()).logits[:, :-1]
+            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2).float(), y[:, 1:], reduction="none")
+            mask = y[:, 1:] != -100
+            engine.backward((nll * a[:, 1:] * mask).sum() / mask.sum() / len(mine))
+        engine.step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def be_a_peer(told: dict[str, Any]) -> None:
+    """One rank of a peer's run; rank 0 writes the seconds of each step."""
+    args = argparse.Namespace(**told, local_rank=int(os.environ["RANK"]))
+    seconds = train_like_the_example(args) if args.peer == "example" else train_with_trl(args)
+    if args.local_rank == 0:
+        Path(args.out).write_text(json.dumps(seconds))
+
+
+def make_random_model(shape: str) -> str:
+    """A folder with random weights of that shape, in bf16, made once; the tokenizer is never asked."""
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+    folder = ROOT / "runs" / "models" / f"random-{shape}"
+    if not (folder / "config.json").exists():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(Qwen2Config(**QWEN[shape]), dtype=torch.bfloat16)
+        words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(QWEN[shape]["vocab_size"])}, unk_token="w0"))
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1").save_pretrained(folder)
+        model.save_pretrained(folder)
+    return str(folder)
+
+
+def parse_args() -> argparse.Namespace:
+    import torch
+
+    from wsft.device import multiplies
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    native = "bfloat16" if multiplies(device, torch.bfloat16) else "float32"
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?")
+    parser.add_argument("--shape", choices=QWEN)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=native)
     parser.add_argument("--rollouts", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--lengths", default="32:512")
+    parser.add_argument("--steps", type=int, default=2, help="of each run, beside the first")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
-    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--peers", default="wsft,trl,trl packing,example")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--trl", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--as_peer", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.trl:
-        train_with_trl(**args.trl)
+    if args.shape and device.type == "cpu":
+        sys.exit(f"--shape {args.shape} is for an NVIDIA GPU, and there is none: nothing was measured")
+    if args.as_peer is None and not (args.model or args.shape):
+        parser.error("name a model folder, or a --shape")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.as_peer:
+        be_a_peer(args.as_peer)
         return
-    groups = make_groups(args.rollouts, 49_000)
+    del args.as_peer
+    args.out, out = None, args.out
+    shortest, args.longest = (int(n) for n in args.lengths.split(":"))
+    args.model = args.model or make_random_model(args.shape)
+    vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
+    groups = make_groups(args.rollouts, vocab, shortest, args.longest)
     tokens = sum(len(group["tokens"][0]) for group in groups)
-    print(f"{args.rollouts} rollouts, {tokens} tokens a step, {args.ranks} ranks")
+    print(f"{args.rollouts} rollouts, {tokens} tokens a step, {args.ranks} rank(s), {args.dtype}, "
+          f"{'with' if args.checkpointing else 'without'} activation checkpointing")  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in args.peers.split(",")}
+    failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         (folder / "groups.jsonl").write_text("".join(json.dumps(g) + "\n" for g in groups * (args.steps + 1)))
-        (folder / "ds.json").write_text(json.dumps(DS))
         for _ in range(args.rounds):
             for name, seconds in found.items():
-                seconds += wsft(args, folder) if name == "wsft" else trl(args, folder, name == "trl packing")
+                if name in failed:
+                    continue
+                try:
+                    seconds += wsft(args, folder) if name == "wsft" else peer(args, folder, name)
+                except RuntimeError as error:
+                    failed[name] = str(error)
+                print(f"{name}: {seconds or failed.get(name)}", file=sys.stderr)
     for name, seconds in found.items():
+        if not seconds:
+            print(f"{name:12} left out: {failed[name]}")
+            continue
         median = statistics.median(seconds)
-        ratio = f"  wsft is {median / statistics.median(found['wsft']):.2f} x as fast" if "wsft" in found else ""
+        ratio = f"  wsft is {median / statistics.median(found['wsft']):.2f} x as fast" if found.get("wsft") else ""
         spread = f"{median:7.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
         print(f"{name:12} {spread}  {tokens / median:6.0f} tokens/s{ratio}")
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1))
+    if out:
+        out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,13 +21,14 @@ weighted_texts terms
 loss loss_head attention atropos groups
 records
 config advantages device
-objectives
+objectives parser
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
 NEVER_KNOWS = {
     "groups": {"torch", "requests"},
     "records": {"torch", "requests"},
+    "parser": {"torch", "requests", "wsft.records", "wsft.groups"},
     "advantages": {"torch", "requests"},
     "objectives": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "terms": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},

@@ -16,7 +16,7 @@ import requests
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from wsft.config import UserError, without_password
-from wsft.records import parse_json
+from wsft.parser import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class _Fault(Exception):
 def decode(body: bytes) -> list[dict]:
     """The groups of a body of `GET /batch`; none for null. ValueError if it is not JSON.
 
-    Integers beyond 64 bits come back as floats, those beyond float range as integers; neither is a token id.
+    Long rows of numbers come back as arrays (parser.py); integers beyond 64 bits as floats, those beyond float range as
+    integers; neither is a token id.
     """
     groups = _parse(body).get("batch") or []
     if not isinstance(groups, list):

@@ -25,7 +25,7 @@ from wsft.batching import AtroposBatchProcessor, Batch
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.groups import Rollout
 from wsft.journal import Journal
-from wsft.records import parse_json
+from wsft.parser import parse_json
 from wsft.stopping import Stop
 from wsft.world import World
 

@@ -5,13 +5,11 @@ NumPy only: no torch, no HTTP, no ranks. The record format and every fault handl
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from typing import Any
 
 import numpy as np
-import orjson
 
 from wsft.advantages import Override
 
@@ -29,20 +27,9 @@ class Malformed(Exception):
         self.reason, self.detail = reason, detail
 
 
-def parse_json(text: bytes) -> Any:
-    """JSON as producers of records write it: also NaN and integers of any size, which orjson refuses. ValueError otherwise."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        try:
-            return json.loads(text)
-        except RecursionError as error:  # orjson's limit is 1,024 levels, this one's about the same
-            raise ValueError("the JSON is nested too deeply") from error
-
-
 def short(value: Any) -> str:
     """A value in at most 60 characters; reprlib, because the whole may be huge or nested too deeply for repr."""
-    text = reprlib.repr(value)
+    text = reprlib.repr(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
@@ -119,12 +106,12 @@ def score(group: dict, i: int) -> float:
 def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> np.ndarray:
     """[T] float64, 0 where untrained: the token-level row, one number for the sequence, or what its score makes."""
     row = _row(group, "advantages", i)
-    if row is None or row == []:
+    if _absent(row):
         if not _finite(from_score):
             raise Malformed("no finite score and no advantages", "a sequence needs one of the two")
         values = np.array([from_score])
     else:
-        values = _array(row if isinstance(row, list) else [row], {int, float}, np.float64)
+        values = _array(row if isinstance(row, list | np.ndarray) else [row], {int, float}, np.float64)
         if values is None or len(values) not in (1, len(trained)):
             raise Malformed("advantages do not fit the tokens", f"found {short(row)}, expected {len(trained)} numbers")
     values = np.broadcast_to(values, trained.shape)
@@ -170,7 +157,7 @@ def logps(group: dict, i: int, name: str, trained: np.ndarray) -> np.ndarray:
     """`inference_logprobs` or `ref_logprobs` [T] float32 of the trained tokens. NaN where there is none: at placeholders, which
     are 1.0, and whatever else is no logp."""
     row = _row(group, name, i)
-    if row is None or row == []:
+    if _absent(row):
         return np.full(len(trained), np.nan, dtype=np.float32)
     values = _array(row, {int, float, type(None)}, np.float64)  # null becomes NaN
     if values is None or len(values) != len(trained):
@@ -211,6 +198,11 @@ def _row(group: dict, name: str, i: int) -> Any:
     return rows[i] if isinstance(rows, list) and i < len(rows) else None
 
 
+def _absent(row: Any) -> bool:
+    """Null and empty both occur."""
+    return row is None or (isinstance(row, list | np.ndarray) and not len(row))
+
+
 def _said(group: dict, i: int, name: str) -> Any:
     """What overrides[i] says, else generation_params, else group_overrides: the precedence of Atropos' own trainer."""
     said = (_row(group, "overrides", i), group.get("generation_params"), group.get("group_overrides"))
@@ -218,11 +210,13 @@ def _said(group: dict, i: int, name: str) -> Any:
 
 
 def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:
-    """A flat list of numbers of these types as an array; None if it is anything else.
+    """A flat list of numbers of these types as an array; None if it is anything else. The parser made arrays of some already.
 
     The types are looked at first: left to itself NumPy makes 1 of a true among integers, and of one long string among
     thousands of numbers an array of as many such strings.
     """
+    if isinstance(values, np.ndarray):
+        return values.astype(dtype, copy=False) if {"i": int, "f": float}.get(values.dtype.kind) in types else None
     if not isinstance(values, list) or not types.issuperset(map(type, values)):
         return None
     try:
