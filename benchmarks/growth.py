@@ -47,7 +47,8 @@ def measure_step(times: int, ranks: int, args: argparse.Namespace, folder: Path)
     flags = {"model_name": folder / "model", "data": folder / "groups.jsonl", "output_dir": folder / "run"}
     flags |= {"batch_size": len(groups), "micro_batch_tokens": args.micro_batch_tokens, "overwrite_output_dir": "true"}
     flags |= {"training_steps": STEPS + 1, "learning_rate": 1e-5}
-    run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], ranks)
+    # what is freed goes back at once: the peak is what was alive together
+    run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], ranks, folder / "log", keep=2**20)
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
     found = {"seconds": statistics.median(step["time/step"] for step in steps), "gib": steps[-1]["memory/peak_gib"]}
     return found | {"micro_batches": steps[-1]["plan/micro_batches"], "tokens": steps[-1]["tokens/total"]}

@@ -53,15 +53,15 @@ def make_groups(rollouts: int, vocab: int, shortest: int = 32, longest: int = 51
     return groups
 
 
-def run_ranks(command: list[str], ranks: int, log: Path | None = None) -> None:
+def run_ranks(command: list[str], ranks: int, log: Path, keep: int = 2**32) -> None:
     """The Python command once per rank, as a launcher would; what it says goes to the log. RuntimeError with its end if it
-    fails."""
+    fails. `keep`: bytes of freed memory that the C library may keep for itself; launch/common.sh has it as here."""
     env = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env |= {"LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_DEEPSPEED": "true"}
     env |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
-    env |= {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}  # as launch/common.sh has it
+    env |= {"MALLOC_MMAP_THRESHOLD_": str(keep), "MALLOC_TRIM_THRESHOLD_": str(keep)}
     each = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    with tempfile.TemporaryFile("w+") if log is None else log.open("w+") as said:
+    with log.open("w+") as said:
         options = {"cwd": ROOT, "stdout": said, "stderr": subprocess.STDOUT}
         codes = [p.wait() for p in [subprocess.Popen([sys.executable, *command], env=own, **options) for own in each]]
         if any(codes):
