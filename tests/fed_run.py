@@ -17,7 +17,7 @@ from wsft.config import UserError
 from wsft.journal import Journal
 
 STEPS = 12
-LOST_S = 15  # after which what was posted, and neither is queued nor arrived, was lost with the server
+LOST_S = 15  # after which what was in the server's queue, and neither is there nor arrived, was lost with the server
 
 
 def make_groups(rng):
@@ -58,8 +58,11 @@ class Feeder(threading.Thread):
 
     def post_what_is_next(self, env_id):
         number = self.arrived()
-        since = time.monotonic() - self.posted.get(number, -math.inf)
-        if number < len(self.pieces) and since > LOST_S and not self.queued():
+        if number >= len(self.pieces):
+            return
+        if self.queued():
+            self.posted[number] = time.monotonic()  # not lost yet: a run may take its time to start
+        elif time.monotonic() - self.posted.get(number, -math.inf) > LOST_S:
             post_group(self.url, env_id, self.pieces[number])
             self.posted[number] = time.monotonic()
 
