@@ -78,7 +78,7 @@ def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, toleranc
         assert (ours - theirs).norm() < 2 * tolerance * theirs.norm()
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload", "zero3_offload_optimizer"])
 def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_path, rng):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14, 9, 22]) for _ in range(3)])
     losses = {}
@@ -92,7 +92,7 @@ def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_pa
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload", "zero3_offload_optimizer"])
 def test_a_run_killed_on_a_gpu_goes_on_to_the_same_losses(name, tiny_model, tmp_path, rng):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])
     settings = {"deepspeed": f"ds_configs/{name}.json", "model_name": tiny_model, "data": data, "batch_size": 2}

@@ -222,8 +222,8 @@ def _look_at_disk(run: _Run, need: Needs) -> list[str]:
     if run.machine.host_bytes is None or free >= wanted:
         return []
     return [
-        f"{place} has {free / 2**30:.1f} GiB free; {run.config.keep_checkpoints} checkpoints, the next one and the exported model "
-        f"take {wanted / 2**30:.1f}: set keep_checkpoints lower, or output_dir to another disk"
+        f"{place} has {free / 2**30:.1f} GiB free; {run.config.keep_checkpoints} checkpoints, the next one and the exported "
+        f"model take {wanted / 2**30:.1f}: set keep_checkpoints lower, or output_dir to another disk"
     ]
 
 

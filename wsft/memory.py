@@ -131,7 +131,7 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     updated, summed = share if stage else whole, share if stage >= 2 else whole
     kind, options = ds["optimizer"]["type"].lower(), ds["optimizer"].get("params", {})
     state = STATE_BYTES.get(kind, 8) + (4 if kind == "sgd" and options.get("momentum") else 0)
-    master = 4 if width == 2 or stage in (1, 2) else 0  # in fp32, stages 0 and 3 update the parameters themselves
+    master = 4 if width == 2 or stage else 0  # DeepSpeed keeps it beside parameters that are float32 themselves, too
     accumulated = 4 if stage and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
     out = Needs(checkpoint=whole * (state + (4 if stage == 3 else master + width)), model=whole * width)
 
@@ -141,18 +141,16 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     buffer, transient = _reduction(zero, sizes, on_gpu)
     out.states["reduction buckets"] = buffer * width
     out.passes["gradients being reduced"] = transient * width
-    if stage == 3:
+    if stage == 3 and (num_ranks > 1 or _offloads(zero, "param")):  # alone, a rank uses its share as it is
         out.passes["gathered layers"] = _gathered(model, zero) * width
     out.passes |= {"activations": work.held, "a layer, or the head": max(work.layer, work.head)}
     group = min(updated, int(zero.get("sub_group_size", 1e9))) if stage == 3 else updated
     if _offloads(zero, "optimizer"):
         out.states["gradients"] = 0
         out.states["master copy and optimizer"] = 0
-        groups = -(-updated // group)
-        pinned = groups * _pinned(group * 4) + _pinned(
-            summed * accumulated
-        )  # float32 gradients, and their sum over micro-batches
-        out.host["offloaded optimizer"] = updated * (master + state) + pinned
+        # their sum over micro-batches, and beside it the float32 ones that the optimizer reads
+        out.host["offloaded gradients"] = _pinned(summed * accumulated) + -(-updated // group) * _pinned(group * 4)
+        out.host["offloaded optimizer"] = updated * (master + state)
     else:
         out.update["float32 gradients"] = group * (4 if stage or width == 2 else 0)
         out.update["its temporaries"] = group * _temporaries(kind, options, on_gpu)
