@@ -9,6 +9,7 @@ import pytest
 import requests
 from atropos_server import atropos_server, free_port, post_group
 from conftest import ROOT, clean_environment, make_group, make_model, run_ranks, run_together, write_groups
+from shapes import LLAMA_1B_WIDE, LLAMA_70B, QWEN_7B, SMOLLM2, figure, make_shape
 
 from wsft import WeightedSFTConfig
 from wsft.config import UserError
@@ -17,22 +18,6 @@ from wsft.engine import check_json
 from wsft.memory import Work, needs
 
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
-QWEN_7B = dict(
-    family="qwen", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
-    num_attention_heads=28, num_key_value_heads=4, head_dim=128, max_position_embeddings=32768, tied=False,
-)  # fmt: skip
-LLAMA_70B = dict(
-    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-    num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, tied=False,
-)  # fmt: skip
-SMOLLM2 = dict(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
-)  # fmt: skip
-LLAMA_1B = dict(
-    vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=13, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tied=False,
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -45,11 +30,6 @@ def told(settings, capsys, **changes):
     """Whether it is valid and fits, and what is printed."""
     fits = dry_run(WeightedSFTConfig(**settings | changes, dry_run=True))
     return fits, capsys.readouterr().out
-
-
-def figure(text, name):
-    """GiB in a row of the table."""
-    return float(re.search(rf"^  {name}\s+([\d.]+)$", text, re.M)[1])
 
 
 def test_a_dry_run_tells_what_fits_and_leaves_nothing(settings, tmp_path):
@@ -124,18 +104,6 @@ def test_ranks_that_cannot_share_a_batch_are_told(settings, capsys):
     assert not fits and "batch_size 2 cannot be shared by 3 ranks" in text
 
 
-def make_shape(folder, family="llama", tied=True, **shape):
-    """A model's folder without weights."""
-    from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
-
-    make_model(folder)  # for its tokenizer
-    (folder / "model.safetensors").unlink()
-    config = {"llama": LlamaConfig, "qwen": Qwen2Config}[family](tie_word_embeddings=tied, **shape)
-    config.save_pretrained(folder)
-    assert len(AutoTokenizer.from_pretrained(folder)) < shape["vocab_size"]
-    return str(folder)
-
-
 def test_what_does_not_fit_names_the_smallest_change_that_does(settings, tmp_path, capsys):
     model = make_shape(tmp_path / "7b", **QWEN_7B)
     asked = settings | dict(model_name=model, deepspeed="ds_configs/zero3.json", device="auto", gpu_memory_gib=40, ranks=8)
@@ -194,7 +162,7 @@ def test_questions_are_no_part_of_the_run(tmp_path):
     "shape, optimizer, ranks, tokens",
     [
         pytest.param(SMOLLM2, "AdamW", 2, 1024, id="smollm2", marks=pytest.mark.slow),
-        pytest.param(LLAMA_1B, "SGD", 1, 512, id="1b", marks=pytest.mark.slow),
+        pytest.param(LLAMA_1B_WIDE, "SGD", 1, 512, id="1b_wide", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_path, monkeypatch):

@@ -152,7 +152,8 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
         out.host["offloaded gradients"] = _pinned(summed * accumulated) + -(-updated // group) * _pinned(group * 4)
         out.host["offloaded optimizer"] = updated * (master + state)
     else:
-        out.update["float32 gradients"] = group * (4 if stage or width == 2 else 0)
+        if stage or width == 2:  # put end to end as they are, then made float32
+            out.update["float32 gradients"] = group * (4 if accumulated == 4 else 4 + accumulated)
         out.update["its temporaries"] = group * _temporaries(kind, options, on_gpu)
     if stage == 3 and _offloads(zero, "param"):
         out.states["parameters"] = 0
