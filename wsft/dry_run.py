@@ -169,8 +169,8 @@ def dry_run(config: WeightedSFTConfig) -> bool:
         need = run.needs(run.config, run.ds, run.machine)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
-            f"what {type(run.model).__name__} holds in its passes cannot be told beforehand, for its code looks at values "
-            f"({str(error).splitlines()[0]}): run it with --training_steps 2, and read memory/peak_gib in metrics.jsonl"
+            f"what {type(run.model).__name__} holds in its passes cannot be told beforehand: it does not run without values "
+            f"({str(error).splitlines()[0]}); train 2 steps, and read memory/peak_gib in metrics.jsonl"
         ) from error
     print(_table(run, need))
     wrong += _look_at_disk(run, need)
@@ -179,6 +179,8 @@ def dry_run(config: WeightedSFTConfig) -> bool:
         print(f"wrong: {sentence}")
     if shortage:
         print(f"It does not fit: {shortage}.\n{_advice(list(run.remedies()))}")
+    elif not wrong and run.machine.host_bytes is None:
+        print(f"It fits, on hosts with {run.machine.on_host(need) / 2**30:.1f} GiB of memory to give.")
     elif not wrong:
         print("It fits.")
     return not (wrong or shortage)

@@ -86,7 +86,7 @@ def check_json(ds: dict[str, Any]) -> None:
             DeepSpeedConfig(ds | {"train_batch_size": 1})  # alone, it counts one rank
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UserError(f"DeepSpeed refuses its JSON: {error}") from error
-    name = ds["optimizer"]["type"]
+    name = ds["optimizer"].get("type", "")
     if name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
         raise UserError(f"optimizer.type in the DeepSpeed JSON is {name!r}: neither DeepSpeed nor torch has it; write AdamW")
 

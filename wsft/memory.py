@@ -124,7 +124,7 @@ class Needs:
 
 
 def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work, on_gpu: bool) -> Needs:
-    """With DeepSpeed's resolved JSON, for a `WeightedSFTModel` on the meta device."""
+    """With DeepSpeed's resolved JSON, for a model on the meta device in the type that it is trained in."""
     zero, sizes = ds["zero_optimization"], [p.numel() for p in model.parameters()]
     stage, width = zero["stage"], next(model.parameters()).element_size()
     whole, share = sum(sizes), sum(-(-n // num_ranks) for n in sizes)
