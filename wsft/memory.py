@@ -138,9 +138,11 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     out.states["parameters"] = (share if stage == 3 else whole) * width
     out.states["gradients"] = summed * accumulated
     out.states["master copy and optimizer"] = updated * (master + state)
-    buffer, transient = _reduction(zero, sizes, on_gpu)
-    out.states["reduction buckets"] = buffer * width
-    out.passes["gradients being reduced"] = transient * width
+    buffers, filled, alone = _reduction(zero, sizes, on_gpu)
+    out.states["reduction buckets"] = buffers * width
+    # when the first bucket is full, the backward pass has let go of what its layers held
+    rearranged = max(0, filled * width - int(work.held * filled / whole))
+    out.passes["gradients being reduced"] = max(alone * width, rearranged)
     if stage == 3 and (num_ranks > 1 or _offloads(zero, "param")):  # alone, a rank uses its share as it is
         out.passes["gathered layers"] = _gathered(model, zero) * width
     out.passes |= {"activations": work.held, "a layer, or the head": max(work.layer, work.head)}
@@ -178,14 +180,14 @@ def _pinned(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _reduction(zero: dict[str, Any], sizes: list[int], on_gpu: bool) -> tuple[int, int]:
-    """Elements of the buckets in which gradients wait to be reduced, and of what they are rearranged into. A parameter that is
-    larger than a bucket waits outside. A CPU gives memory when it is written to, so there no more than all gradients."""
+def _reduction(zero: dict[str, Any], sizes: list[int], on_gpu: bool) -> tuple[int, int, int]:
+    """Elements of the buckets in which gradients wait to be reduced; of a full one, which is rearranged into as much again; and
+    of the largest parameter that fits in none and waits alone. A CPU gives memory when it is written to."""
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     filled = min(bucket, sum(n for n in sizes if n <= bucket))
     alone = max((n for n in sizes if n > bucket), default=0)
     buffers = 0 if zero["stage"] == 0 else 2 if zero["stage"] < 3 and zero.get("overlap_comm") else 1
-    return buffers * (bucket if on_gpu else filled), max(alone, filled if zero["stage"] in (0, 3) else 0)
+    return buffers * (bucket if on_gpu else filled), filled if zero["stage"] in (0, 3) else 0, alone
 
 
 def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
