@@ -178,6 +178,8 @@ def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_pa
     command += [f"--batch_size={2 * ranks}", f"--micro_batch_tokens={tokens}", f"--max_token_len={tokens}"]
     command += [f"--gradient_checkpointing={not kept}", "--save_steps=9", f"--output_dir={tmp_path / 'run'}"]
     ((code, text),) = run_together([[sys.executable, *command, "--dry_run", f"--ranks={ranks}"]], [clean_environment()])
+    if "It does not fit: this machine" in text:
+        pytest.skip(f"too little memory is free here: {figure(text, 'of all its ranks')} GiB are needed")
     assert code == 0, text
     for code, output in run_ranks(command, ranks, timeout=900):
         assert code == 0, output
