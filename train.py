@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 train.py --config run.yaml
     srun python train.py --config run.yaml
     python train.py --model_name FOLDER --data rollouts.jsonl           # one rank, no server, no GPU needed
+    python train.py --config run.yaml --dry_run --ranks 8 --gpu_memory_gib 80   # would it fit?
 
 `python train.py --help` explains every setting. What a run is: config -> trainer -> train; the loop is in wsft/trainer.py.
 """
@@ -20,6 +21,10 @@ def main() -> None:
     from wsft.config import UserError
 
     try:
+        if config.dry_run:
+            from wsft.dry_run import dry_run
+
+            sys.exit(0 if dry_run(config) else 1)
         WeightedSFTTrainer(config).train()
     except UserError as error:
         sys.exit(f"train.py: error: {error}")

@@ -4,11 +4,13 @@ import json
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 from atropos_server import free_port
-from conftest import clean_environment, make_group, run_together, write_groups
+from conftest import clean_environment, make_group, run_ranks, run_together, write_groups
 from fed_run import steps_of, train
+from shapes import QWEN_1_5B, QWEN_7B, figure, make_shape
 
 from wsft.attention import borders, packed_attention
 from wsft.loss_head import head_loss, weighted_linear_cross_entropy
@@ -78,7 +80,7 @@ def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, toleranc
         assert (ours - theirs).norm() < 2 * tolerance * theirs.norm()
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload", "zero3_offload_optimizer"])
 def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_path, rng):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14, 9, 22]) for _ in range(3)])
     losses = {}
@@ -92,7 +94,7 @@ def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_pa
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.02)
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload", "zero3_offload_optimizer"])
 def test_a_run_killed_on_a_gpu_goes_on_to_the_same_losses(name, tiny_model, tmp_path, rng):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])
     settings = {"deepspeed": f"ds_configs/{name}.json", "model_name": tiny_model, "data": data, "batch_size": 2}
@@ -102,6 +104,35 @@ def test_a_run_killed_on_a_gpu_goes_on_to_the_same_losses(name, tiny_model, tmp_
     train(settings, 1, output_dir=tmp_path / "run", resume=True)
     losses = [[s["loss"] for s in steps_of(tmp_path / run)] for run in ("run", "untouched")]
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("shape, optimizer, tokens", [(QWEN_1_5B, "AdamW", 4096), (QWEN_7B, "SGD", 2048)], ids=["1.5b", "7b"])
+def test_a_run_takes_of_a_gpu_what_was_told(shape, optimizer, tokens, kept, tmp_path):
+    """Within 15 %; SGD, and gradients summed in bf16, bring 7B onto one GPU of 80 GB."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = make_shape(tmp_path / "model", **shape)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()  # the run is another process on this GPU
+    params = {"lr": "auto"} | ({"torch_adam": True} if optimizer == "AdamW" else {})
+    ds = {"bf16": {"enabled": True}, "optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    rng = np.random.default_rng(0)
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [tokens // 2] * 2) for _ in range(3)])
+    command = ["train.py", f"--model_name={folder}", f"--data={data}", f"--deepspeed={tmp_path / 'ds.json'}"]
+    command += ["--device=cuda", "--batch_size=2", f"--micro_batch_tokens={tokens}", f"--max_token_len={tokens}"]
+    command += [f"--gradient_checkpointing={not kept}", "--save_steps=9", f"--output_dir={tmp_path / 'run'}"]
+    ((code, text),) = run_together([[sys.executable, *command, "--dry_run", "--ranks=1"]], [clean_environment()])
+    assert code == 0, text
+    ((code, output),) = run_ranks(command, 1, timeout=900)
+    assert code == 0, output
+    measured = max(step["memory/peak_gib"] for step in steps_of(tmp_path / "run"))
+    assert figure(text, "the most at a time") == pytest.approx(measured, rel=0.15)
 
 
 def test_more_ranks_than_gpus_are_refused_by_name(tiny_model, tmp_path):

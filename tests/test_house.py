@@ -11,12 +11,12 @@ from conftest import ROOT
 
 # top to bottom; a module may import only those below it
 FLOORS = """
-trainer
+trainer dry_run
 export run_folder feed
 checkpoint
 engine
 model metrics world measurements
-environment batching shares ds_config journal stopping watchdog
+environment batching shares ds_config journal memory stopping watchdog
 weighted_texts terms
 loss loss_head attention atropos groups
 records
@@ -42,6 +42,8 @@ NEVER_KNOWS = {
     "atropos": {"torch", "torch.distributed", "wsft.world", "pathlib"},
     "model": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
     "engine": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
+    "memory": {"requests", "deepspeed", "torch.distributed", "transformers", "wsft.config", "wsft.device", "wsft.batching"},
+    "dry_run": {"requests", "torch.distributed", "transformers", "wsft.world", "wsft.trainer"},
     "journal": {"torch", "requests", "numpy", "json", "wsft.world", "wsft.atropos", "wsft.batching"},
     "stopping": {"torch", "requests", "wsft.world", "wsft.checkpoint"},
     "watchdog": {"torch", "requests", "wsft.world"},

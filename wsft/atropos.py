@@ -159,6 +159,25 @@ class AtroposClient:
         self._pause, self._drought, self.state = FIRST_PAUSE, None, "batch received"
         return body
 
+    def look(self) -> tuple[str, bool]:
+        """What the server says of itself, in a sentence, and whether a run can begin there; nothing is taken or registered."""
+        try:
+            info, queued, size = self._info(), self._ask_json("/status").get("queue_size", 0), self._latest_group_size()
+        except _Fault as fault:
+            return f"{self._shown} does not answer ({fault}); a run would wait {self.timeout:g} s for it", True
+        try:
+            if info["batch_size"] != UNREGISTERED:
+                self._require_ours(info)
+        except AtroposError as error:
+            return str(error), False
+        if self.batch_size % size:
+            return (
+                f"the group posted last at {self._shown} has {size} sequences, of which no batch_size {self.batch_size} can be "
+                f"made: the sizes of groups must tile it; make batch_size a multiple of {size}, or change group_size"
+            ), False
+        known = "no trainer has registered" if info["batch_size"] == UNREGISTERED else "registered for this batch_size"
+        return f"{self._shown} answers: {known}, {queued} groups wait", True
+
     # -- the batch ----------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> bytes | None:

@@ -97,6 +97,8 @@ def _sequence(
     softcap: float | None,
 ) -> torch.Tensor:
     """[B, heads, T, D] of whole sequences."""
+    if query.device.type == "meta":
+        return _Fused.apply(query, key, value)
     T, grouped = query.shape[2], query.shape[1] != key.shape[1]
     mask = None
     if softcap is not None or (sliding_window is not None and sliding_window < T):
@@ -111,3 +113,18 @@ def _sequence(
     scores = softcap * torch.tanh(query @ key.mT * (scaling or query.shape[-1] ** -0.5) / softcap)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+class _Fused(torch.autograd.Function):
+    """What fused attention keeps for its backward pass: where there are only sizes, SDPA would show the T x T scores of the
+    unfused one (see memory.py)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])

@@ -29,6 +29,9 @@ RESUME_MAY_CHANGE = {
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
 
+# questions about a run, which are no part of it: not in config.yaml, and of no account to a resumed run
+QUESTIONS = {"dry_run", "ranks", "gpu_memory_gib"}
+
 
 class UserError(ValueError):
     """Something the user can mend. Its sentence is shown without a traceback."""
@@ -152,6 +155,13 @@ class WeightedSFTConfig(BaseModel):
     wandb_group: str | None = Field(None, description="Group of the W&B run.")
     wandb_run_name: str | None = Field(None, description="Name of the W&B run.")
 
+    # before a run
+    dry_run: bool = Field(False, description="Train nothing: check the settings, and tell what memory and disk the run needs.")
+    ranks: int | None = Field(None, ge=1, description="Ranks to tell it for; those there are if unset.")
+    gpu_memory_gib: float | None = Field(
+        None, gt=0, description="Memory of each GPU to tell it for, on hosts of 8; this machine's if unset."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_names(cls, values: Any) -> Any:
@@ -217,7 +227,7 @@ class WeightedSFTConfig(BaseModel):
 
     def public(self) -> dict[str, Any]:
         """The settings as they may be shown and stored: passwords in URLs and keys in the DeepSpeed dict are masked."""
-        return _masked(self.model_dump())
+        return _masked(self.model_dump(exclude=QUESTIONS))
 
     def to_yaml(self) -> str:
         """The whole config, less its secrets, as YAML, which `--config` reads back."""

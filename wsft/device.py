@@ -22,6 +22,8 @@ RATED_TFLOPS = {
 def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of a type itself. On a CPU that does not, half precision takes 5 to 100 times as
     long as float32."""
+    if device.type == "meta":  # nothing is multiplied there
+        return True
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
     native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}

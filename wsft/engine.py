@@ -76,6 +76,21 @@ def trust_no_pickle() -> None:
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
 
 
+def check_json(ds: dict[str, Any]) -> None:
+    """UserError if DeepSpeed would refuse its resolved JSON for what it says. Needs no other rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            DeepSpeedConfig(ds | {"train_batch_size": 1})  # alone, it counts one rank
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses its JSON: {error}") from error
+    name = ds["optimizer"].get("type", "")
+    if name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+        raise UserError(f"optimizer.type in the DeepSpeed JSON is {name!r}: neither DeepSpeed nor torch has it; write AdamW")
+
+
 @dataclass
 class MicroBatch:
     """One forward pass: rows [B, T], flat positions of their trained tokens [N] (see model.py), what these add to the loss."""

@@ -186,17 +186,32 @@ def open_source(
     config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: dict[str, int] | None
 ) -> Source | None:
     """This rank's source; None on a rank that only listens. `position` is where a file was left."""
-    fetching = world.size if config.fetch_mode == "per_rank" else 1
+    fetching = fetching_ranks(config, world.size)
+    if world.rank >= fetching:
+        return None
+    if config.data is not None:
+        return FileSource(config.data, config.batch_size, processor, position)
+    client = client_of(config, fetching, registers=world.rank == 0)
+    folder = Path(config.output_dir) / "journal"
+    mine = {rank: folder / f"{rank}_of_{fetching}" for rank in range(fetching)}
+    others = [Journal(path, read_only=True) for path in sorted(folder.glob("*_of_*")) if path not in mine.values()]
+    return AtroposSource(client, processor, Journal(mine[world.rank]), others)
+
+
+def fetching_ranks(config: WeightedSFTConfig, num_ranks: int) -> int:
+    """How many fetch for themselves. UserError where they cannot share the batch."""
+    fetching = num_ranks if config.fetch_mode == "per_rank" else 1
     if config.batch_size % fetching:
         raise UserError(
             f"batch_size {config.batch_size} cannot be shared by {fetching} ranks in fetch_mode per_rank: "
             f"make it a multiple of {fetching}, or use fetch_mode rank0"
         )
-    if world.rank >= fetching:
-        return None
-    if config.data is not None:
-        return FileSource(config.data, config.batch_size, processor, position)
-    client = AtroposClient(
+    return fetching
+
+
+def client_of(config: WeightedSFTConfig, fetching: int, registers: bool) -> AtroposClient:
+    """Of one of so many ranks that fetch."""
+    return AtroposClient(
         config.atropos_url,
         batch_size=config.batch_size // fetching,
         max_token_len=config.max_token_len,
@@ -206,12 +221,24 @@ def open_source(
         wandb_project=config.wandb_project or "",
         checkpoint_dir=config.output_dir,
         save_checkpoint_interval=config.save_steps,
-        registers=world.rank == 0,
+        registers=registers,
     )
-    folder = Path(config.output_dir) / "journal"
-    mine = {rank: folder / f"{rank}_of_{fetching}" for rank in range(fetching)}
-    others = [Journal(path, read_only=True) for path in sorted(folder.glob("*_of_*")) if path not in mine.values()]
-    return AtroposSource(client, processor, Journal(mine[world.rank]), others)
+
+
+def processor_of(config: WeightedSFTConfig, pad_token_id: int, vocab_size: int) -> AtroposBatchProcessor:
+    return AtroposBatchProcessor(
+        pad_token_id,
+        advantage_normalization=config.advantage_normalization,
+        advantage_clip=config.advantage_clip,
+        negative_advantage_scale=config.negative_advantage_scale,
+        max_token_len=config.max_token_len,
+        overlong=config.overlong,
+        score_advantages=config.score_advantages,
+        vocab_size=vocab_size,
+        record_temperature=config.record_temperature,
+        reads_reference=config.kl_coef > 0 and config.ref_model_name is None,
+        reads_teacher=config.distill_coef > 0,
+    )
 
 
 class _Word(IntEnum):

@@ -117,9 +117,8 @@ def head_loss(
     terms = _Terms(targets_N, token_loss, entropy_weights_N, teacher)
     _check(hidden_NH, lm_head_VH, bias_V, weights, terms, shape)
     if chunk_tokens is None:
-        on_cpu = hidden_NH.device.type == "cpu"
-        chunk_bytes = CHUNK_BYTES_CPU if on_cpu else CHUNK_SHARE_GPU * memory_bytes(hidden_NH.device)
-        chunk_tokens = max(1, int(chunk_bytes / (4 * len(lm_head_VH))))
+        device = hidden_NH.device
+        chunk_tokens = tokens_of_chunk(len(lm_head_VH), memory_bytes(device) if device.type == "cuda" else None)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1, or None to let the head choose")
     inputs = (hidden_NH, lm_head_VH, bias_V)
@@ -127,6 +126,12 @@ def head_loss(
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     terms = terms._replace(targets_N=targets_N.long())
     return HeadOutput(*_ChunkedHead.apply(*inputs, terms, shape, chunk_tokens, wanted))
+
+
+def tokens_of_chunk(vocab_size: int, gpu_bytes: float | None) -> int:
+    """C, on a GPU of so much memory; None: on a CPU."""
+    chunk_bytes = CHUNK_BYTES_CPU if gpu_bytes is None else CHUNK_SHARE_GPU * gpu_bytes
+    return max(1, int(chunk_bytes / (4 * vocab_size)))
 
 
 class LossHead(torch.nn.Linear):
@@ -396,7 +401,7 @@ def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.T
     """sum += left @ right, in the type of the sum where the device can."""
     if left_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_VC, right_CH)
-    elif sum_VH.device.type == "cuda":
+    elif sum_VH.device.type != "cpu":
         torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
     else:
         sum_VH += left_VC @ right_CH

@@ -111,11 +111,11 @@ class WeightedSFTModel(torch.nn.Module):
         # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
         tolerance = alone.std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
-        if self._takes_positions() and self._attend_by(PACKED if own not in FLASH else own):
+        if self._takes_positions() and self.attend_by(PACKED if own not in FLASH else own):
             packed = logps(tokens, torch.cat([s + at for s, at in zip(starts, trained, strict=True)]), lengths)
             self.packs = bool((packed - alone).abs().max() < tolerance)  # not where one is NaN
         if not self.packs:
-            self._attend_by(own)
+            self.attend_by(own)
         self.train(mode)
         return self.packs
 
@@ -123,7 +123,7 @@ class WeightedSFTModel(torch.nn.Module):
         parameters = inspect.signature(self.model.base_model.forward).parameters
         return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    def _attend_by(self, name: str) -> bool:
+    def attend_by(self, name: str) -> bool:
         try:
             self.model.set_attn_implementation(name)
         except ValueError:  # a model whose attention cannot be chosen

@@ -19,13 +19,13 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from wsft import ds_config
-from wsft.batching import AtroposBatchProcessor, Batch, pack, pad, token_terms
+from wsft.batching import Batch, pack, pad, token_terms
 from wsft.checkpoint import Checkpoint, load_random, prune, resumable, save
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import multiplies, rated_flops
 from wsft.engine import Engine, MicroBatch, Reference, StepResult, start_ranks
 from wsft.export import export
-from wsft.feed import Feed, open_source
+from wsft.feed import Feed, open_source, processor_of
 from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
 from wsft.metrics import Metrics, Silence, speak
 from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer
@@ -100,7 +100,7 @@ class WeightedSFTTrainer:
         step = world.words(start.step if start else 0)[0]
         self.saved = start = Checkpoint.at(self.folder.checkpoints / f"step_{step}") if step else None
         facts = start.facts if start else {"step": 0, "not_finite": 0, "bad": 0, "feed": {}}
-        self.processor = _processor(self.config, self.tokenizer.pad_token_id, shape.vocab_size)
+        self.processor = processor_of(self.config, self.tokenizer.pad_token_id, shape.vocab_size)
         source = open_source(self.config, self.processor, world, facts["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
         if precision == "bf16" and not native_bf16:
@@ -286,22 +286,6 @@ class WeightedSFTTrainer:
                 f"{self.bad} steps in a row were not finite, the last at step {step}: lower learning_rate, set "
                 f"max_grad_norm, or look at the advantages of the batches"
             )
-
-
-def _processor(config: WeightedSFTConfig, pad_token_id: int, vocab_size: int) -> AtroposBatchProcessor:
-    return AtroposBatchProcessor(
-        pad_token_id,
-        advantage_normalization=config.advantage_normalization,
-        advantage_clip=config.advantage_clip,
-        negative_advantage_scale=config.negative_advantage_scale,
-        max_token_len=config.max_token_len,
-        overlong=config.overlong,
-        score_advantages=config.score_advantages,
-        vocab_size=vocab_size,
-        record_temperature=config.record_temperature,
-        reads_reference=config.kl_coef > 0 and config.ref_model_name is None,
-        reads_teacher=config.distill_coef > 0,
-    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,274 @@
+"""`train.py --dry_run`: is what the run is told valid, and will it fit? Nothing is trained, loaded, taken or written.
+
+Knows nothing of process groups: one process answers for any number of ranks, with or without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+
+from wsft import ds_config
+from wsft.attention import PACKED, register
+from wsft.config import UserError, WeightedSFTConfig
+from wsft.device import memory_bytes, multiplies
+from wsft.engine import check_json
+from wsft.feed import EndOfData, FileSource, client_of, fetching_ranks, processor_of
+from wsft.loss_head import tokens_of_chunk
+from wsft.memory import Needs, Work, needs, with_reference, work_of
+from wsft.metrics import speak
+from wsft.model import WeightedSFTModel, empty_model, load_model_config, load_tokenizer
+
+GPUS_A_HOST = 8  # of a machine that is only told of
+# of a GPU's memory, what tensors cannot have: context and libraries, NCCL, and gaps between tensors
+RESERVED_BYTES, RESERVED_SHARE = 1.5 * 2**30, 0.05
+MOST_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Machine:
+    num_ranks: int
+    ranks_here: int  # on one host
+    gpu_bytes: float | None  # None: there is no GPU, all is in the host's memory
+    host_bytes: float | None  # None: the host is another one, and not known
+    libraries: int  # of a rank, in the host's memory: Python, torch and what they load
+
+    @classmethod
+    def of(cls, config: WeightedSFTConfig) -> Machine:
+        if config.device == "cuda" and not (config.gpu_memory_gib or torch.cuda.is_available()):
+            raise UserError("device is cuda, but torch finds no CUDA device: say --gpu_memory_gib to ask for another machine")
+        gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+        ranks = config.ranks or int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", gpus or 1)))
+        libraries = _memory_of_this_process()
+        if config.gpu_memory_gib:
+            return cls(ranks, min(ranks, GPUS_A_HOST), config.gpu_memory_gib * 2**30, None, libraries)
+        here = min(ranks, gpus) if gpus else ranks
+        return cls(ranks, here, memory_bytes(torch.device("cuda", 0)) if gpus else None, _free_memory(), libraries)
+
+    def shortage(self, need: Needs) -> str:
+        """What is too little, in words; empty if nothing is."""
+        host, gib = self.on_host(need), 2**30
+        if self.gpu_bytes is not None and need.peak > self.usable:
+            return f"a GPU has {self.usable / gib:.1f} GiB for tensors, {need.peak / gib:.1f} are needed"
+        if self.host_bytes is not None and host > self.host_bytes:
+            free, ranks = self.host_bytes / gib, self.ranks_here
+            return f"this machine has {free:.1f} GiB of memory free, its {ranks} rank(s) need {host / gib:.1f}"
+        return ""
+
+    @property
+    def usable(self) -> float:
+        return self.gpu_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
+
+    def on_host(self, need: Needs) -> int:
+        """The memory of a host, of all its ranks."""
+        return self.ranks_here * (self.libraries + sum(need.host.values()) + (need.peak if self.gpu_bytes is None else 0))
+
+
+class _Run:
+    """The run as it is told, and its memory; each variation is asked for once."""
+
+    def __init__(self, config: WeightedSFTConfig, machine: Machine):
+        self.config, self.machine = config, machine
+        self.shape = load_model_config(config.model_name, config)
+        native = config.device != "cpu" if machine.gpu_bytes else multiplies(torch.device("cpu"), torch.bfloat16)
+        hidden = self.shape.get_text_config().hidden_size
+        self.config, self.ds = ds_config.resolve(config, machine.num_ranks, hidden, native)
+        check_json(self.ds)
+        self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
+        self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)
+        if not isinstance(self.model.get_output_embeddings(), torch.nn.Linear):
+            raise UserError(f"{type(self.model).__name__} has no linear lm_head: wsft trains decoder-only language models")
+        self.reference = None
+        if config.ref_model_name:
+            reference = load_model_config(config.ref_model_name, config)
+            self.reference = empty_model(reference, config.trust_remote_code, self.dtype)
+
+    @functools.cache  # noqa: B019 (one object, which lives as long as the process)
+    def work(self, tokens: int, checkpointing: bool) -> Work:
+        model = empty_model(self.shape, self.config.trust_remote_code, self.dtype).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model = WeightedSFTModel(model)
+        if self.config.attn_implementation != "eager":
+            model.attend_by(PACKED)
+        vocab_size = self.shape.get_text_config().vocab_size
+        return work_of(model, tokens, tokens_of_chunk(vocab_size, self.machine.gpu_bytes))
+
+    def needs(self, config: WeightedSFTConfig, ds: dict[str, Any], machine: Machine) -> Needs:
+        # a sequence that is longer than micro_batch_tokens goes alone
+        work = self.work(max(config.micro_batch_tokens, config.max_token_len), config.gradient_checkpointing)
+        need = needs(self.model, ds, machine.num_ranks, work, machine.gpu_bytes is not None)
+        if self.reference is not None:
+            with_reference(need, self.reference, ds, machine.num_ranks)
+        return need
+
+    def remedies(self) -> Iterator[str]:
+        """Single changes with which it fits, the smallest first."""
+        config, ds, machine = self.config, self.ds, self.machine
+
+        def fits(ds: dict = ds, machine: Machine = machine, **changes: Any) -> bool:
+            return not machine.shortage(self.needs(config.model_copy(update=changes), ds, machine))
+
+        tokens = config.micro_batch_tokens
+        while (tokens := tokens // 2) >= config.max_token_len:
+            if fits(micro_batch_tokens=tokens):
+                yield f"--micro_batch_tokens {tokens}"
+                break
+        if not config.gradient_checkpointing and fits(gradient_checkpointing=True):
+            yield "--gradient_checkpointing true"
+        tokens = config.max_token_len
+        while (tokens := tokens // 2) >= 512:
+            if fits(micro_batch_tokens=tokens, max_token_len=tokens):
+                yield f"--max_token_len {tokens} --micro_batch_tokens {tokens}"
+                break
+        if machine.gpu_bytes is None:
+            return  # more ranks on this host share its memory
+        for words, zero in _offloads(ds["zero_optimization"]):
+            if fits(ds=ds | {"zero_optimization": zero}):
+                yield words
+                break
+        ranks = machine.num_ranks
+        while (ranks := 2 * ranks) <= MOST_RANKS:
+            if fits(machine=replace(machine, num_ranks=ranks, ranks_here=min(ranks, GPUS_A_HOST))):
+                yield f"{ranks} ranks"
+                break
+
+
+def _offloads(zero: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other sections zero_optimization, each with the words for it."""
+    cpu = {"device": "cpu", "pin_memory": True}
+    if zero["stage"] < 3:
+        yield "zero_optimization.stage 3 in the DeepSpeed JSON", zero | {"stage": 3}
+    if "offload_optimizer" not in zero:
+        zero = zero | {"stage": 3, "offload_optimizer": cpu}
+        yield "offload_optimizer to the CPU, in the DeepSpeed JSON", zero
+    if "offload_param" not in zero:
+        yield "offload_optimizer and offload_param to the CPU (ds_configs/zero3_offload.json)", zero | {"offload_param": cpu}
+
+
+def dry_run(config: WeightedSFTConfig) -> bool:
+    """Print what the run will need; whether all is valid and fits. UserError for what leaves nothing to tell."""
+    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
+        return True  # rank 0 says it
+    speak(0)
+    register()
+    run = _Run(config, Machine.of(config))
+    found, wrong = _look_at_source(run)
+    print(f"data        {found}\n")
+    try:
+        need = run.needs(run.config, run.ds, run.machine)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"what {type(run.model).__name__} holds in its passes cannot be told beforehand: it does not run without values "
+            f"({str(error).splitlines()[0]}); train 2 steps, and read memory/peak_gib in metrics.jsonl"
+        ) from error
+    print(_table(run, need))
+    wrong += _look_at_disk(run, need)
+    shortage = run.machine.shortage(need)
+    for sentence in wrong:
+        print(f"wrong: {sentence}")
+    if shortage:
+        print(f"It does not fit: {shortage}.\n{_advice(list(run.remedies()))}")
+    elif not wrong and run.machine.host_bytes is None:
+        print(f"It fits, on hosts with {run.machine.on_host(need) / 2**30:.1f} GiB of memory to give.")
+    elif not wrong:
+        print("It fits.")
+    return not (wrong or shortage)
+
+
+def _advice(remedies: list[str]) -> str:
+    if not remedies:
+        return (
+            "No single change makes it fit: take a smaller model, or several of micro_batch_tokens, offload and ranks at once."
+        )
+    first, *others = remedies
+    return f"The smallest change with which it does: {first}." + (f" Or: {'; '.join(others)}." if others else "")
+
+
+def _look_at_source(run: _Run) -> tuple[str, list[str]]:
+    """What the data source says, and what is wrong with it. The first batch of a file is read; from a server nothing is."""
+    config, pad = run.config, load_tokenizer(run.config).pad_token_id
+    try:
+        fetching = fetching_ranks(config, run.machine.num_ranks)
+        if config.data is None:
+            said, good = client_of(config, fetching, registers=False).look()
+            return said, [] if good else [said]
+        processor = processor_of(config, pad, run.shape.get_text_config().vocab_size)
+        batch, _ = FileSource(config.data, config.batch_size, processor).take(0, 0, Event())
+    except UserError as error:
+        return str(config.data or config.atropos_url), [str(error)]
+    except EndOfData:
+        return config.data, [f"data {config.data} holds no usable sequence: expected JSONL, one Atropos group a line"]
+    left_out = f"; left out: {batch.rejected}" if batch.rejected else ""
+    longest = int(batch.lengths.max())
+    return f"{config.data}: {len(batch.lengths)} sequences in the first batch, the longest of {longest} tokens{left_out}", []
+
+
+def _look_at_disk(run: _Run, need: Needs) -> list[str]:
+    """The newest checkpoints and the one that is being written; the model, which is there twice while it is exported."""
+    wanted = (run.config.keep_checkpoints + 1) * need.checkpoint + 2 * need.model
+    place = Path(run.config.output_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if run.machine.host_bytes is None or free >= wanted:
+        return []
+    return [
+        f"{place} has {free / 2**30:.1f} GiB free; {run.config.keep_checkpoints} checkpoints, the next one and the exported "
+        f"model take {wanted / 2**30:.1f}: set keep_checkpoints lower, or output_dir to another disk"
+    ]
+
+
+def _table(run: _Run, need: Needs) -> str:
+    config, machine, zero = run.config, run.machine, run.ds["zero_optimization"]
+    tokens = max(config.micro_batch_tokens, config.max_token_len)
+    place = f"GPU of {machine.gpu_bytes / 2**30:.1f} GiB" if machine.gpu_bytes else "CPU"
+    recomputed = "checkpointed" if config.gradient_checkpointing else "kept"
+    billions = sum(p.numel() for p in run.model.parameters()) / 1e9
+    lines = [
+        f"model       {config.model_name}: {billions:.2f} B parameters in {str(run.dtype).removeprefix('torch.')}",
+        f"ranks       {machine.num_ranks}, {machine.ranks_here} a host, each on a {place}; ZeRO stage {zero['stage']}",
+        f"batch       micro-batches of {tokens} tokens, activations {recomputed}", "",
+        f"{'GiB of a rank':<44}{'GPU' if machine.gpu_bytes else 'memory':>10}",
+    ]  # fmt: skip
+    sections = {"": need.states, f"while {tokens} tokens run": need.passes, "in the optimizer's step": need.update}
+    for title, rows in sections.items():
+        lines += [f"{title}:"] if title and rows else []
+        lines += [_row(name, size) for name, size in rows.items()]
+    lines += [_row("the most at a time", need.peak)]
+    lines += ["", f"{'GiB of a host':<44}{'memory':>10}", _row("Python and libraries", machine.ranks_here * machine.libraries)]
+    lines += [_row(name, machine.ranks_here * size) for name, size in need.host.items()]
+    lines += [_row("of all its ranks", machine.on_host(need))]
+    lines += ["", f"{'GiB on disk':<44}", _row("a checkpoint", need.checkpoint), _row("the exported model", need.model), ""]
+    return "\n".join(lines)
+
+
+def _row(name: str, size: int) -> str:
+    return f"  {name:<42}{size / 2**30:>10.2f}"
+
+
+def _memory_of_this_process() -> int:
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) * 1024 if status.exists() else 0
+
+
+def _free_memory() -> float | None:
+    """What this machine can still give, within the limit of the job's control group; None where nobody says."""
+    free = []
+    with contextlib.suppress(OSError, TypeError):
+        free.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            root = Path("/sys/fs/cgroup")
+            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+    return min(free, default=None)
