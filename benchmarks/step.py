@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -54,8 +55,8 @@ def make_groups(rollouts: int, vocab: int, shortest: int = 32, longest: int = 51
 
 
 def run_ranks(command: list[str], ranks: int, log: Path, keep: int = 2**32) -> None:
-    """The Python command once per rank, as a launcher would; what it says goes to the log. RuntimeError with its end if it
-    fails. `keep`: bytes of freed memory that the C library may keep for itself; launch/common.sh has it as here."""
+    """The Python command once per rank, as a launcher would; what it says goes to the log. RuntimeError with the first error in
+    it if it fails. `keep`: bytes of freed memory that the C library may keep; launch/common.sh has it as here."""
     env = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     env |= {"LOCAL_WORLD_SIZE": str(ranks), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_DEEPSPEED": "true"}
     env |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
@@ -66,7 +67,9 @@ def run_ranks(command: list[str], ranks: int, log: Path, keep: int = 2**32) -> N
         codes = [p.wait() for p in [subprocess.Popen([sys.executable, *command], env=own, **options) for own in each]]
         if any(codes):
             said.seek(0)
-            raise RuntimeError(f"{' '.join(command[:3])} ended with {codes}: {said.read().strip()[-600:]}")
+            lines = said.read().strip().splitlines()
+            why = next((line for line in lines if re.search(r"\w+(Error|Exception|Failed): ", line)), lines[-1])
+            raise RuntimeError(f"ended with {codes}: {why}")
 
 
 def ds_config(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -171,10 +174,8 @@ def train_like_the_example(args: argparse.Namespace) -> list[float]:
         return torch.tensor([r[name] + [fill] * (T - len(r[name])) for r in rollouts])
 
     tokens, labels, advantages = rows("tokens", 0), rows("masks", -100), rows("advantages", 0.0)
-    mine = [
-        range(i, args.rollouts)[:PER_DEVICE]
-        for i in range(args.local_rank * PER_DEVICE, args.rollouts, PER_DEVICE * args.ranks)
-    ]
+    own = range(args.local_rank, args.rollouts, args.ranks)
+    mine = [own[i : i + PER_DEVICE] for i in range(0, len(own), PER_DEVICE)]
     times = []
     for _ in range(args.steps + 1):
         start = time.perf_counter()
