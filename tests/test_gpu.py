@@ -1,5 +1,6 @@
 """What needs a GPU: the head against its dense twin, and runs of the shipped configs. Skipped with a reason elsewhere."""
 
+import functools
 import json
 import signal
 import sys
@@ -59,6 +60,24 @@ def test_terms_on_a_gpu_are_those_of_a_cpu(name):
         found.append([x.cpu() for x in (out.loss, *torch.autograd.grad(out.loss, inputs), *sums.values(), *maxima.values())])
     for ours, theirs in zip(*found, strict=True):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-5
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
+def test_the_head_never_waits_for_the_gpu(name):
+    N, some = 300, functools.partial(torch.rand, device="cuda")
+    leaves = [some(rows, 64).bfloat16().requires_grad_() for rows in (N, 500)]
+    ids, numbers = torch.arange(N, device="cuda"), [some(N) + 0.1 for _ in range(5)]
+    terms = TokenTerms(Objective(name), Coefficients(entropy=0.01), *numbers, ids // 50)
+    for mode in ("default", "error"):  # the first time kernels are made
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            out = head_loss(*leaves, ids, terms, chunk_tokens=128, **terms.head_options())
+            out.loss.backward()
+            sums, _ = terms.sums(out)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sums["tokens"] == N
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
