@@ -1,11 +1,12 @@
 """Whole optimizer steps beside what a user would pick instead: the same rollouts, model, optimizer, ZeRO stage and ranks, by
 turns in one call.
 
-    python -m benchmarks.step runs/models/SmolLM2-135M-Instruct [--rollouts 128] [--lengths 32:512] [--rounds 2] [--ranks 2]
+    python -m benchmarks.step runs/models/SmolLM2-135M-Instruct [--rollouts 128] [--group_size 8] [--rounds 2]
     python -m benchmarks.step --shape qwen2.5-7b --ranks 1 --lengths 512:8192 --rollouts 32    (random weights, NVIDIA GPU)
 
-Rollouts have lognormal lengths (median 120 for 32 to 512 tokens); 40 % of each is prompt, which carries no loss, and a fifth of
-them has advantage 0. A step is what each takes for all rollouts, waiting for data included; the first of a run is not counted.
+Rollouts have lognormal lengths (median 120 for 32 to 512 tokens); 40 % of the tokens are prompt, which carries no loss. They
+come in groups of `--group_size` to a prompt, as from Atropos, and every fifth group has no advantage; with 1 each rollout has
+a prompt of its own. A step is what each takes for all rollouts, waiting for data included; the first of a run is not counted.
 All compute in `--dtype` (float32 where the device has no bf16), with or without activation checkpointing as it is said for all.
 
     wsft         train.py as it is
@@ -43,14 +44,20 @@ QWEN = {
 }  # fmt: skip
 
 
-def make_groups(rollouts: int, vocab: int, shortest: int = 32, longest: int = 512) -> list[dict[str, Any]]:
+def make_groups(rollouts: int, group_size: int, vocab: int, shortest: int = 32, longest: int = 512) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     median = shortest * (longest / shortest) ** 0.476  # 120 between 32 and 512
+    lengths = rng.lognormal(np.log(median), 0.7, rollouts).clip(shortest, longest)
     groups = []
-    for n in rng.lognormal(np.log(median), 0.7, rollouts).clip(shortest, longest).astype(int):
-        tokens, prompt = rng.integers(100, vocab, n).tolist(), int(0.4 * n)
-        advantage = 0.0 if rng.random() < 0.2 else float(rng.normal())
-        groups.append({"tokens": [tokens], "masks": [[-100] * prompt + tokens[prompt:]], "advantages": [[advantage] * int(n)]})
+    for k, each in enumerate(np.split(lengths, range(group_size, rollouts, group_size))):
+        prompt = rng.integers(100, vocab, int(0.4 * each.mean())).tolist()
+        ends = [rng.integers(100, vocab, int(0.6 * n)).tolist() for n in each]
+        advantages = [0.0 if k % 5 == 4 else float(rng.normal()) for _ in ends]
+        groups.append({
+            "tokens": [prompt + end for end in ends],
+            "masks": [[-100] * len(prompt) + end for end in ends],
+            "advantages": [[a] * (len(prompt) + len(end)) for a, end in zip(advantages, ends, strict=True)],
+        })  # fmt: skip
     return groups
 
 
@@ -87,7 +94,7 @@ def wsft(args: argparse.Namespace, folder: Path) -> list[float]:
     }  # fmt: skip
     run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], args.ranks, folder / "wsft.log")
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
-    shown = ("plan/micro_batches", "plan/padding", "plan/skipped", "memory/peak_gib", "compute/tflops_per_rank", "compute/mfu")
+    shown = ("plan/micro_batches", "plan/shared", "plan/skipped", "memory/peak_gib", "compute/tflops_per_rank", "compute/mfu")
     print("wsft:", {key: round(steps[-1][key], 3) for key in shown if key in steps[-1]}, file=sys.stderr)
     return [step["time/step"] for step in steps]
 
@@ -100,8 +107,11 @@ def peer(args: argparse.Namespace, folder: Path, name: str) -> list[float]:
 
 
 def read_rollouts(folder: Path, rollouts: int) -> list[dict[str, list]]:
-    records = [json.loads(line) for line in (folder / "groups.jsonl").read_text().splitlines()[:rollouts]]
-    return [{name: record[name][0] for name in ("tokens", "masks", "advantages")} for record in records]
+    names, rows = ("tokens", "masks", "advantages"), []
+    for line in (folder / "groups.jsonl").open():
+        group = json.loads(line)
+        rows += [dict(zip(names, row, strict=True)) for row in zip(*(group[name] for name in names), strict=True)]
+    return rows[:rollouts]
 
 
 def start_gloo() -> bool:
@@ -228,6 +238,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shape", choices=QWEN)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=native)
     parser.add_argument("--rollouts", type=int, default=128)
+    parser.add_argument("--group_size", type=int, default=8, help="rollouts of one prompt")
     parser.add_argument("--lengths", default="32:512")
     parser.add_argument("--steps", type=int, default=2, help="of each run, beside the first")
     parser.add_argument("--rounds", type=int, default=2)
@@ -255,10 +266,10 @@ def main() -> None:
     shortest, args.longest = (int(n) for n in args.lengths.split(":"))
     args.model = args.model or make_random_model(args.shape)
     vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
-    groups = make_groups(args.rollouts, vocab, shortest, args.longest)
-    tokens = sum(len(group["tokens"][0]) for group in groups)
-    print(f"{args.rollouts} rollouts, {tokens} tokens a step, {args.ranks} rank(s), {args.dtype}, "
-          f"{'with' if args.checkpointing else 'without'} activation checkpointing")  # fmt: skip
+    groups = make_groups(args.rollouts, args.group_size, vocab, shortest, args.longest)
+    tokens = sum(len(row) for group in groups for row in group["tokens"])
+    print(f"{args.rollouts} rollouts in groups of {args.group_size}, {tokens} tokens a step, {args.ranks} rank(s), "
+          f"{args.dtype}, {'with' if args.checkpointing else 'without'} activation checkpointing")  # fmt: skip
     found: dict[str, list[float]] = {name: [] for name in args.peers.split(",")}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as path:

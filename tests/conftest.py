@@ -61,9 +61,11 @@ def tiny_untied_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
 
 
-def make_group(rng, lengths, prompt=2, **changes):
-    """One Atropos record of random tokens: label masks, token-level advantages."""
+def make_group(rng, lengths, prompt=2, alike=False, **changes):
+    """One Atropos record of random tokens: label masks, token-level advantages. `alike`: all have the first one's prompt."""
     tokens = [rng.integers(4, VOCAB, n).tolist() for n in lengths]
+    if alike:
+        tokens = [tokens[0][:prompt] + row[prompt:] for row in tokens]
     masks = [[-100] * prompt + row[prompt:] for row in tokens]
     advantages = [[0.0] * prompt + rng.normal(0.3, 1.0, n - prompt).round(3).tolist() for n in lengths]
     keys = "ref_logprobs messages generation_params inference_logprobs overrides group_overrides images env_id"

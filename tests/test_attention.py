@@ -5,8 +5,10 @@ import torch
 from conftest import VOCAB, make_model
 
 from wsft import attention
-from wsft.attention import PACKED, borders
+from wsft.attention import PACKED, keywords
+from wsft.layout import Layout
 
+CPU = torch.device("cpu")
 LENGTHS = [5, 11, 1, 8, 2]
 FAMILIES = {
     "llama": {},
@@ -23,7 +25,7 @@ def test_packed_sequences_get_what_each_gets_alone(family, tmp_path):
     attention.register()
     model, own = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name) for name in (PACKED, "eager"))
     parts = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).split(LENGTHS)
-    found = model(torch.cat(parts).unsqueeze(0), use_cache=False, **borders(LENGTHS, torch.device("cpu"))).logits[0]
+    found = model(torch.cat(parts).unsqueeze(0), use_cache=False, **keywords(Layout.of(LENGTHS), CPU)).logits[0]
     alone = torch.cat([own(part.unsqueeze(0)).logits[0] for part in parts])
     torch.testing.assert_close(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-5, rtol=1e-5)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -33,6 +35,40 @@ def test_packed_sequences_get_what_each_gets_alone(family, tmp_path):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path):
+    """Values of what only they run, and the gradients of all: the shared piece's from everyone that goes on from it."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / "model", family=family, **FAMILIES[family])
+    attention.register()
+    model, own = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name) for name in (PACKED, "eager"))
+    pieces = torch.randint(VOCAB, (33,), generator=torch.Generator().manual_seed(0)).split([7, 5, 1, 9, 3, 2, 6])
+    layout = Layout((7, 5, 1, 9, 3, 2, 6), (-1, 0, 0, -1, -1, 4, 4))
+    found = model(torch.cat(pieces).unsqueeze(0), use_cache=False, **keywords(layout, CPU)).logits[0].split(layout.lengths)
+    found = torch.cat([found[i] for i in (1, 2, 3, 5, 6)])
+    alone = []
+    for i in (1, 2, 3, 5, 6):
+        begun = [] if layout.after[i] < 0 else [pieces[layout.after[i]]]
+        alone.append(own(torch.cat([*begun, pieces[i]]).unsqueeze(0)).logits[0, -len(pieces[i]) :])
+    alone = torch.cat(alone)
+    torch.testing.assert_close(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-5, rtol=1e-5)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weights).sum().backward()
+    (alone * weights).sum().backward()
+    for ours, theirs in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_the_keys_of_a_shared_piece_come_before_those_of_each_that_goes_on_from_it():
+    """As variable-length attention on a GPU takes them."""
+    said = keywords(Layout((2, 3, 1, 2), (-1, 0, -1, 0)), CPU)
+    assert said["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 2, 3]] and "cu_seq_lens_q" not in said
+    borders = said["wsft_borders"]
+    assert borders.q_starts.tolist() == [0, 2, 5, 6, 8] and borders.k_starts.tolist() == [0, 2, 7, 8, 12]
+    assert borders.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 6, 7] and (borders.longest_q, borders.longest_k) == (3, 5)
+
+
 def test_it_costs_the_sum_of_the_squares(monkeypatch):
     seen = []
     real = attention.scaled_dot_product_attention
@@ -40,8 +76,7 @@ def test_it_costs_the_sum_of_the_squares(monkeypatch):
         attention, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape[2]) or real(q, *a, **k)
     )
     q, kv = torch.randn(1, 4, sum(LENGTHS), 8), torch.randn(1, 2, sum(LENGTHS), 8)
-    starts = borders(LENGTHS, torch.device("cpu"))["cu_seq_lens_q"]
-    out, _ = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, cu_seq_lens_q=starts)
+    out, _ = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **keywords(Layout.of(LENGTHS), CPU))
     assert seen == LENGTHS and out.shape == (1, sum(LENGTHS), 4, 8)
 
 
@@ -52,5 +87,5 @@ def test_attention_of_a_kind_it_does_not_know_is_not_a_number(strange):
 
 
 def test_positions_begin_anew_with_each_sequence():
-    said = borders([3, 1, 2], torch.device("cpu"))
+    said = keywords(Layout.of([3, 1, 2]), CPU)
     assert said["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]] and said["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]

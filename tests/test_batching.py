@@ -10,7 +10,7 @@ import torch
 from conftest import make_group
 
 from wsft import AtroposBatchProcessor
-from wsft.batching import Batch, pad, token_terms
+from wsft.batching import Batch, pack, pad, token_terms
 from wsft.objectives import Objective
 from wsft.terms import Coefficients
 
@@ -144,3 +144,44 @@ def test_an_empty_batch_is_rows_of_nothing():
     assert batch.num_trained == 0
     filler = pad(batch, [], pad_token_id=3)
     assert filler["tokens"].tolist() == [[3]] and not filler["loss_masks"].any()
+
+
+def of_groups(groups):
+    return AtroposBatchProcessor().process_atropos_batch(groups)
+
+
+def test_rollouts_of_a_prompt_share_all_but_its_last_token(rng):
+    """Which each needs for itself: what comes after it differs."""
+    batch = of_groups([make_group(rng, [15, 20], 12, alike=True), make_group(rng, [30, 31, 33], 25, alike=True)])
+    prefixes = batch.prefixes(range(5))
+    assert prefixes.clusters.tolist() == [0, 0, 2, 2, 2] and prefixes.lengths.tolist() == [11, 11, 24, 24, 24]
+    prefixes = batch.prefixes([1, 2, 4])  # of those that are run
+    assert len(set(prefixes.clusters[[1, 2]])) == 2 and prefixes.lengths.tolist() == [0, 0, 24, 0, 24]
+
+
+def test_a_template_that_all_prompts_begin_with_costs_no_group_its_prompt(rng):
+    groups = [make_group(rng, [40, 45, 41], 30, alike=True) for _ in range(3)]
+    for group in groups:
+        group["tokens"] = [groups[0]["tokens"][0][:10] + row[10:] for row in group["tokens"]]
+    prefixes = of_groups(groups).prefixes(range(9))
+    assert prefixes.clusters.tolist() == [0, 0, 0, 3, 3, 3, 6, 6, 6] and set(prefixes.lengths) == {29}
+
+
+def test_nothing_is_shared_from_the_first_trained_token_on(rng):
+    group = make_group(rng, [20, 20], 18, alike=True)
+    group["masks"][1] = [-100] * 10 + group["tokens"][1][10:]
+    group["advantages"][1] = [1.0] * 20
+    assert of_groups([group]).prefixes([0, 1]).lengths.tolist() == [9, 9]
+    group["masks"][1] = group["tokens"][1]  # trained from its second token on
+    assert of_groups([group]).prefixes([0, 1]).lengths.tolist() == [0, 0]
+
+
+def test_a_row_holds_what_rollouts_share_once(rng):
+    batch = of_groups([make_group(rng, [15, 20], 12, alike=True), make_group(rng, [5])])
+    tokens_1T, trained_N, layout = pack(batch, [0, 1, 2], 0, batch.prefixes(range(3)))
+    assert layout.lengths == (11, 4, 9, 5) and layout.after == (-1, 0, 0, -1)
+    first, second, third = (batch.tokens[span] for span in batch.spans())
+    assert tokens_1T[0].tolist() == [*first, *second[11:], *third]
+    assert trained_N.tolist() == [12, 13, 14, *range(16, 24), 26, 27, 28]
+    assert pack(batch, [1, 2], 0, batch.prefixes(range(3)))[2].lengths == (20, 5)  # alone in its row
+    assert pack(batch, [], 0, batch.prefixes(range(3)))[2].lengths == (1,)

@@ -13,11 +13,14 @@ STAGES, MICRO_BATCH_TOKENS, RANKS = (0, 1, 2, 3), (24, 1000), (1, 2)
 
 
 def batches_of_uneven_groups(rng):
-    """Four steps: uneven rollouts; one trained rollout among masked ones; nothing trained at all; a last batch of one."""
+    """Five steps: uneven rollouts; one trained rollout among masked ones; nothing trained at all; two prompts that rollouts
+    share, one of them without advantage; a last batch of one."""
     masked = [[-100] * n for n in (9, 3, 4, 5, 6)]
     one_trained = [make_group(rng, [12]), make_group(rng, [9, 3, 4, 5, 6], masks=masked)]
     nothing = [make_group(rng, [9, 3, 4, 5, 6, 7], masks=[*masked, [-100] * 7])]
-    return [make_group(rng, [3, 40, 7]), make_group(rng, [25, 11, 4])], one_trained, nothing, [make_group(rng, [17])]
+    alike = [make_group(rng, [19, 15, 22], 13, alike=True), make_group(rng, [14, 30, 16], 12, alike=True)]
+    alike[1]["advantages"][1] = [0.0] * 30
+    return [make_group(rng, [3, 40, 7]), make_group(rng, [25, 11, 4])], one_trained, nothing, alike, [make_group(rng, [17])]
 
 
 def reference(model_name, batches, normalize):
@@ -71,6 +74,7 @@ def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
                 learning_rate=LEARNING_RATE, max_grad_norm=0, advantage_normalization=normalization, device="cpu",
                 output_dir=str(tmp_path / f"run{i}"), gradient_checkpointing=bool(i % 3), packing=bool(i // 2 % 2 == 0),
                 skip_weightless=bool(i % 5), prefetch_batches=i % 3,
+                share_prefixes=bool(i % 7),
             )
         )  # fmt: skip
     (tmp_path / "runs.json").write_text(json.dumps(runs))
@@ -89,3 +93,7 @@ def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
                 moved = ((value - start[name].double()).norm() / value.norm()).item()
                 assert moved > 1e-4, f"{name} hardly moved: this would show nothing"
                 assert error < 1e-5, f"{name}: {error} at stage {stage}, micro_batch_tokens {micro_batch_tokens}"
+        shared = [
+            json.loads((tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()[3])["plan/shared"] for i in (1, 5)
+        ]
+        assert min(shared) > 0.1

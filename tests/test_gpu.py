@@ -13,7 +13,8 @@ from conftest import clean_environment, make_group, run_ranks, run_together, wri
 from fed_run import steps_of, train
 from shapes import QWEN_1_5B, QWEN_7B, figure, make_shape
 
-from wsft.attention import borders, packed_attention
+from wsft.attention import keywords, packed_attention
+from wsft.layout import Layout
 from wsft.loss_head import head_loss, weighted_linear_cross_entropy
 from wsft.objectives import Objective
 from wsft.terms import Coefficients, TokenTerms
@@ -83,16 +84,19 @@ def test_the_head_never_waits_for_the_gpu(name):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("window", [None, 16])
 def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, tolerance):
-    lengths, generator = [40, 1, 130, 17], torch.Generator("cuda").manual_seed(0)
+    lengths, after = [40, 1, 130, 17, 64], [-1, -1, -1, 2, 2]
+    generator = torch.Generator("cuda").manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, sum(lengths), 64, device="cuda", generator=generator, dtype=dtype).requires_grad_()
         for heads in (8, 2, 2)
     )
-    said = borders(lengths, query.device)
-    starts = dict(cu_seq_lens_q=said["cu_seq_lens_q"], max_length_q=said["max_length_q"])
-    packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **starts)
-    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    alone = torch.cat([packed_attention(torch.nn.Module(), *part, None, sliding_window=window)[0] for part in parts], dim=1)
+    said = keywords(Layout(tuple(lengths), tuple(after)), query.device)
+    packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **said)
+    parts, alone = [x.split(lengths, dim=2) for x in (query, key, value)], []
+    for i, before in enumerate(after):
+        whole = [x[i] if before < 0 else torch.cat([x[before], x[i]], dim=2) for x in parts]
+        alone.append(packed_attention(torch.nn.Module(), *whole, None, sliding_window=window)[0][:, -lengths[i] :])
+    alone = torch.cat(alone, dim=1)
     torch.testing.assert_close(packed, alone, rtol=tolerance, atol=tolerance)
     gradients = (torch.autograd.grad(x.float().square().sum(), (query, key, value)) for x in (packed, alone))
     for ours, theirs in zip(*gradients, strict=True):

@@ -21,7 +21,7 @@ weighted_texts terms
 loss loss_head attention atropos groups
 records
 config advantages device
-objectives parser
+objectives parser layout
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
@@ -33,6 +33,7 @@ NEVER_KNOWS = {
     "objectives": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "terms": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "measurements": {"torch", "requests", "wsft.world", "wsft.model"},
+    "layout": {"torch", "requests"},
     "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
     "config": {"torch", "requests", "deepspeed"},
     "ds_config": {"torch", "requests", "deepspeed"},

@@ -7,8 +7,9 @@ import pytest
 from atropos_server import group
 
 from wsft import AtroposBatchProcessor
+from wsft.layout import Prefixes
 from wsft.measurements import missing, of_batch, of_plan, of_tokens
-from wsft.shares import Cost
+from wsft.shares import Cost, Load
 
 NAN = math.nan
 LOGPS = [1.0, 1.0, -0.5, -0.25, 1.0, -2.0]  # 1.0 stands where there is none
@@ -112,14 +113,18 @@ def test_means_over_no_tokens_are_nan():
 def test_the_plan_is_written_as_its_rows_are_filled():
     """Rows of 6 + 4 and of 3 + 2 tokens, one for each rank: packed nothing is filled up, padded 2 and 1 are. The second rank
     waits for half of the first's 10."""
-    lengths, shares = np.array([6, 4, 3, 2]), [[[0, 1]], [[2, 3]]]
-    assert of_plan(shares, lengths, Cost(), packed=True) == {
+    load, shares = Load(np.array([6, 4, 3, 2, 9]), Cost(), Prefixes.none(5)), [[[0, 1]], [[2, 3]]]
+    assert of_plan(shares, load, packed=True) == {
         "plan/micro_batches": 1,
         "plan/padding": 0.0,
         "plan/imbalance": pytest.approx(1 - 15 / 20),
+        "plan/shared": 0.0,
+        "plan/skipped": 1,
     }
-    assert of_plan(shares, lengths, Cost(), packed=False)["plan/padding"] == pytest.approx(3 / 18)
-    assert of_plan([[[]], [[]]], np.zeros(0, np.int64), Cost(), packed=True)["plan/padding"] == 0.0
+    assert of_plan(shares, load, packed=False)["plan/padding"] == pytest.approx(3 / 18)
+    assert of_plan([[[]], [[]]], load, packed=True)["plan/padding"] == 0.0
+    alike = Prefixes(np.array([0, 0, 2, 2, 4]), np.array([3, 3, 0, 0, 0]))
+    assert of_plan(shares, Load(load.lengths, Cost(), alike), packed=True)["plan/shared"] == pytest.approx(3 / 15)
 
 
 FULL = {

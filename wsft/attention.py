@@ -1,22 +1,39 @@
 """Attention over packed rows: several sequences stand in one row, each sees itself alone, and the cost is the sum of their
-squares, not the square of the row.
+squares, not the square of the row. Sequences that begin alike may share the piece in which they do: it is computed once.
 
-Registered with transformers as `PACKED`; where the sequences begin travels as the keywords that its flash attention takes
-(`cu_seq_lens_q`, `max_length_q`). Without them a row is one sequence. Knows nothing of batches, losses or ranks.
+Registered with transformers as `PACKED`; where the sequences begin travels as a keyword of its own, and where none share, as
+those that its flash attention takes (`cu_seq_lens_q`, ...). Without them a row is one sequence. Knows nothing of batches,
+losses or ranks.
 """
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from wsft.device import to_device
+from wsft.layout import Layout
+
 PACKED = "wsft_packed"
 # what some models add to attention, and this one does not: it must not be passed over
 _UNKNOWN = ("s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class Borders:
+    """A layout as variable-length attention wants it: starts of the pieces among queries and among keys (int32, with the end),
+    the longest of each, and which token gives which key (None: each its own)."""
+
+    layout: Layout
+    q_starts: torch.Tensor
+    k_starts: torch.Tensor
+    longest_q: int
+    longest_k: int
+    keys: torch.Tensor | None
 
 
 def register() -> None:
@@ -25,16 +42,29 @@ def register() -> None:
     AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
 
 
-def borders(lengths: list[int], device: torch.device) -> dict[str, torch.Tensor | int]:
-    """The keywords that say where sequences of these lengths begin in a row of their sum, and the position of each token."""
-    sizes = torch.tensor(lengths, dtype=torch.int32)
-    starts = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int32), (1, 0))
-    positions = torch.arange(int(starts[-1])) - starts[:-1].repeat_interleave(sizes)
-    starts, longest = starts.to(device), max(lengths)
-    return {
-        "position_ids": positions.unsqueeze(0).to(device),
-        "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest,
-    }  # fmt: skip
+def keywords(layout: Layout, device: torch.device) -> dict[str, object]:
+    """What a transformers model is to be called with, beside the row: positions [1, T], and the borders for attention."""
+    sizes, after = torch.tensor(layout.lengths), torch.tensor(layout.after)
+    before = torch.where(after < 0, 0, sizes[after])  # tokens of the sequence that stand in another piece
+    starts = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    T = int(starts[-1])
+    positions = torch.arange(T) + (before - starts[:-1]).repeat_interleave(sizes)
+    said = {"position_ids": to_device(positions.unsqueeze(0), device)}
+    q_starts = to_device(starts.int(), device)
+    if not before.any():
+        longest = max(layout.lengths)
+        borders = Borders(layout, q_starts, q_starts, longest, longest, None)
+        said |= {"cu_seq_lens_q": q_starts, "cu_seq_lens_k": q_starts, "max_length_q": longest, "max_length_k": longest}
+    else:
+        seen = sizes + before
+        k_starts = torch.nn.functional.pad(seen.cumsum(0), (1, 0))
+        # the key at each place of a sequence: up to `before` it stands in the other piece, then in its own
+        place = torch.arange(int(k_starts[-1])) - k_starts[:-1].repeat_interleave(seen)
+        own, other = ((x - y).repeat_interleave(seen) for x, y in ((starts[:-1], before), (starts[after], 0 * before)))
+        keys = place + torch.where(place < before.repeat_interleave(seen), other, own)
+        keys, k_starts = to_device(keys, device), to_device(k_starts.int(), device)
+        borders = Borders(layout, q_starts, k_starts, max(layout.lengths), int(seen.max()), keys)
+    return said | {"wsft_borders": borders}
 
 
 def packed_attention(
@@ -47,8 +77,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
+    wsft_borders: Borders | None = None,
     **others: object,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention [B, T, heads, D] of query [B, heads, T, D], key and value [B, kv_heads, T, D].
@@ -58,23 +87,26 @@ def packed_attention(
     """
     if any(others.get(name) is not None for name in _UNKNOWN) or not getattr(module, "is_causal", True):
         return torch.full_like(query, torch.nan).transpose(1, 2), None
-    if cu_seq_lens_q is None:
+    if wsft_borders is None:
         return _sequence(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
     if _is_flash(query.device, query.dtype) and query.shape[-1] <= 256 and softcap is None and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if wsft_borders.keys is not None:
+            k, v = k[wsft_borders.keys], v[wsft_borders.keys]
         found = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q, k, v, wsft_borders.q_starts, wsft_borders.k_starts, wsft_borders.longest_q, wsft_borders.longest_k,
+            scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return found.unsqueeze(0), None
-    starts = cu_seq_lens_q.tolist()
-    parts = [
-        _sequence(*(x[:, :, a:b] for x in (query, key, value)), scaling, dropout, sliding_window, softcap)
-        for a, b in itertools.pairwise(starts)
-    ]
+    # split, not sliced: the gradient of a slice is as large as the row
+    qs, ks, vs = (x.split(wsft_borders.layout.lengths, dim=2) for x in (query, key, value))
+    parts = []
+    for i, after in enumerate(wsft_borders.layout.after):
+        k, v = (x[i] if after < 0 else torch.cat([x[after], x[i]], dim=2) for x in (ks, vs))
+        parts.append(_sequence(qs[i], k, v, scaling, dropout, sliding_window, softcap))
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -96,14 +128,14 @@ def _sequence(
     sliding_window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """[B, heads, T, D] of whole sequences."""
+    """[B, heads, T, D] of the last T tokens of sequences, whose keys and values are all there."""
     if query.device.type == "meta":
         return _Fused.apply(query, key, value)
-    T, grouped = query.shape[2], query.shape[1] != key.shape[1]
+    T, S, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
     mask = None
-    if softcap is not None or (sliding_window is not None and sliding_window < T):
-        distance = torch.arange(T, device=query.device)[:, None] - torch.arange(T, device=query.device)
-        mask = (distance >= 0) & (distance < (sliding_window or T))
+    if softcap is not None or T < S or (sliding_window is not None and sliding_window < S):
+        distance = torch.arange(S - T, S, device=query.device)[:, None] - torch.arange(S, device=query.device)
+        mask = (distance >= 0) & (distance < (sliding_window or S))
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped

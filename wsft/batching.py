@@ -6,6 +6,7 @@ Knows nothing of ranks (it takes their number and returns every share), of netwo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 
 from wsft.advantages import NORMALIZATIONS, Override, Shaping, override
 from wsft.groups import REASONS, Decoder, Rollout
+from wsft.layout import Layout, Prefixes
 from wsft.objectives import Objective
 from wsft.terms import Coefficients, TokenTerms
 
+SHORTEST_PREFIX = 8  # tokens: for less the bookkeeping does not pay
 REDUCTIONS = ("mean", "sequence_mean", "constant", "sum")
 
 
@@ -99,6 +102,32 @@ class Batch:
         before_N = np.concatenate([[0], np.cumsum(self.loss_mask)])
         ends_R = np.cumsum(self.lengths)
         return before_N[ends_R] - before_N[ends_R - self.lengths]
+
+    def prefixes(self, rows: Iterable[int]) -> Prefixes:
+        """Which of these rollouts begin alike: neighbours, as those of one group are, up to the last token before any trained
+        one of them, whose hidden state each needs for itself."""
+        spans, found = self.spans(), Prefixes.none(len(self.lengths))
+        trained_N = np.append(np.flatnonzero(self.loss_mask), len(self.loss_mask))
+        firsts_R = trained_N[np.searchsorted(trained_N, [s.start for s in spans])]
+        cluster, shared = [], 0  # the tokens that all of it have in common
+        for i in rows:
+            own = int(min(firsts_R[i], spans[i].stop)) - spans[i].start - 1
+            n = self._common(cluster[0], i, min(shared, own)) if cluster else 0
+            # a template that every prompt begins with must not cost a group the prompt that it shares
+            worth = max(SHORTEST_PREFIX, (shared if len(cluster) > 1 else min(shared, own)) / 2)
+            if cluster and n >= worth:
+                cluster, shared = [*cluster, i], n
+                found.clusters[i], found.lengths[cluster] = cluster[0], n
+            else:
+                cluster, shared = [i], own
+        return found
+
+    def _common(self, i: int, k: int, most: int) -> int:
+        """Of their first tokens, how many these rollouts have in common."""
+        ends_R = np.cumsum(self.lengths)
+        ours, theirs = (self.tokens[start : start + most] for start in (ends_R - self.lengths)[[i, k]])
+        differ = np.flatnonzero(ours != theirs)
+        return int(differ[0]) if len(differ) else most
 
     def of_weight(self, objective: Objective) -> Batch:
         """This batch with only those tokens trained that the objective may give a weight other than 0. To be asked for after
@@ -205,17 +234,26 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch
     return padded
 
 
-def pack(batch: Batch, rows: list[int], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The given rollouts end to end in one row: tokens [1, T] int64, flat positions of the trained ones [N], lengths.
+def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+    """The given rollouts in one row: tokens [1, T] int64, flat positions of the trained ones [N], the layout.
 
-    No rollout gives one pad token, trained nowhere.
+    Neighbours of one cluster share a piece. No rollout gives one pad token, trained nowhere.
     """
-    spans = batch.spans()
-    spans = [spans[i] for i in rows]
-    if not spans:
-        return torch.full((1, 1), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), [1]
-    tokens, trained = (np.concatenate([field[span] for span in spans]) for field in (batch.tokens, batch.loss_mask))
-    return torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(np.flatnonzero(trained)), [s.stop - s.start for s in spans]
+    spans, pieces, after = batch.spans(), [], []
+    for _, neighbours in itertools.groupby(rows, key=lambda i: prefixes.clusters[i]):
+        cluster, begun = list(neighbours), -1
+        n = int(prefixes.lengths[cluster[0]]) if len(cluster) > 1 else 0
+        if n:
+            begun, start = len(pieces), spans[cluster[0]].start
+            pieces.append(slice(start, start + n))
+            after.append(-1)
+        pieces += [slice(spans[i].start + n, spans[i].stop) for i in cluster]
+        after += [begun] * len(cluster)
+    if not pieces:
+        return torch.full((1, 1), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), Layout.of([1])
+    tokens, trained = (np.concatenate([field[piece] for piece in pieces]) for field in (batch.tokens, batch.loss_mask))
+    layout = Layout(tuple(piece.stop - piece.start for piece in pieces), tuple(after))
+    return torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(np.flatnonzero(trained)), layout
 
 
 def token_terms(

@@ -23,7 +23,7 @@ _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 # settings that a resumed run may be given anew: none of them changes what is learned, beyond rounding and the run's length
 RESUME_MAY_CHANGE = {
     *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
-    *("packing", "skip_weightless", "prefetch_batches"),
+    *("packing", "share_prefixes", "skip_weightless", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
@@ -78,6 +78,10 @@ class WeightedSFTConfig(BaseModel):
         description="Tokens, padding included, in one forward pass on one rank; one longer sequence goes alone.",
     )
     packing: bool = Field(True, description="Sequences share a row, kept apart, where the model's code allows it.")
+    share_prefixes: bool = Field(
+        True,
+        description="What neighbours in a batch begin with, as the prompt of a group, is run once a micro-batch; with packing.",
+    )
     skip_weightless: bool = Field(True, description="Compute nothing for tokens that surely carry no weight.")
     prefetch_batches: int = Field(1, ge=0, description="Batches fetched and decoded ahead of the one that trains.")
 

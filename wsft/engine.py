@@ -26,8 +26,9 @@ from torch.utils.cpp_extension import get_default_build_root
 from transformers import set_seed
 
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.device import PeakMemory
+from wsft.device import PeakMemory, to_device
 from wsft.ds_config import for_reference
+from wsft.layout import Layout
 from wsft.model import WeightedSFTModel
 from wsft.terms import TokenTerms
 from wsft.world import World, ranks_on_this_host
@@ -98,7 +99,7 @@ class MicroBatch:
     tokens_BT: torch.Tensor
     trained_N: torch.Tensor
     terms: TokenTerms
-    lengths: list[int] | None  # of the sequences packed in one row; None: every row is one
+    layout: Layout | None  # of the sequences packed in one row; None: every row is one
 
 
 @dataclass
@@ -152,11 +153,11 @@ class Engine:
         """
         engine, found = self._engine, []
         for i, mb in enumerate(micro_batches):
-            tokens_BT, trained_N, terms = (self._to_device(x) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
+            tokens_BT, trained_N, terms = (to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
             if reference:
-                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.lengths))
+                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.layout))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            out = engine(tokens_BT, trained_N, terms, mb.lengths, **terms.head_options())
+            out = engine(tokens_BT, trained_N, terms, mb.layout, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
             sums, maxima = terms.sums(out)
             found.append(({"loss": out.loss.detach().double()} | sums, maxima))
@@ -172,11 +173,6 @@ class Engine:
             return StepResult(all_sums.pop("loss"), norm, learning_rate, applied, all_sums, highest, peak_gib)
 
         return result
-
-    def _to_device(self, host: torch.Tensor | TokenTerms) -> torch.Tensor | TokenTerms:
-        """From pinned memory: from other memory a copy would first wait for all that the device has yet to do."""
-        device = self.world.device
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def _apply(self) -> tuple[float | torch.Tensor, bool]:
         """The optimizer step; the norm of the gradient before clipping, and whether it was finite: else there was no step.
@@ -235,11 +231,11 @@ class Reference:
 
     @torch.no_grad()
     def logp(
-        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, lengths: list[int] | None
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, layout: Layout | None
     ) -> torch.Tensor:
         """[N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
         silence_N = torch.zeros_like(temperature_N)
-        return self._model(tokens_BT, trained_N, silence_N, lengths, temperature=temperature_N).logp_N
+        return self._model(tokens_BT, trained_N, silence_N, layout, temperature=temperature_N).logp_N
 
 
 def convert(folder: Path, out: Path) -> None:

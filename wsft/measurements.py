@@ -10,7 +10,7 @@ import numpy as np
 from wsft.advantages import Override
 from wsft.batching import Batch
 from wsft.groups import MENDED, REJECTED
-from wsft.shares import Cost, imbalance
+from wsft.shares import Load, imbalance
 
 
 def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
@@ -64,14 +64,17 @@ def of_tokens(sums: dict[str, float], maxima: dict[str, float], trained: int) ->
     return values
 
 
-def of_plan(shares: list[list[list[int]]], lengths: np.ndarray, cost: Cost, packed: bool) -> dict[str, float | int]:
+def of_plan(shares: list[list[list[int]]], load: Load, packed: bool) -> dict[str, float | int]:
     """How the batch was shared: see shares.py."""
-    rows = [lengths[rows] for share in shares for rows in share if rows]
-    room = sum(int(n.sum() if packed else len(n) * n.max()) for n in rows)
+    bins = [rows for share in shares for rows in share if rows]
+    all_tokens, run = sum(int(load.lengths[rows].sum()) for rows in bins), sum(map(load.tokens, bins))
+    room = run if packed else sum(len(rows) * int(load.lengths[rows].max()) for rows in bins)
     return {
         "plan/micro_batches": len(shares[0]),
-        "plan/padding": 1 - int(lengths.sum()) / room if room else 0.0,
-        "plan/imbalance": imbalance(shares, lengths, cost),
+        "plan/padding": 1 - run / room if room else 0.0,
+        "plan/imbalance": imbalance(shares, load),
+        "plan/shared": 1 - run / all_tokens if all_tokens else 0.0,
+        "plan/skipped": len(load.lengths) - sum(map(len, bins)),
     }
 
 

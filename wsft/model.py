@@ -6,6 +6,7 @@ Knows nothing of Atropos, advantages or objectives: it is given weights.
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 from typing import Any
 
@@ -21,9 +22,10 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 
-from wsft.attention import PACKED, borders, kernel, register
+from wsft.attention import PACKED, kernel, keywords, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import fuses
+from wsft.layout import Layout
 from wsft.loss_head import HeadOutput, LossHead, TokenLoss
 from wsft.shares import Cost
 
@@ -41,25 +43,26 @@ class WeightedSFTModel(torch.nn.Module):
         self.logit_options = _logit_options(model.config.get_text_config())
         # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
         model.get_output_embeddings().__class__ = LossHead
-        self.packs = False  # until `check_packing` saw it
+        self.packs = self.shares = False  # until `check_packing` saw it
 
     def forward(
         self,
         tokens_BT: torch.Tensor,
         trained_N: torch.Tensor,
         weights: torch.Tensor | TokenLoss,
-        lengths: list[int] | None = None,
+        layout: Layout | None = None,
         **options: Any,
     ) -> HeadOutput:
         """The loss of the trained tokens, as `loss_head.head_loss` has it.
 
         Args:
             tokens_BT: [B, T] int64 rows, padded on the right. No attention mask: under a causal one nothing sees the padding.
-            lengths: of the sequences that are packed in the one row; None: every row is one sequence.
-            trained_N: [N] flat positions in [B, T] of the trained tokens; never a row's position 0. N may be 0.
+            layout: of the sequences that are packed in the one row; None: every row is one sequence.
+            trained_N: [N] flat positions in [B, T] of the trained tokens; never the first of a row, or of a piece of the
+                layout. N may be 0.
             weights, options: as there, for the N tokens.
         """
-        packing = borders(lengths, tokens_BT.device) if lengths else {}
+        packing = keywords(layout, tokens_BT.device) if layout else {}
         hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
         targets_N = tokens_BT.flatten()[trained_N]
@@ -94,26 +97,36 @@ class WeightedSFTModel(torch.nn.Module):
     def check_packing(self, device: torch.device) -> bool:
         """Try packed rows: sequences in one row must get the logps that each has alone, with the model's own attention.
 
-        Where they do, `packs` is set, and packed attention stays; else the model's own, and rows are to be padded.
+        Where they do, `packs` is set, and packed attention stays; else the model's own, and rows are to be padded. `shares` is
+        set where the same holds of sequences that share the piece in which they begin.
         """
-        lengths, own = [5, 11, 2, 8], self.model.config._attn_implementation
-        vocab, mode = self.model.config.get_text_config().vocab_size, self.training
-        tokens = torch.arange(sum(lengths), device=device) * 7919 % vocab
-        trained = [torch.arange(1, n, device=device) for n in lengths]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        own, mode = self.model.config._attn_implementation, self.training
+        vocab = self.model.config.get_text_config().vocab_size
+        pieces = begun, first, other, second = (torch.arange(22, device=device) * 7919 % vocab).split([6, 5, 8, 3])
+        sequences = [torch.cat([begun, first]), other, torch.cat([begun, second])]
 
-        def logps(rows: torch.Tensor, at: torch.Tensor, lengths: list[int] | None = None) -> torch.Tensor:
-            return self(rows.unsqueeze(0), at, torch.zeros(len(at), device=device), lengths).logp_N
+        def logps(row: list[torch.Tensor], layout: Layout | None = None, scored: slice = slice(None)) -> torch.Tensor:
+            """Of the scored pieces of the row, from the second token of each."""
+            ends = list(itertools.accumulate(map(len, row)))
+            at = torch.cat(
+                [torch.arange(end - len(piece) + 1, end) for end, piece in list(zip(ends, row, strict=True))[scored]]
+            )
+            return self(torch.cat(row).unsqueeze(0), at.to(device), torch.zeros(len(at), device=device), layout).logp_N
 
         self.eval()
-        parts = tokens.split(lengths)
-        alone = torch.cat([logps(part, at) for part, at in zip(parts, trained, strict=True)])
+        alone = [logps([sequence]) for sequence in sequences]
         # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
-        tolerance = alone.std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
+        tolerance = torch.cat(alone).std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
+
+        def fits(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
+            return bool((found - torch.cat(wanted)).abs().max() < tolerance)  # not where one is NaN
+
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
         if self._takes_positions() and self.attend_by(PACKED if own not in FLASH else own):
-            packed = logps(tokens, torch.cat([s + at for s, at in zip(starts, trained, strict=True)]), lengths)
-            self.packs = bool((packed - alone).abs().max() < tolerance)  # not where one is NaN
+            self.packs = fits(logps(sequences, Layout.of([11, 8, 9])), alone)
+        if self.packs and own not in FLASH:
+            found = logps(list(pieces), Layout((6, 5, 8, 3), (-1, 0, -1, 0)), slice(1, None))
+            self.shares = fits(found, [alone[0][-4:], alone[1], alone[2][-2:]])
         if not self.packs:
             self.attend_by(own)
         self.train(mode)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wsft.layout import Prefixes
+
 Bin = list[int]  # the rollouts of one micro-batch
 
 
@@ -32,28 +34,75 @@ class Cost:
         return lengths * (self.per_token + self.per_pair * lengths)
 
 
-def plan_shares(lengths: np.ndarray, num_ranks: int, micro_batch_tokens: int, cost: Cost, packed: bool) -> list[list[Bin]]:
-    """shares[rank][round] = the rollouts of one forward pass; as many rounds on every rank, the dearest first.
+@dataclass(frozen=True)
+class Load:
+    """The rollouts of a batch as work. Args: lengths: [R] tokens. cost: of each."""
 
-    A micro-batch has at most `micro_batch_tokens` tokens: packed their sum, else the longest times their number. A longer
-    rollout goes alone. Where micro-batches are too few for all ranks, some are empty, and still run: ZeRO-3 needs all ranks in
-    every forward.
+    lengths: np.ndarray
+    cost: Cost
+    prefixes: Prefixes
+
+    def tokens(self, rows: Bin) -> int:
+        """That are run, if these rollouts stand in one micro-batch."""
+        return int(self.lengths[rows].sum() - self._again(rows).sum())
+
+    def of(self, rows: Bin) -> float:
+        """What these rollouts cost in one micro-batch."""
+        return float(self.cost.of(self.lengths[rows]).sum() - self.cost.of(self._again(rows)).sum())
+
+    def _again(self, rows: Bin) -> np.ndarray:
+        """Lengths of the prefixes that need not be run again: of all in a cluster but the first."""
+        rows = np.asarray(rows, dtype=np.int64)
+        first = np.unique(self.prefixes.clusters[rows], return_index=True)[1]
+        return np.delete(self.prefixes.lengths[rows], first)
+
+    def bundles(self, rows: Bin, most: int) -> list[Bin]:
+        """The rollouts in bundles of a cluster, each of `most` tokens at most or of one rollout."""
+        bundles: list[Bin] = []
+        size: dict[int, tuple[int, Bin]] = {}  # of the bundle that a cluster fills
+        for i in rows:
+            cluster, prefix, length = self.prefixes.clusters[i], self.prefixes.lengths[i], self.lengths[i]
+            tokens, bundle = size.get(cluster, (most, []))
+            if tokens + length - prefix > most:
+                tokens, bundle = prefix, []
+                bundles.append(bundle)
+            bundle.append(i)
+            size[cluster] = tokens + length - prefix, bundle
+        return bundles
+
+
+def plan_shares(load: Load, rows: Bin, num_ranks: int, micro_batch_tokens: int, packed: bool) -> list[list[Bin]]:
+    """shares[rank][round] = those of the rollouts `rows` in one forward pass; as many rounds on every rank, the dearest first.
+
+    A micro-batch has at most `micro_batch_tokens` tokens: packed their sum, prefixes counted once, else the longest times
+    their number. A longer rollout goes alone. Where micro-batches are too few for all ranks, some are empty, and still run:
+    ZeRO-3 needs all ranks in every forward.
     """
-    costs = cost.of(lengths)
-    order = np.argsort(-lengths, kind="stable").tolist()
+    # large bundles share most, small ones are shared out most evenly: what takes least time is tried out
+    sizes = [micro_batch_tokens * k // 8 for k in (8, 6, 4, 3, 2)] if packed and load.prefixes.lengths[rows].any() else []
+    plans = [_plan(load, load.bundles(rows, most), num_ranks, micro_batch_tokens, packed) for most in (*sizes, 0)]
+    return min(plans, key=lambda shares: _time(shares, load))
+
+
+def _plan(load: Load, bundles: list[Bin], num_ranks: int, budget: int, packed: bool) -> list[list[Bin]]:
+    tokens, costs = [load.tokens(bundle) for bundle in bundles], [load.of(bundle) for bundle in bundles]
+    order = sorted(range(len(bundles)), key=lambda k: -tokens[k])
     make = _packed if packed else _padded
-    bins = make(order, lengths.tolist(), costs.tolist(), num_ranks, micro_batch_tokens)
+    bins = [sorted(i for k in chosen for i in bundles[k]) for chosen in make(order, tokens, costs, num_ranks, budget)]
     bins += [[] for _ in range(-len(bins) % num_ranks or (0 if bins else num_ranks))]
-    bins.sort(key=lambda chosen: -costs[chosen].sum())
+    bins.sort(key=lambda chosen: -load.of(chosen))
     return [bins[rank::num_ranks] for rank in range(num_ranks)]
 
 
-def imbalance(shares: list[list[Bin]], lengths: np.ndarray, cost: Cost) -> float:
+def _time(shares: list[list[Bin]], load: Load) -> float:
+    """Until all ranks are through: in each round they wait for the slowest."""
+    return sum(max(map(load.of, bins)) for bins in zip(*shares, strict=True))
+
+
+def imbalance(shares: list[list[Bin]], load: Load) -> float:
     """The share of the ranks' time that is spent waiting for the slowest of each round, as far as the costs tell: 0 to 1."""
-    costs = cost.of(lengths)
-    rounds = np.array([[costs[chosen].sum() for chosen in share] for share in shares])
-    slowest = rounds.max(axis=0).sum() * len(shares)
-    return float(1 - rounds.sum() / slowest) if slowest else 0.0
+    slowest = _time(shares, load) * len(shares)
+    return 1 - sum(load.of(rows) for share in shares for rows in share) / slowest if slowest else 0.0
 
 
 def _packed(order: list[int], lengths: list[int], costs: list[float], num_ranks: int, budget: int) -> list[Bin]:

@@ -26,12 +26,13 @@ from wsft.device import multiplies, rated_flops
 from wsft.engine import Engine, MicroBatch, Reference, StepResult, start_ranks
 from wsft.export import export
 from wsft.feed import Feed, open_source, processor_of
+from wsft.layout import Prefixes
 from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
 from wsft.metrics import Metrics, Silence, speak
 from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer
 from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
-from wsft.shares import plan_shares
+from wsft.shares import Load, plan_shares
 from wsft.stopping import Stop, name_of
 from wsft.terms import Coefficients
 from wsft.world import World, ranks_from_environment
@@ -116,7 +117,7 @@ class WeightedSFTTrainer:
             self.model.check_head(world.device)
             if saved:
                 self.engine.load(saved)
-        self.packs = self._check_packing()
+        self.packs, self.shares = self._check_packing()
         self.cost, self.flops_of_trained = cost_of(empty_model(model_config, self.config.trust_remote_code))
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
@@ -128,17 +129,19 @@ class WeightedSFTTrainer:
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
 
-    def _check_packing(self) -> bool:
-        """Whether rows are packed: as all models and all ranks can."""
+    def _check_packing(self) -> tuple[bool, bool]:
+        """Whether rows are packed, and prefixes shared in them: as all models and all ranks can."""
         if not self.config.packing:
-            return False
+            return False, False
         models = [self.model, *([self.reference.model] if self.reference else [])]
         packs = min(self.world.words(int(all([model.check_packing(self.world.device) for model in models])))) == 1
+        shares = min(self.world.words(int(self.config.share_prefixes and all(model.shares for model in models)))) == 1
         if packs:
-            log.info("sequences are packed; attention: %s", self.model.attention)
+            begun = ", those that begin alike share a piece" if shares else ""
+            log.info("sequences are packed%s; attention: %s", begun, self.model.attention)
         else:
             log.info("%s cannot keep packed sequences apart: they are padded instead", type(self.model.model).__name__)
-        return packs
+        return packs, packs and shares
 
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
         if self.config.ref_model_name is None:
@@ -237,19 +240,20 @@ class WeightedSFTTrainer:
         scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
         if self.config.skip_weightless and not self.coefficients.concern_every_token:
             batch = batch.of_weight(self.objective)
-        chosen = np.flatnonzero(batch.trained_tokens) if self.config.skip_weightless else np.arange(len(batch.lengths))
-        lengths = batch.lengths[chosen]
-        shares = plan_shares(lengths, self.world.size, self.config.micro_batch_tokens, self.cost, self.packs)
-        values |= of_plan(shares, lengths, self.cost, self.packs) | {"plan/skipped": len(batch.lengths) - len(chosen)}
-        mine = [[int(chosen[i]) for i in rows] for rows in shares[self.world.rank]]
-        result = self.engine.step([self._micro_batch(batch, rows, scales_R) for rows in mine], self.reference)
-        return result, values, float(self.cost.of(lengths).sum()) + self.flops_of_trained * batch.num_trained
+        rows = np.flatnonzero(batch.trained_tokens if self.config.skip_weightless else batch.lengths).tolist()
+        prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
+        load = Load(batch.lengths, self.cost, prefixes)
+        shares = plan_shares(load, rows, self.world.size, self.config.micro_batch_tokens, self.packs)
+        values |= of_plan(shares, load, self.packs)
+        micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in shares[self.world.rank]]
+        flops = sum(load.of(rows) for share in shares for rows in share) + self.flops_of_trained * batch.num_trained
+        return self.engine.step(micro_batches, self.reference), values, flops
 
-    def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes) -> MicroBatch:
         terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
         if self.packs:
-            tokens_1T, trained_N, lengths = pack(batch, rows, self.tokenizer.pad_token_id)
-            return MicroBatch(tokens_1T, trained_N, terms, lengths)
+            tokens_1T, trained_N, layout = pack(batch, rows, self.tokenizer.pad_token_id, prefixes)
+            return MicroBatch(tokens_1T, trained_N, terms, layout)
         padded = pad(batch, rows, self.tokenizer.pad_token_id)
         trained_N = padded["loss_masks"].flatten().nonzero().squeeze(1)
         return MicroBatch(padded["tokens"], trained_N, terms, None)
