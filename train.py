@@ -12,10 +12,13 @@
 import sys
 
 from wsft import WeightedSFTConfig
+from wsft.stopping import note_signals
 
 
 def main() -> None:
     config = WeightedSFTConfig.from_args()
+    if not config.dry_run:
+        note_signals()
 
     from wsft import WeightedSFTTrainer  # torch and transformers load here: after a wrong flag was said at once
     from wsft.config import UserError

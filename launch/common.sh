@@ -1,10 +1,10 @@
-# Sourced by the launchers: the environment, and processes that are started in a group of their own and never left behind.
+# Sourced by the launchers: the environment; processes in a group of their own that are never left behind; the ranks of a host.
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit 1
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-GROUPS_STARTED=()
+GROUPS_STARTED=() ASKED_BY=
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -42,7 +42,16 @@ make_environment() {
     patiently "installing packages into .venv (the first time takes a few minutes)" install_packages "$@"
     printf %s "$wanted" >"$stamp"
   fi
-  if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+  use_environment
+}
+
+# use_environment: .venv if there is one, else what is on PATH; the number of GPUS, and what ranks on CPUs want of the environment.
+use_environment() {
+  # shellcheck disable=SC1091
+  [ ! -f .venv/bin/activate ] || source .venv/bin/activate
+  command -v deepspeed >/dev/null || die "no deepspeed on PATH: pip install -r requirements.txt, or activate your environment"
+  GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch does not load: pip install -r requirements.txt"
+  if [ "$GPUS" = 0 ]; then
     export DS_ACCELERATOR=cpu # else DeepSpeed warns in every process that it found nothing else
     # ZeRO-3 gathers and frees every layer: kept in the heap, the same pages serve again (20 s a step became 13 on two cores)
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
@@ -67,11 +76,16 @@ in_group() {
   GROUPS_STARTED+=("$GROUP")
 }
 
+kill_groups() { # SIGNAL
+  local group
+  for group in "${GROUPS_STARTED[@]}"; do kill "-$1" -- "-$group" 2>/dev/null; done
+}
+
 # end_groups: TERM to every group still there, KILL to what remains after 60 s: a run saves its last step first.
 end_groups() {
   local group left tenths
   jobs -p | xargs -r kill 2>/dev/null # what `patiently` waits for
-  for group in "${GROUPS_STARTED[@]}"; do kill -TERM -- "-$group" 2>/dev/null; done
+  kill_groups TERM
   for tenths in $(seq 600); do
     left=0
     for group in "${GROUPS_STARTED[@]}"; do kill -0 -- "-$group" 2>/dev/null && left=1; done
@@ -79,12 +93,83 @@ end_groups() {
     if ((tenths % 100 == 0)); then say "waiting for the run to save and end ($((tenths / 10)) s)"; fi
     sleep 0.1
   done
-  for group in "${GROUPS_STARTED[@]}"; do kill -KILL -- "-$group" 2>/dev/null; done
+  kill_groups KILL
 }
 
-# run_ranks ARGUMENTS...: `deepspeed ARGUMENTS`, waited for. deepspeed does not forward signals to its ranks, so it runs in a
-# group of its own; the caller's EXIT trap ends the group.
+# settings NAME ARGUMENTS...: what a run with these arguments takes for that setting; says what is wrong with them, and fails.
+settings() { python -c 'import sys; from wsft import WeightedSFTConfig; n = sys.argv.pop(1); print(getattr(WeightedSFTConfig.from_args(), n))' "$@"; }
+
+# run_ranks COUNT LOGS ARGUMENTS...: train.py once per rank of this host, under the names that torchrun uses; the exit code of the
+# rank that failed first. Rank 0 speaks here, each other into LOGS/rank_N.log; where HOST is set all speak here, each line under
+# its rank. On several hosts FIRST_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which ranks these are.
 run_ranks() {
-  in_group deepspeed --log_level error --no_local_rank --master_port "$(free_port)" "$@"
-  wait "$GROUP"
+  local count=$1 logs=$2 local_rank rank code failed=0 patience=0
+  local -A running=()
+  shift 2
+  export LOCAL_WORLD_SIZE=$count WORLD_SIZE=${WORLD_SIZE:-$count} WSFT_LAUNCHER_PID=$$
+  export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-$(free_port)}
+  (umask 077 && mkdir -p "$logs") || die "cannot write $logs"
+  [ -z "${HOST:-}" ] || echo $$ >"$logs/$HOST.pid"
+  for ((local_rank = 0; local_rank < count; local_rank++)); do
+    rank=$((${FIRST_RANK:-0} + local_rank))
+    export RANK=$rank LOCAL_RANK=$local_rank
+    if [ -n "${HOST:-}" ]; then
+      in_group python -u train.py "$@" > >(sed -u "s/^/[rank $rank] /") 2>&1
+    elif [ "$rank" = 0 ]; then
+      in_group python -u train.py "$@"
+    else
+      in_group python -u train.py "$@" >>"$logs/rank_$rank.log" 2>&1
+    fi
+    running[$rank]=$GROUP
+  done
+  while ((${#running[@]})); do
+    sleep 0.2
+    for rank in "${!running[@]}"; do
+      kill -0 "${running[$rank]}" 2>/dev/null && continue
+      wait "${running[$rank]}"
+      code=$?
+      unset "running[$rank]"
+      if ((code && !failed)); then
+        failed=$code patience=$((SECONDS + PATIENCE_S))
+        say "error: rank $rank failed first${HOST:+ on $HOST}: $(meaning "$code")"
+        if [ -z "${HOST:-}" ] && [ "$rank" != 0 ]; then tail -n 15 "$logs/rank_$rank.log" >&2; fi
+      fi
+    done
+    if [ -n "${HOST:-}" ] && [ -z "$ASKED_BY" ] && [ ! -d "/proc/$PPID" ]; then pass_on HUP; fi # the connection is gone
+    # the others end of themselves and say why, unless they cannot
+    if ((failed && SECONDS > patience)); then kill_groups KILL; fi
+  done
+  rm -f "/dev/shm/deepspeed_allreduce_buffer_"*"_${MASTER_PORT}_"* # 66 MiB a rank, which one that is killed leaves in memory
+  return "$failed"
+}
+PATIENCE_S=15
+
+meaning() { # of an exit code
+  case $1 in
+    137) echo "killed (137): out of memory? look at dmesg" ;;
+    129 | 1[3-5]?) echo "ended by SIG$(kill -l "$1") ($1)" ;;
+    *) echo "exit code $1" ;;
+  esac
+}
+
+# pass_signals_on: from now on INT, TERM, HUP and USR1 ask the ranks to save and end, and a second one ends them at once.
+# ASKED_BY is the first.
+pass_signals_on() {
+  local name
+  trap '' PIPE # nobody may be left to read, and there is a checkpoint to save
+  for name in INT TERM HUP USR1; do
+    # shellcheck disable=SC2064
+    trap "pass_on $name" "$name"
+  done
+}
+
+pass_on() {
+  if [ -n "$ASKED_BY" ]; then
+    say "SIG$1 again: ending at once, without a checkpoint"
+    kill_groups KILL
+  else
+    ASKED_BY=$1
+    say "SIG$1: the ranks finish their step, save and end; a second signal ends them at once"
+    kill_groups TERM
+  fi
 }

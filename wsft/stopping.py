@@ -20,6 +20,14 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_GONE = 99  # a code no signal has
 _LOOK_S = 1.0
+_early: list[int] = []  # signals that came before there was a Stop
+
+
+def note_signals() -> None:
+    """From now on SIGTERM and SIGUSR1 wait for the first `Stop`: libraries take seconds to load, and a run that is asked to
+    stop meanwhile must be able to say so to whoever would start it again."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: _early.append(number))
 
 
 def name_of(code: int) -> str:
@@ -51,6 +59,8 @@ class Stop:
         if launchers:
             self._start(self._watch, launchers, over)
             self._restore.callback(over.set)
+        if _early:
+            self._ask(_early.pop())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -86,8 +96,9 @@ class Stop:
 
 def _launchers() -> dict[int, int]:
     """Child -> parent, for the processes whose end means that nobody waits for this rank any more: what torchrun or deepspeed
-    started it. deepspeed has two, one under the other. Nothing without a launcher, or where there is no /proc."""
-    me, parent = os.getpid(), os.getppid()
+    started it, or launch/common.sh (WSFT_LAUNCHER_PID). deepspeed has two, one under the other. Nothing without a launcher, or
+    where there is no /proc."""
+    me, parent = os.getpid(), int(os.environ.get("WSFT_LAUNCHER_PID", os.getppid()))  # it may be gone already
     launched = "LOCAL_WORLD_SIZE" in os.environ or "LOCAL_SIZE" in os.environ
     if not launched or _parent_of(me) is None:
         return {}
