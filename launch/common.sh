@@ -99,6 +99,15 @@ end_groups() {
 # settings NAME ARGUMENTS...: what a run with these arguments takes for that setting; says what is wrong with them, and fails.
 settings() { python -c 'import sys; from wsft import WeightedSFTConfig; n = sys.argv.pop(1); print(getattr(WeightedSFTConfig.from_args(), n))' "$@"; }
 
+# state_of OUTPUT_DIR NAME: what the run's state.json says there of its "state" or the "reason" of it.
+state_of() { python -c 'import json, sys; print(json.load(open(sys.argv[1] + "/state.json"))[sys.argv[2]])' "$@" 2>/dev/null; }
+
+# start_server HOST PORT LOG: an Atropos server in the background.
+start_server() {
+  python -c 'import atroposlib' 2>/dev/null || die "no atroposlib here: pip install atroposlib, or start the server elsewhere"
+  in_group python -m uvicorn atroposlib.api.server:app --host "$1" --port "$2" --log-level warning >"$3" 2>&1
+}
+
 # run_ranks COUNT LOGS ARGUMENTS...: train.py once per rank of this host, under the names that torchrun uses; the exit code of the
 # rank that failed first. Rank 0 speaks here, each other into LOGS/rank_N.log; where HOST is set all speak here, each line under
 # its rank. On several hosts FIRST_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which ranks these are.

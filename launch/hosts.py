@@ -1,4 +1,4 @@
-"""What launch/multi_node.sh does: look at every host, start launch/single_node.sh on each by pdsh, listen, end what was started.
+"""What launch/multi_node.sh does: look at every host, start launch/single_node.sh on each by pdsh, listen, and end it all.
 
     python launch/hosts.py OUTPUT_DIR HOSTFILE [settings of train.py]
 
@@ -92,7 +92,7 @@ def write_environment(path: Path) -> None:
             given |= dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
     secret = sorted(name for name in given if SECRET.search(name))
     if secret:
-        say(f"not handed over, as they look secret: {', '.join(secret)}; log in on the first host instead (wandb login, hf auth login)")
+        say(f"not handed over, as they look secret: {', '.join(secret)}; log in on the first host (wandb login, hf auth login)")
     path.write_text("".join(f"{name}={shlex.quote(given[name])}\n" for name in sorted(given.keys() - secret)))
     path.chmod(0o600)
 
@@ -105,7 +105,8 @@ def look_at(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTCon
     first = next(iter(slots))
     question = {"first": first, "port": port, "environment": str(logs.absolute() / ".deepspeed_env")}
     question |= {"server": None if config.data else config.atropos_url}
-    question |= {"files": [name for name in (config.model_name, config.deepspeed) if isinstance(name, str) and Path(name).exists()]}
+    named = (config.model_name, config.deepspeed)
+    question |= {"files": [name for name in named if isinstance(name, str) and Path(name).exists()]}
     here = f"{shlex.quote(sys.executable)} launch/hosts.py --facts %h {shlex.quote(json.dumps(question).replace('%', '%%'))}"
     folder = shlex.quote(os.getcwd())
     command = f"cd {folder} && test -x {shlex.quote(sys.executable)} || {{ echo absent; exit; }}; PYTHONPATH={folder} {here}"
@@ -262,7 +263,7 @@ class Launch:
         if self._asked:
             say("again: ending all ranks at once")
         else:
-            say(f"{signal.Signals(number).name}: asking all ranks to finish their step, save and end; once more ends them at once")
+            say(f"{signal.Signals(number).name}: all ranks finish their step, save and end; a second signal ends them at once")
             self._asked = number
         self._signal(1)
 

@@ -21,7 +21,7 @@ case $GPUS in
 esac
 
 PORT=$(free_port)
-in_group python -m uvicorn atroposlib.api.server:app --host 127.0.0.1 --port "$PORT" --log-level warning >"$LOGS/server.log" 2>&1
+start_server 127.0.0.1 "$PORT" "$LOGS/server.log"
 in_group python -m wsft.environment --url "http://127.0.0.1:$PORT" --tokenizer "$MODEL" --pattern mixed --groups 0 \
   --group_size 4 >"$LOGS/environment.log" 2>&1
 say "Atropos server on port $PORT, test environment posting groups; logs in $LOGS"

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 # what a run leaves, and what overwriting removes
 RESULTS = ("config.yaml", "state.json", "metrics.jsonl", "wandb_id", "journal", "checkpoints", "final", "final.partial")
-LOCK_WAIT_S = 60.0  # a run that was killed may need seconds to be gone
+LOGS = "logs"  # of the launchers, which write there before there is a run
+LOCK_WAIT_S = 20.0  # a run that was killed may need seconds to be gone
 SAY_S = 10.0
 SHARED_WAIT_S = 30.0  # a network file system may show a new folder late
 
@@ -105,7 +106,7 @@ class RunFolder:
         self._lock.flush()
 
     def _make_empty(self, config: WeightedSFTConfig) -> None:
-        found = sorted(path.name for path in self.path.glob("[!.]*"))
+        found = sorted(path.name for path in self.path.glob("[!.]*") if path.name != LOGS)
         if found and not config.overwrite_output_dir:
             raise UserError(
                 f"output_dir {self.path} is not empty ({', '.join(found[:4])}): choose another one, go on with the run in it "

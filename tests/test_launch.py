@@ -1,0 +1,128 @@
+"""launch/single_node.sh: signals reach the ranks, no orphan remains, the exit code is true."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, clean_environment, make_group, run_together, write_groups
+from fed_run import flags, make_settings, state_of, steps_of, wait_until
+
+SHM = Path("/dev/shm")
+
+
+@pytest.fixture
+def settings(tiny_model, tmp_path, rng):
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [5, 6, 4, 7]) for _ in range(2000)])
+    return make_settings(tiny_model, tmp_path) | dict(
+        data=data, output_dir=tmp_path / "run", resume=False, training_steps=2000, save_steps=1000
+    )
+
+
+class Started:
+    """A launcher at work, its ranks in their order, and everything it started."""
+
+    def __init__(self, settings, folder, said):
+        self.said = said
+        with said.open("w") as file:
+            command, env = ["bash", "launch/single_node.sh", *flags(settings)], clean_environment(NUM_GPUS="2")
+            self.launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
+        wait_until(lambda: len(steps_of(folder)) >= 2 or self.launcher.poll() is not None)
+        assert self.launcher.poll() is None, said.read_text()
+        self.family = psutil.Process(self.launcher.pid).children(recursive=True)
+        ranks = [(p.environ()["RANK"], p) for p in self.family if "train.py" in p.cmdline()]
+        self.ranks = [p for _, p in sorted(ranks, key=lambda pair: pair[0])]
+
+    def end(self, timeout=60):
+        """The exit code; nothing that was started may be left."""
+        try:
+            code = self.launcher.wait(timeout)
+            _, alive = psutil.wait_procs(self.family, timeout=20)
+            assert not alive, f"still there: {alive}\n{self.said.read_text()}"
+            return code
+        finally:
+            for process in self.family:
+                if process.is_running():
+                    process.kill()
+
+
+@pytest.fixture
+def started(settings, tmp_path):
+    before = set(SHM.iterdir())
+    yield Started(settings, tmp_path / "run", tmp_path / "said.txt")
+    assert not [path for path in set(SHM.iterdir()) - before if path.name.startswith("deepspeed")]
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "name, to", [("TERM", "launcher"), ("INT", "terminal"), slow("USR1", "launcher"), slow("INT", "launcher"),
+                 slow("HUP", "launcher"), slow("TERM", 0), ("USR1", 1), slow("INT", 1)],
+)  # fmt: skip
+def test_a_signal_to_any_process_ends_with_a_checkpoint(name, to, started, tmp_path):
+    number = signal.Signals[f"SIG{name}"]
+    if to == "launcher":
+        started.launcher.send_signal(number)
+    elif to == "terminal":  # Ctrl-C goes to the whole foreground group
+        os.killpg(started.launcher.pid, number)
+    else:
+        started.ranks[to].send_signal(number)
+    assert started.end() == (0 if to in (0, 1) else 128 + number), started.said.read_text()
+    state = state_of(tmp_path / "run")
+    assert state["state"] == "preempted" and (tmp_path / "run" / "checkpoints" / f"step_{state['step']}").exists()
+    assert state["step"] == len(steps_of(tmp_path / "run")) and "Traceback" not in started.said.read_text()
+
+
+def test_a_rank_that_is_killed_ends_all_and_is_named(started, tmp_path):
+    started.ranks[1].kill()
+    start = time.monotonic()
+    assert started.end() == 137 and time.monotonic() - start < 30
+    assert "error: rank 1 failed first: killed (137)" in started.said.read_text()
+    assert state_of(tmp_path / "run")["state"] == "failed"
+
+
+def test_a_second_signal_ends_at_once(started):
+    started.ranks[1].send_signal(signal.SIGSTOP)  # it would never be through
+    started.launcher.terminate()
+    wait_until(lambda: "a second signal" in started.said.read_text())
+    started.launcher.terminate()
+    assert started.end(10) == 137 and "again: ending at once" in started.said.read_text()
+
+
+def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_orphan(started, tmp_path):
+    started.launcher.kill()
+    assert started.end() == -signal.SIGKILL
+    state = state_of(tmp_path / "run")
+    assert state["state"] == "preempted" and "launcher" in state["reason"]
+    for left in SHM.glob("deepspeed_allreduce_buffer_*"):  # who would have removed it is gone
+        left.unlink()
+
+
+def test_a_signal_while_modules_load_is_not_lost(settings, tmp_path):
+    with (tmp_path / "said.txt").open("w") as said:
+        command = ["bash", "launch/single_node.sh", *flags(settings)]
+        launcher = subprocess.Popen(command, cwd=ROOT, env=clean_environment(NUM_GPUS="2"), stdout=said, stderr=said)
+        wait_until(lambda: len([p for p in psutil.Process(launcher.pid).children() if "train.py" in p.cmdline()]) == 2)
+        time.sleep(1)  # their settings are read by now, and torch is loading
+        launcher.terminate()
+        assert launcher.wait(90) == 143, (tmp_path / "said.txt").read_text()
+    assert state_of(tmp_path / "run")["reason"] == "asked to stop before the first step"
+
+
+def test_what_is_wrong_with_the_settings_is_said_once_and_nothing_starts(settings, tmp_path):
+    command = ["bash", "launch/single_node.sh", *flags(settings, learning_rate=-1)]
+    ((code, said),) = run_together([command], [clean_environment(NUM_GPUS="2")])
+    assert code == 2 and said.count("learning_rate") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # the second waits for the first to end
+def test_a_second_run_in_one_folder_is_refused_with_host_and_process(started, settings):
+    ((code, said),) = run_together([["python", "train.py", *flags(settings)]], [clean_environment()])
+    assert code == 1 and f"(process {started.ranks[0].pid} on {os.uname().nodename}): stop it" in said
+    started.launcher.terminate()
+    started.end()
