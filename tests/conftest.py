@@ -124,10 +124,11 @@ def run_together(commands, environments, timeout=240, during=None):
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def run_ranks(command, num_ranks, **options):
+def run_ranks(command, num_ranks, ranks_a_host=None, **options):
     """The Python command once per rank, as a launcher would start it: [(exit code, output)]."""
     port = free_port()
     shared = clean_environment(WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    shared |= {"LOCAL_WORLD_SIZE": str(ranks_a_host or num_ranks)}
     environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     try:
         return run_together([[sys.executable, *command]] * num_ranks, environments, **options)

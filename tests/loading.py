@@ -21,7 +21,7 @@ ranks_from_environment()
 config = WeightedSFTConfig(model_name=sys.argv[1], deepspeed=sys.argv[2], device="cpu")
 world = start_ranks(config)
 hidden_size = load_model_config(config.model_name, config).hidden_size
-config, ds = ds_config.resolve(config, world.size, hidden_size, native_bf16=False)
+config, ds = ds_config.resolve(config, world.size, 1, hidden_size, native_bf16=False)
 before, peak, over = held(), 0, threading.Event()
 
 

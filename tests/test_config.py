@@ -88,8 +88,9 @@ def test_help_explains_every_setting(capsys):
         assert f"--{name}" in text and field.description.split()[0] in text
 
 
-def resolved(ds, **settings):
-    return resolve(WeightedSFTConfig(model_name="m", deepspeed=ds, **settings), num_ranks=2, hidden_size=64, native_bf16=True)
+def resolved(ds, ranks=(2, 2), **settings):
+    """On that many ranks, of which as many on a host."""
+    return resolve(WeightedSFTConfig(model_name="m", deepspeed=ds, **settings), *ranks, hidden_size=64, native_bf16=True)
 
 
 def test_auto_is_filled_from_the_run():
@@ -104,6 +105,12 @@ def test_auto_is_filled_from_the_run():
     assert out["gradient_clipping"] == 0.7 and out["bf16"]["enabled"] is True
     assert out["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 4096, "stage3_param_persistence_threshold": 640}
     assert (out["train_batch_size"], out["train_micro_batch_size_per_gpu"], out["gradient_accumulation_steps"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize("ranks, size", [((32, 8), 8), ((8, 8), 1), ((2, 1), 1)])
+def test_second_shares_are_a_hosts_where_there_are_several(ranks, size):
+    _, out = resolved({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "auto"}}, ranks)
+    assert out["zero_optimization"]["zero_hpz_partition_size"] == size
 
 
 def test_a_value_of_the_json_stands_where_the_run_says_nothing():
@@ -126,6 +133,7 @@ def test_a_value_of_the_json_stands_where_the_run_says_nothing():
         ({"scheduler": {"type": "WarmupLR"}}, dict(lr_scheduler="cosine"), ("scheduler", "WarmupLR", "lr_scheduler", "cosine")),
         ({"fp16": {"enabled": True}}, {}, ("fp16", "bf16")),
         ({"zero_optimization": {"stage": 4}}, {}, ("stage", "4")),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, {}, ("zero_hpz_partition_size is 8", "2 rank(s)")),
         ({"activation_checkpointing": {"number_checkpoints": "auto"}}, {}, ("activation_checkpointing.number_checkpoints",)),
         ({"optimizer": "AdamW"}, {}, ("optimizer", "AdamW")),
         ({"gradient_clipping": "1.0"}, {}, ("gradient_clipping", "expected a number")),

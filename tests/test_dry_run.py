@@ -194,4 +194,4 @@ def test_check_json_takes_what_is_shipped():
 
     for path in (ROOT / "ds_configs").glob("*.json"):
         config = WeightedSFTConfig(model_name="m", deepspeed=str(path))
-        check_json(ds_config.resolve(config, num_ranks=2, hidden_size=64, native_bf16=True)[1])
+        check_json(ds_config.resolve(config, num_ranks=2, ranks_a_host=2, hidden_size=64, native_bf16=True)[1])

@@ -97,3 +97,27 @@ def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
             json.loads((tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()[3])["plan/shared"] for i in (1, 5)
         ]
         assert min(shared) > 0.1
+
+
+def test_second_shares_within_hosts_change_nothing(tiny_model, tiny_untied_model, tmp_path, rng):
+    """Two hosts of two ranks, as the launcher tells, with a reference model beside the trained one."""
+    batches = batches_of_uneven_groups(rng)
+    data = write_groups(tmp_path / "data.jsonl", [group for batch in batches for group in batch])
+    runs = []
+    for name, second in {"plain": 1, "hpz": "auto"}.items():
+        ds = {
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "zero_hpz_partition_size": second},
+            "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": MOMENTUM}},
+        }
+        runs.append(
+            dict(
+                model_name=tiny_model, ref_model_name=tiny_untied_model, kl_coef=0.1, data=data, deepspeed=ds, device="cpu",
+                batch_size=BATCH_SIZE, micro_batch_tokens=24, learning_rate=LEARNING_RATE, output_dir=str(tmp_path / name),
+            )
+        )  # fmt: skip
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    for code, output in run_ranks(["tests/train_many.py", tmp_path / "runs.json"], 4, ranks_a_host=2, timeout=300):
+        assert code == 0, output[-4000:]
+    plain, hpz = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("plain", "hpz"))
+    for name, value in plain.items():
+        assert ((hpz[name] - value).norm() / value.norm()).item() < 1e-6, name

@@ -299,7 +299,7 @@ def test_rollouts_without_weight_are_not_run_and_count_all_the_same(settings, tm
     assert step["plan/skipped"] == 0  # each of them has entropy
 
 
-@pytest.mark.parametrize("name", ["zero3", "zero3_offload", "zero3_offload_optimizer", "zero2", "zero3_cpu"])
+@pytest.mark.parametrize("name", ["zero3", "zero3_hpz", "zero3_offload", "zero3_offload_optimizer", "zero2", "zero3_cpu"])
 def test_each_shipped_deepspeed_config_trains(name, settings):
     _, steps = train(settings, deepspeed=f"ds_configs/{name}.json", learning_rate=1e-3)
     assert len(steps) == 3 and steps[-1]["grad_norm"] > 0

@@ -82,7 +82,7 @@ class _Run:
         self.shape = load_model_config(config.model_name, config)
         native = config.device != "cpu" if machine.gpu_bytes else multiplies(torch.device("cpu"), torch.bfloat16)
         hidden = self.shape.get_text_config().hidden_size
-        self.config, self.ds = ds_config.resolve(config, machine.num_ranks, hidden, native)
+        self.config, self.ds = ds_config.resolve(config, machine.num_ranks, machine.ranks_here, hidden, native)
         check_json(self.ds)
         self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)

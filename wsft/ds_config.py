@@ -34,7 +34,7 @@ _SIZED_BY_HIDDEN = {
 
 
 def resolve(
-    config: WeightedSFTConfig, num_ranks: int, hidden_size: int, native_bf16: bool
+    config: WeightedSFTConfig, num_ranks: int, ranks_a_host: int, hidden_size: int, native_bf16: bool
 ) -> tuple[WeightedSFTConfig, dict[str, Any]]:
     """The run's config and DeepSpeed's, in agreement.
 
@@ -61,6 +61,7 @@ def resolve(
     for name, size in _SIZED_BY_HIDDEN.items():
         if zero.get(name) == "auto":
             zero[name] = size(hidden_size)
+    _hierarchy(zero, num_ranks, ranks_a_host)
     if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     ds.setdefault("steps_per_print", 2**31 - 1)  # wsft prints its own progress
@@ -70,8 +71,10 @@ def resolve(
 
 
 def for_reference(ds: dict[str, Any]) -> dict[str, Any]:
-    """The resolved JSON of a model that is not trained: sharded and offloaded as the trained one, with nothing to optimise."""
-    zero = {k: v for k, v in ds["zero_optimization"].items() if k != "offload_optimizer"}
+    """The resolved JSON of a model that is not trained: sharded and offloaded as the trained one, with nothing to optimise, and
+    without the second shares, which are for backward passes."""
+    idle = ("offload_optimizer", "zero_hpz_partition_size")
+    zero = {k: v for k, v in ds["zero_optimization"].items() if k not in idle}
     idle = ("optimizer", "scheduler", "gradient_clipping", "zero_optimization", "checkpoint")
     return {k: v for k, v in ds.items() if k not in idle} | {"zero_optimization": zero}
 
@@ -152,6 +155,19 @@ def _micro_batches(ds: dict, num_ranks: int) -> None:
                 f'micro-batches: write "auto", or leave it out'
             )
     ds |= {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1, "train_batch_size": num_ranks}
+
+
+def _hierarchy(zero: dict, num_ranks: int, ranks_a_host: int) -> None:
+    """hpZ (Wang et al. 2023, "ZeRO++"): the backward pass gathers from second shares within a host. On one host the first are
+    there already."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == "auto":
+        size = zero["zero_hpz_partition_size"] = ranks_a_host if ranks_a_host < num_ranks else 1
+    if size and num_ranks % size:
+        raise UserError(
+            f"zero_hpz_partition_size is {size}, but {num_ranks} rank(s) cannot be split into groups of {size}: start as many "
+            f"ranks on every host, or take it out of the DeepSpeed JSON"
+        )
 
 
 def _scheduler(ds: dict, agree: _Agreement) -> None:

@@ -136,6 +136,9 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     out = Needs(checkpoint=whole * (state + (4 if stage == 3 else master + width)), model=whole * width)
 
     out.states["parameters"] = (share if stage == 3 else whole) * width
+    second = zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1
+    if second > 1:
+        out.states["second shares, within a host"] = sum(-(-n // second) for n in sizes) * width
     out.states["gradients"] = summed * accumulated
     out.states["master copy and optimizer"] = updated * (master + state)
     buffers, filled, alone = _reduction(zero, sizes, on_gpu)

@@ -25,6 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from wsft.attention import PACKED, kernel, keywords, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import fuses
+from wsft.ds_config import for_reference
 from wsft.layout import Layout
 from wsft.loss_head import HeadOutput, LossHead, TokenLoss
 from wsft.shares import Cost
@@ -233,7 +234,7 @@ def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: in
             f"the reference model {config.ref_model_name!r} has a vocabulary of {size}, the model one of {vocab_size}: "
             f"it must know the same tokens"
         )
-    return load_model(config.ref_model_name, config, ds).requires_grad_(False).eval()
+    return load_model(config.ref_model_name, config, for_reference(ds)).requires_grad_(False).eval()
 
 
 def _first_line(error: Exception) -> str:

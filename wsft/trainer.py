@@ -35,7 +35,7 @@ from wsft.run_folder import RunFolder
 from wsft.shares import Load, plan_shares
 from wsft.stopping import Stop, name_of
 from wsft.terms import Coefficients
-from wsft.world import World, ranks_from_environment
+from wsft.world import World, ranks_from_environment, ranks_on_this_host
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class WeightedSFTTrainer:
         shape = model_config.get_text_config()
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = multiplies(world.device, torch.bfloat16)
-        self.config, ds = ds_config.resolve(self.config, world.size, shape.hidden_size, native_bf16)
+        self.config, ds = ds_config.resolve(self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16)
         start = world.on_rank_0(lambda: self.folder.open(self.config))
         world.together(self.folder.require_shared)
         step = world.words(start.step if start else 0)[0]
