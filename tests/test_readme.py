@@ -35,3 +35,10 @@ def test_the_three_uses_of_the_readme_run(tiny_model, tmp_path, rng, monkeypatch
     exec(trainer, {"model": tiny_model, "data": data, "out": str(tmp_path / "out")})
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
     assert threading.active_count() < 20
+
+
+def test_the_paper_model_in_the_launchers_readme_is_what_its_script_computes(capsys):
+    from benchmarks import scaling
+
+    scaling.main([])
+    assert capsys.readouterr().out in (ROOT / "launch" / "README.md").read_text()
