@@ -197,10 +197,13 @@ def _server_from_here(url: str) -> Iterator[str]:
 
 
 def pdsh(hosts: list[str], command: str, *options: str, **kwargs: Any) -> subprocess.Popen:
-    """In a session of its own: Ctrl-C is for us to pass on."""
+    """In a session of its own: Ctrl-C is for us to pass on. Nothing of it outlives us, and the hosts' launchers notice its end;
+    the shell between is there since pdsh leaves its ssh behind when it is ended."""
     patience = f"-o BatchMode=yes -o ConnectTimeout=10 {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
     env = os.environ | {"PDSH_SSH_ARGS_APPEND": patience}
-    words = ["pdsh", "-R", "ssh", "-S", "-f", str(len(hosts)), *options, "-w", ",".join(hosts), command]
+    ends = "trap 'kill $(cat /proc/$!/task/*/children) $!' TERM; \"$@\" & wait $!"
+    words = ["setpriv", "--pdeathsig", "TERM", "bash", "-c", ends, "bash"]
+    words += ["pdsh", "-R", "ssh", "-S", "-f", str(len(hosts)), *options, "-w", ",".join(hosts), command]
     return subprocess.Popen(words, env=env, text=True, stdin=subprocess.DEVNULL, start_new_session=True, **kwargs)
 
 

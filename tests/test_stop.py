@@ -45,6 +45,9 @@ def test_a_signal_to_one_rank_stops_all_and_resume_completes(settings, groups, t
             def send(processes, number=number, rank=rank, steps=steps):
                 wait_until(lambda: len(steps_of(folder)) >= steps)
                 processes[rank].send_signal(number)
+                while number != signal.SIGINT and processes[rank].poll() is None:  # as some launchers do, to its last moment
+                    processes[rank].send_signal(number)
+                    time.sleep(0.001)
 
             said = train(settings, during=send)
             assert f"({number.name} received)" in said and "Traceback" not in said

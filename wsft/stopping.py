@@ -6,6 +6,7 @@ must be quick (a second Ctrl-C) is therefore done by a thread that the C-level h
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -25,9 +26,11 @@ _early: list[int] = []  # signals that came before there was a Stop
 
 def note_signals() -> None:
     """From now on SIGTERM and SIGUSR1 wait for the first `Stop`: libraries take seconds to load, and a run that is asked to
-    stop meanwhile must be able to say so to whoever would start it again."""
+    stop meanwhile must be able to say so to whoever would start it again. Once all is done they change nothing: Python gives
+    signals back to the system as it shuts down, and one that came then would make a failure of a run that has saved."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: _early.append(number))
+        atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
 def name_of(code: int) -> str:
