@@ -42,7 +42,7 @@ def make_model(folder: Path, tokenizer: Path) -> None:
 
 
 def measure_step(times: int, ranks: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
-    groups = make_groups(args.rollouts, SHAPE["vocab_size"]) * times
+    groups = make_groups(args.rollouts, 8, SHAPE["vocab_size"]) * times
     (folder / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups * (STEPS + 1)))
     flags = {"model_name": folder / "model", "data": folder / "groups.jsonl", "output_dir": folder / "run"}
     flags |= {"batch_size": len(groups), "micro_batch_tokens": args.micro_batch_tokens, "overwrite_output_dir": "true"}

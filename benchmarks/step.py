@@ -80,7 +80,7 @@ def run_ranks(command: list[str], ranks: int, log: Path, keep: int = 2**32) -> N
 
 
 def ds_config(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    adam = {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True}}
+    adam = {"type": "AdamW", "params": {"lr": 1e-5, "torch_adam": True, "fused": True}}
     return {"zero_optimization": {"stage": 3}, "bf16": {"enabled": args.dtype == "bfloat16"}, "optimizer": adam, **more}
 
 

@@ -26,7 +26,7 @@ def make_groups(rng):
 
 def make_settings(model, tmp_path):
     ds = tmp_path / "ds.json"
-    adam = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
+    adam = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True, "fused": True}}
     ds.write_text(json.dumps({"optimizer": adam, "zero_optimization": {"stage": 3}}))
     return {
         "model_name": model, "deepspeed": ds, "batch_size": 4, "device": "cpu", "learning_rate": 1e-2, "save_steps": 3,

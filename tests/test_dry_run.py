@@ -169,7 +169,7 @@ def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_pa
     """Within 20 %. malloc is made to give back what is freed: what it keeps is not what the run holds."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     model = make_model(tmp_path / "model", **shape)
-    params = {"lr": "auto"} | ({"torch_adam": True} if optimizer == "AdamW" else {})
+    params = {"lr": "auto"} | ({"torch_adam": True, "fused": True} if optimizer == "AdamW" else {})
     ds = tmp_path / "ds.json"
     ds.write_text(json.dumps({"optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}))
     rng = np.random.default_rng(0)

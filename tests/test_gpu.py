@@ -142,7 +142,7 @@ def test_a_run_takes_of_a_gpu_what_was_told(shape, optimizer, tokens, kept, tmp_
     model.save_pretrained(folder)
     del model
     torch.cuda.empty_cache()  # the run is another process on this GPU
-    params = {"lr": "auto"} | ({"torch_adam": True} if optimizer == "AdamW" else {})
+    params = {"lr": "auto"} | ({"torch_adam": True, "fused": True} if optimizer == "AdamW" else {})
     ds = {"bf16": {"enabled": True}, "optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}
     (tmp_path / "ds.json").write_text(json.dumps(ds))
     rng = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from wsft.config import UserError
 from wsft.journal import Journal
 
 STEPS = 8
-ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True, "fused": True}}}
 KILLED = "tests/kill_at.py step 5"
 
 

@@ -14,7 +14,7 @@ from wsft.config import UserError, WeightedSFTConfig
 
 DEFAULT = {
     "bf16": {"enabled": "auto"},
-    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True, "fused": True}},
     "gradient_clipping": "auto",
     "zero_optimization": {"stage": 3},
 }

@@ -27,7 +27,8 @@ CHUNK_SHARE_GPU = 1 / 32  # of its memory
 # Where it is not one kernel, the softmax walks over a chunk in blocks of rows, so that its float32 temporaries are small beside
 # the chunk, and on a CPU stay in the cache (2.5 times as fast as whole chunks).
 BLOCKS_PER_CHUNK = 16
-# lm_head is converted so many bytes at a time where the device does not multiply its type.
+# What is on the way from one type to another is so many bytes at a time: lm_head, where the device does not multiply its type;
+# products that are added up in float32, where it makes none in that type.
 CONVERTED_BYTES = 4 * 2**20
 
 
@@ -398,13 +399,14 @@ def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice
 
 
 def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
-    """sum += left @ right, in the type of the sum where the device can."""
+    """sum += left @ right, in the type of the sum; where the device cannot, a few rows of the product are on the way at a time."""
     if left_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_VC, right_CH)
     elif sum_VH.device.type != "cpu":
         torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
     else:
-        sum_VH += left_VC @ right_CH
+        for part in _slices(0, len(sum_VH), max(1, CONVERTED_BYTES // (4 * right_CH.shape[1]))):
+            sum_VH[part] += left_VC[part] @ right_CH
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

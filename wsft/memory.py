@@ -213,7 +213,7 @@ def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
 
 def _temporaries(kind: str, options: dict[str, Any], on_gpu: bool) -> int:
     """Bytes a parameter that the optimizer's arithmetic takes: torch's Adam makes the root of its second moment on the way, on
-    a CPU twice over; DeepSpeed's is one kernel."""
-    if kind in ("adam", "adamw") and options.get("torch_adam"):
+    a CPU twice over; fused it is one kernel, as DeepSpeed's is."""
+    if kind in ("adam", "adamw") and options.get("torch_adam") and not options.get("fused"):
         return 4 if on_gpu else 8
     return 0
