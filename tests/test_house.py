@@ -11,17 +11,18 @@ from conftest import ROOT
 
 # top to bottom; a module may import only those below it
 FLOORS = """
-trainer dry_run
+trainer dry_run inspect
+inspection
 export run_folder feed
 checkpoint
 engine
-model metrics world measurements
+model metrics world measurements findings
 environment batching shares ds_config journal memory stopping watchdog
 weighted_texts terms
 loss loss_head attention atropos groups
 records
 config advantages device
-objectives parser layout
+objectives parser layout inspect_page
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
@@ -45,6 +46,10 @@ NEVER_KNOWS = {
     "engine": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
     "memory": {"requests", "deepspeed", "torch.distributed", "transformers", "wsft.config", "wsft.device", "wsft.batching"},
     "dry_run": {"requests", "torch.distributed", "transformers", "wsft.world", "wsft.trainer"},
+    "findings": {"torch", "transformers", "requests", "deepspeed"},
+    "inspect_page": {"torch", "transformers", "requests"},
+    "inspection": {"deepspeed", "torch.distributed", "wsft.world", "wsft.engine"},
+    "inspect": {"deepspeed", "requests", "torch", "wsft.world"},
     "journal": {"torch", "requests", "numpy", "json", "wsft.world", "wsft.atropos", "wsft.batching"},
     "stopping": {"torch", "requests", "wsft.world", "wsft.checkpoint"},
     "watchdog": {"torch", "requests", "wsft.world"},

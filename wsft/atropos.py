@@ -178,6 +178,13 @@ class AtroposClient:
         known = "no trainer has registered" if info["batch_size"] == UNREGISTERED else "registered for this batch_size"
         return f"{self._shown} answers: {known}, {queued} groups wait", True
 
+    def latest_example(self) -> dict:
+        """The group posted last, as a record; one without tokens where there is none. Nothing is taken from the run."""
+        try:
+            return self._ask_json("/latest_example")
+        except _Fault as fault:
+            raise AtroposError(f"{self._shown} gives no example: {fault}; start the server, or mend the URL") from fault
+
     # -- the batch ----------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> bytes | None:

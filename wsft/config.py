@@ -208,9 +208,9 @@ class WeightedSFTConfig(BaseModel):
         return self
 
     @classmethod
-    def from_args(cls, argv: list[str] | None = None) -> WeightedSFTConfig:
+    def from_args(cls, argv: list[str] | None = None, prog: str = "train.py") -> WeightedSFTConfig:
         """Settings from `--config run.yaml` with flags on top. What is wrong is said on stderr; exit code 2."""
-        parser = _parser(cls)
+        parser = _parser(cls, prog)
         flags, strangers = parser.parse_known_args(argv)
         given = vars(flags)
         given.pop("local_rank")  # the deepspeed launcher passes it; LOCAL_RANK says the same
@@ -267,10 +267,10 @@ def _sentence(error: dict[str, Any]) -> str:
     return f"{error['loc'][0]} is {error['input']!r}: {message}"
 
 
-def _parser(cls: type[WeightedSFTConfig]) -> argparse.ArgumentParser:
+def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
     """Flags made from the fields. Values stay strings; pydantic parses and checks them as it does those from YAML."""
     parser = argparse.ArgumentParser(
-        prog="train.py",
+        prog=prog,
         description="Train a causal language model by loss-masked, advantage-weighted SFT on Atropos rollouts.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
@@ -23,7 +22,9 @@ from wsft.attention import PACKED, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import memory_bytes, multiplies
 from wsft.engine import check_json
-from wsft.feed import EndOfData, FileSource, client_of, fetching_ranks, processor_of
+from wsft.feed import client_of, fetching_ranks, processor_of
+from wsft.findings import look
+from wsft.inspection import sight_of, take
 from wsft.loss_head import tokens_of_chunk
 from wsft.memory import Needs, Work, needs, with_reference, work_of
 from wsft.metrics import speak
@@ -197,21 +198,21 @@ def _advice(remedies: list[str]) -> str:
 
 def _look_at_source(run: _Run) -> tuple[str, list[str]]:
     """What the data source says, and what is wrong with it. The first batch of a file is read; from a server nothing is."""
-    config, pad = run.config, load_tokenizer(run.config).pad_token_id
+    config, tokenizer = run.config, load_tokenizer(run.config)
     try:
         fetching = fetching_ranks(config, run.machine.num_ranks)
         if config.data is None:
             said, good = client_of(config, fetching, registers=False).look()
             return said, [] if good else [said]
-        processor = processor_of(config, pad, run.shape.get_text_config().vocab_size)
-        batch, _ = FileSource(config.data, config.batch_size, processor).take(0, 0, Event())
+        processor = processor_of(config, tokenizer.pad_token_id, run.shape.get_text_config().vocab_size)
+        sight = sight_of(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
         return str(config.data or config.atropos_url), [str(error)]
-    except EndOfData:
+    if not sight.rollouts:
         return config.data, [f"data {config.data} holds no usable sequence: expected JSONL, one Atropos group a line"]
-    left_out = f"; left out: {batch.rejected}" if batch.rejected else ""
-    longest = int(batch.lengths.max())
-    return f"{config.data}: {len(batch.lengths)} sequences in the first batch, the longest of {longest} tokens{left_out}", []
+    lengths = sight.batch.lengths
+    lines = [f"{config.data}: {len(lengths)} sequences in the first batch, the longest of {lengths.max()} tokens"]
+    return "\n".join(lines + [f"looks wrong: {finding.said(sight.names)}" for finding in look(sight)]), []
 
 
 def _look_at_disk(run: _Run, need: Needs) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from wsft.atropos import AtroposClient, decode
 from wsft.batching import AtroposBatchProcessor, Batch
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.groups import Rollout
+from wsft.groups import Origin, Rollout
 from wsft.journal import Journal
 from wsft.parser import parse_json
 from wsft.stopping import Stop
@@ -71,11 +71,16 @@ class FileSource:
         self._rollouts = self._read(Path(path), **(position or {"offset": 0, "line": 1, "taken": 0}))
 
     def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, dict[str, int] | None]:
-        taken = list(islice(self._rollouts, self._batch_size))
-        if not taken:
-            self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
+        rollouts, position = self.rollouts()
+        counts = self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
+        if not rollouts:
             raise EndOfData
-        return Batch.of([rollout for rollout, _ in taken], self._processor.decoder.take_counts()), taken[-1][1]
+        return Batch.of(rollouts, counts), position
+
+    def rollouts(self) -> tuple[list[Rollout], dict[str, int] | None]:
+        """Those of the next batch, none at the end, and the position behind them."""
+        taken = list(islice(self._rollouts, self._batch_size))
+        return [rollout for rollout, _ in taken], taken[-1][1] if taken else None
 
     def prune(self, below: int) -> None: ...
 
@@ -91,7 +96,7 @@ class FileSource:
                 try:
                     group = parse_json(text)
                 except ValueError as error:
-                    decoder.reject("line is not JSON", f"line {number} of {path}", str(error))
+                    decoder.reject("line is not JSON", Origin(text, f"line {number} of {path}", None), str(error))
                     continue
                 rollouts = decoder.group(group, f"line {number}")
                 if taken:
@@ -148,7 +153,7 @@ class AtroposSource:
             groups = decode(body)
         except ValueError as error:  # it must not end the run, least of all each resumed one again
             groups = []
-            self._processor.decoder.reject("record is not a group", "a whole batch", str(error))
+            self._processor.decoder.reject("record is not a group", Origin(None, "a whole batch", None), str(error))
         return self._processor.decode(groups)
 
     def prune(self, below: int) -> None:

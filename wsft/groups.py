@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,23 @@ MENDED = (
     "trained at the run's temperature: its own is not a number above 0",
 )
 REASONS = REJECTED + MENDED
+FAULTS_KEPT = 1000  # of each reason, between two looks: a file may be nothing but faults
+
+
+class Origin(NamedTuple):
+    """Where a sequence comes from: its record, what messages call that ("group 3", "line 17"), its number in it."""
+
+    record: Any
+    name: str
+    sequence: int | None  # None: of no sequence, but of the record
+
+    def __str__(self) -> str:
+        return self.name if self.sequence is None else f"{self.name}, sequence {self.sequence}"
+
+
+class Fault(NamedTuple):
+    origin: Origin
+    detail: str  # what was found
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class Rollout:
     score: float
     env_id: int
     weight_version: float  # the trainer's step whose weights sampled it
+    origin: Origin
 
 
 @dataclass
@@ -90,7 +108,7 @@ class Decoder:
     reads_reference: bool = False
     reads_teacher: bool = False
     rejected: Counter = field(default_factory=Counter, init=False)  # reason -> sequences, since it was last taken
-    examples: dict[str, str] = field(default_factory=dict, init=False)  # reason -> the first place it was met
+    faults: dict[str, list[Fault]] = field(default_factory=dict, init=False)  # reason -> the first of them
 
     def __post_init__(self):
         for name, known in {"overlong": ("drop", "truncate"), "score_advantages": FROM_SCORES}.items():
@@ -99,34 +117,37 @@ class Decoder:
         if self.max_token_len is not None and self.max_token_len < 2:
             raise ValueError(f"max_token_len is {self.max_token_len}, expected at least 2, or None for any length")
 
-    def batch(self, found: list[Any]) -> list[Rollout]:
+    def batch(self, found: list[Any], whose: str = "") -> list[Rollout]:
         """The good sequences of the records of one batch, some of which may be parts of one group."""
         advantages = {}
         for numbers in _parts(found):
             advantages |= zip(numbers, self._score_advantages([found[n] for n in numbers]), strict=True)
-        return [rollout for n, record in enumerate(found) for rollout in self._record(record, advantages[n], f"group {n}")]
+        return [r for n, record in enumerate(found) for r in self._record(record, advantages[n], f"{whose}group {n}")]
 
-    def group(self, record: Any, place: str) -> list[Rollout]:
-        """The good sequences of one record. `place` names the record in messages ("group 3", "line 17")."""
-        return self._record(record, self._score_advantages([record])[0], place)
+    def group(self, record: Any, name: str) -> list[Rollout]:
+        """The good sequences of one record, by its name in messages."""
+        return self._record(record, self._score_advantages([record])[0], name)
 
-    def reject(self, reason: str, place: str, detail: str) -> None:
+    def reject(self, reason: str, origin: Origin, detail: str) -> None:
         assert reason in REASONS, reason
         self.rejected[reason] += 1
-        self.examples.setdefault(reason, f"{place}: {detail}")
+        kept = self.faults.setdefault(reason, [])
+        if len(kept) < FAULTS_KEPT:
+            kept.append(Fault(origin, detail))
 
     def take_counts(self) -> np.ndarray:
         """Counts [len(REASONS)] int64 since the last call; each reason is logged once with its first example."""
         for reason, count in self.rejected.items():
             what = f"left out: {reason}" if reason in REJECTED else reason
-            log.warning("%d sequence(s) %s (first: %s)", count, what, self.examples[reason])
+            first = self.faults[reason][0]
+            log.warning("%d sequence(s) %s (first: %s: %s)", count, what, first.origin, first.detail)
         counts = np.array([self.rejected[reason] for reason in REASONS], dtype=np.int64)
         self.forget()
         return counts
 
     def forget(self) -> None:
         self.rejected.clear()
-        self.examples.clear()
+        self.faults.clear()
 
     def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
         """For each of the records, which are one group, the advantages of its sequences from the scores of all."""
@@ -136,20 +157,22 @@ class Decoder:
         free = np.array([records.override(*place) is Override.NONE for place in places], dtype=bool)
         return np.split(from_scores(scores, np.isfinite(scores) & free, self.score_advantages), np.cumsum(sizes)[:-1])
 
-    def _record(self, record: Any, score_advantages: np.ndarray, place: str) -> list[Rollout]:
+    def _record(self, record: Any, score_advantages: np.ndarray, name: str) -> list[Rollout]:
         if not is_group(record):
             found = f"expected an object with a list of tokens, found {records.short(record)}"
-            self.reject("record is not a group", place, found)
+            self.reject("record is not a group", Origin(record, name, None), found)
             return []
         rollouts = []
         for i, advantage in enumerate(score_advantages):
+            origin = Origin(record, name, i)
             try:
-                rollouts.append(self._rollout(record, i, advantage, f"{place}, sequence {i}"))
+                rollouts.append(self._rollout(origin, advantage))
             except Malformed as fault:
-                self.reject(fault.reason, f"{place}, sequence {i}", fault.detail)
+                self.reject(fault.reason, origin, fault.detail)
         return rollouts
 
-    def _rollout(self, group: dict, i: int, score_advantage: float, place: str) -> Rollout:
+    def _rollout(self, origin: Origin, score_advantage: float) -> Rollout:
+        group, _, i = origin
         tokens = records.tokens(group, i, self.vocab_size)
         trained = records.loss_mask(group, i, tokens)
         override = records.override(group, i)
@@ -163,13 +186,13 @@ class Decoder:
             detail = f"{len(tokens)} tokens, max_token_len {limit}"
             if self.overlong == "drop":
                 raise Malformed("longer than max_token_len", detail)
-            self.reject("truncated to max_token_len", place, detail)
+            self.reject("truncated to max_token_len", origin, detail)
         unknown = np.full(len(tokens), np.nan, dtype=np.float32)
-        behavior_logp = self._mended(place, unknown, records.logps, group, i, "inference_logprobs", trained)
+        behavior_logp = self._mended(origin, unknown, records.logps, group, i, "inference_logprobs", trained)
         ref_logp = _NO_TEACHER[2]
         if self.reads_reference:
-            ref_logp = self._mended(place, unknown, records.logps, group, i, "ref_logprobs", trained)
-        temperature = self._mended(place, math.nan, records.temperature, group, i) if self.record_temperature else math.nan
+            ref_logp = self._mended(origin, unknown, records.logps, group, i, "ref_logprobs", trained)
+        temperature = self._mended(origin, math.nan, records.temperature, group, i) if self.record_temperature else math.nan
         entries = int(sizes[:limit].sum())
         return Rollout(
             tokens=tokens[:limit],
@@ -185,14 +208,15 @@ class Decoder:
             score=records.score(group, i),
             env_id=records.env_id(group),
             weight_version=records.weight_version(group, i),
+            origin=origin,
         )
 
-    def _mended(self, place: str, instead: Any, read: Callable, *args: Any) -> Any:
+    def _mended(self, origin: Origin, instead: Any, read: Callable, *args: Any) -> Any:
         """What `read` finds, or something instead of what is malformed, which is counted."""
         try:
             return read(*args)
         except Malformed as fault:
-            self.reject(fault.reason, place, fault.detail)
+            self.reject(fault.reason, origin, fault.detail)
             return instead
 
 

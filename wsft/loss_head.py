@@ -399,7 +399,7 @@ def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice
 
 
 def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
-    """sum += left @ right, in the type of the sum; where the device cannot, a few rows of the product are on the way at a time."""
+    """sum += left @ right, in the type of the sum; where the device cannot, a few rows of the product at a time."""
     if left_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_VC, right_CH)
     elif sum_VH.device.type != "cpu":
