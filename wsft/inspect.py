@@ -33,6 +33,7 @@ from wsft.inspection import Inspected, inspect
 
 PROG = "python -m wsft.inspect"
 TOKENS_SHOWN = 800  # of a rollout, in the terminal
+CONTEXT_SHOWN = 100  # tokens on either side of trained ones, of a long rollout
 PARTS_OF_A_CHARACTER = 8  # tokens at most
 OVERRIDES = {Override.NONE: "", Override.ZERO: "set_advantage_to_zero", Override.SFT: "sft"}
 
@@ -218,21 +219,35 @@ def _few(values: list[float | None]) -> str:
 
 
 def _coloured(view: dict[str, Any], start: int, stop: int) -> Text:
-    """A rollout's text: blue where it is made likelier, red where less, grey where untrained; a bar where training begins."""
-    tokens, text = view["tokens"], Text()
+    """A rollout's text: blue where it is made likelier, red where less, grey where untrained; a bar where training begins. Of
+    a long prompt only what stands next to trained tokens."""
+    tokens, text, left_out = view["tokens"], Text(), 0
+    trained = tokens["mask"][start:stop].astype(bool)
+    near = (
+        np.convolve(trained, np.ones(2 * CONTEXT_SHOWN + 1), "same") > 0 if stop - start > 4 * CONTEXT_SHOWN else trained | True
+    )
+    near &= np.cumsum(near) <= TOKENS_SHOWN
     most = np.abs(tokens["weight"]).max(initial=0) or 1.0
-    for n in range(start, min(stop, start + TOKENS_SHOWN)):
-        trained, weight = tokens["mask"][n], tokens["weight"][n] / most
-        if trained and not (n > start and tokens["mask"][n - 1]):
-            text.append("\N{LEFT ONE QUARTER BLOCK}", style="bold")
-        strength = int(60 + 120 * min(1.0, abs(weight)))
-        style = f"white on rgb(0,{strength // 2},{strength})" if weight > 0 else f"white on rgb({strength},{strength // 4},0)"
-        text.append(
-            visible(view["pieces"][tokens["piece"][n]]), style=("underline" if weight == 0 else style) if trained else "grey50"
-        )
-    if stop - start > TOKENS_SHOWN:
-        text.append(f" [{stop - start - TOKENS_SHOWN} more tokens]", style="dim")
-    return text
+    for t, n in enumerate(range(start, stop)):
+        left_out += not near[t]
+        if near[t] and left_out:
+            text.append(f"[{left_out} tokens] ", style="dim")
+            left_out = 0
+        if near[t]:
+            if trained[t] and not trained[t - 1]:
+                text.append("\N{LEFT ONE QUARTER BLOCK}", style="bold")
+            text.append(visible(view["pieces"][tokens["piece"][n]]), style=_style(trained[t], tokens["weight"][n] / most))
+    return text.append(f" [{left_out} tokens]", style="dim") if left_out else text
+
+
+def _style(trained: bool, weight: float) -> str:
+    """Of a token whose weight is between -1 and 1."""
+    strength = int(60 + 120 * abs(weight))
+    if not trained:
+        return "grey50"
+    if weight > 0:
+        return f"white on rgb(0,{strength // 2},{strength})"
+    return f"white on rgb({strength},{strength // 4},0)" if weight < 0 else "underline"
 
 
 def visible(text: str) -> str:
