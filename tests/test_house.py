@@ -21,7 +21,7 @@ weighted_texts terms
 loss loss_head attention atropos groups
 records
 config advantages device
-objectives parser layout
+objectives parser layout inspect_page
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
@@ -54,6 +54,7 @@ NEVER_KNOWS = {
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},
     "environment": {"torch"},
     "weighted_texts": {"torch", "requests", "wsft.atropos"},
+    "inspect_page": {"torch", "requests", "transformers", "tokenizers", "wsft"},
 }
 
 
