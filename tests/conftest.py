@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from atropos_server import free_port
+from browser import browser, opened  # noqa: F401  fixtures of the tests marked browser
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 96

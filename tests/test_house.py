@@ -59,6 +59,7 @@ NEVER_KNOWS = {
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},
     "environment": {"torch"},
     "weighted_texts": {"torch", "requests", "wsft.atropos"},
+    "inspect_page": {"torch", "requests", "transformers", "tokenizers", "wsft"},
 }
 
 
