@@ -47,7 +47,6 @@ NEVER_KNOWS = {
     "memory": {"requests", "deepspeed", "torch.distributed", "transformers", "wsft.config", "wsft.device", "wsft.batching"},
     "dry_run": {"requests", "torch.distributed", "transformers", "wsft.world", "wsft.trainer"},
     "findings": {"torch", "transformers", "requests", "deepspeed"},
-    "inspect_page": {"torch", "transformers", "requests"},
     "inspection": {"deepspeed", "torch.distributed", "wsft.world", "wsft.engine"},
     "inspect": {"deepspeed", "requests", "torch", "wsft.world"},
     "journal": {"torch", "requests", "numpy", "json", "wsft.world", "wsft.atropos", "wsft.batching"},

@@ -55,7 +55,7 @@ def take(source: str, number: int | None, config: WeightedSFTConfig, processor: 
         for _ in range(number or 0):
             file.rollouts()
             processor.decoder.forget()
-        rollouts, title = file.rollouts()[0], f"{path}, batch {number or 0} of {config.batch_size} sequences"
+        rollouts, title = file.rollouts()[0], f"{path}, batch {number or 0} (batch_size {config.batch_size})"
     faults = dict(processor.decoder.faults)
     return Taken(title, rollouts, faults, processor.decoder.take_counts())
 
