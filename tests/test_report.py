@@ -133,9 +133,17 @@ def test_events_are_found_where_they_befell_the_run(tmp_path):
     assert (first.tolist(), last.tolist(), count.tolist()) == ([3, 5], [3, 6], [5, 10])
 
 
+def crowded(rows):
+    """Eight environments, and something befalls the run at every step."""
+    for i, row in enumerate(rows):
+        row |= {f"score/env_{e}/mean": (i * 7919 + e) % 101 for e in range(8)}
+        row |= {"data/rejected": 1, "data/possibly_lost_batches": i, "steps/not_finite": i}
+    return rows
+
+
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_page_of_ten_thousand_steps_is_under_2_mb(number, tmp_path, monkeypatch, capsys):
-    folders = [write_run(tmp_path / f"sweep/{i}/run", 10_000, seed=i) for i in range(number)]
+    folders = [write_run(tmp_path / f"sweep/{i}/run", 10_000, seed=i, lines=crowded) for i in range(number)]
     monkeypatch.chdir(tmp_path)
     report(monkeypatch, *folders)
     page = (folders[0] if number == 1 else tmp_path) / "report.html"
