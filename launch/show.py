@@ -1,6 +1,6 @@
-"""What a run on the test environment taught: a picture of the run, and the model before and after on the same groups of it.
+"""What a run on the test environment taught: a page of the run, and the model before and after on the same groups of it.
 
-python launch/show.py MODEL RUN         # writes RUN/curves.png and RUN/learned.txt
+python launch/show.py MODEL RUN         # writes RUN/report.html and RUN/learned.txt
 """
 
 import json
@@ -8,18 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM
 
 from wsft import AtroposBatchProcessor, WeightedSFTInterface
+from wsft.report import write_page
+from wsft.runs import read_runs
 
 
 def main(model: str, run: Path) -> None:
-    draw(run)
+    write_page(read_runs([run]), run / "report.html")
     groups = run / "groups.jsonl"
     command = [sys.executable, "-m", "wsft.environment", "--tokenizer", model, "--pattern", "mixed", "--seed", "1000"]
     subprocess.run([*command, "--groups", "6", "--group_size", "4", "--output", str(groups)], check=True)
@@ -35,7 +33,7 @@ def main(model: str, run: Path) -> None:
         if learned
         else "NOT LEARNED: favoured tokens should have become likelier and disfavoured ones less likely"
     )
-    lines.append(f"model: {run / 'final'}   metrics: {run / 'metrics.jsonl'}   picture: {run / 'curves.png'}")
+    lines.append(f"model: {run / 'final'}   metrics: {run / 'metrics.jsonl'}   page: {run / 'report.html'}")
     (run / "learned.txt").write_text("\n".join(lines) + "\n")
     if not learned:
         sys.exit("\n".join(lines))
@@ -53,20 +51,6 @@ def logps(folder: str, rows: dict[str, torch.Tensor]) -> tuple[float, float]:
         parts.append(WeightedSFTInterface().compute_weighted_loss(logits, **part)["token_logprobs"].cpu())
     logp, trained = torch.cat(parts), rows["loss_masks"]
     return tuple(logp[trained & (sign * rows["advantages"] > 0)].mean().item() for sign in (1, -1))
-
-
-def draw(run: Path) -> None:
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    left.plot([s["step"] for s in steps], [s["loss"] for s in steps], color="black")
-    left.set(title="loss", xlabel="step")
-    for name, colour in (("positive", "tab:green"), ("negative", "tab:red")):
-        label = {"positive": "favoured", "negative": "disfavoured"}[name]
-        right.plot([s["step"] for s in steps], [s[f"logp/{name}"] for s in steps], color=colour, label=label)
-    right.set(title="mean log-probability of trained tokens", xlabel="step")
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(run / "curves.png", dpi=120)
 
 
 if __name__ == "__main__":

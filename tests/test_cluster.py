@@ -161,7 +161,8 @@ def test_two_hosts_train_as_one_process_and_ctrl_c_leaves_a_checkpoint_that_is_g
     assert code == 0 and f"step {STEPS}/{STEPS}" in words, words
     assert_as_one_process(tmp_path / "run", shared)
     assert {path.name for path in (tmp_path / "run" / "logs").glob("rank_*")} == {"rank_0.log", "rank_1.log"}
-    assert "SIGTERM received" in (tmp_path / "run" / "logs" / "rank_1.log").read_text()
+    # whichever rank hears first, all end; the other may be gone before its own signal comes
+    assert any("SIGTERM received" in log.read_text() for log in (tmp_path / "run" / "logs").glob("rank_*"))
 
 
 def test_a_rank_killed_on_the_other_host_ends_all_and_is_named(cluster, hostfile, settings):

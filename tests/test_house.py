@@ -11,12 +11,12 @@ from conftest import ROOT
 
 # top to bottom; a module may import only those below it
 FLOORS = """
-trainer dry_run inspect
+trainer dry_run inspect report
 inspection
 export run_folder feed
 checkpoint
-engine
-model metrics world measurements findings
+engine panels
+model metrics world measurements findings runs
 environment batching shares ds_config journal memory stopping watchdog
 weighted_texts terms
 loss loss_head attention atropos groups
@@ -56,6 +56,9 @@ NEVER_KNOWS = {
     "run_folder": {"torch", "requests", "wsft.world", "wsft.feed"},
     "export": {"requests", "wsft.atropos", "wsft.batching", "wsft.world"},
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},
+    "runs": {"torch", "requests", "bokeh", "matplotlib", "wsft.run_folder", "wsft.checkpoint", "wsft.metrics"},
+    "panels": {"torch", "requests", "bokeh", "matplotlib"},
+    "report": {"torch", "requests", "wsft.run_folder", "wsft.checkpoint", "wsft.metrics"},
     "environment": {"torch"},
     "weighted_texts": {"torch", "requests", "wsft.atropos"},
     "inspect_page": {"torch", "requests", "transformers", "tokenizers", "wsft"},

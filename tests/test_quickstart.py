@@ -61,6 +61,6 @@ def test_the_quickstart_teaches_and_runs_twice():
         assert "favoured tokens became likelier, disfavoured ones less likely" in output
         assert "Traceback" not in output and "Warning" not in output
         steps = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
-        assert [s["step"] for s in steps] == list(range(1, 11)) and (RUN / "curves.png").stat().st_size > 10_000
+        assert [s["step"] for s in steps] == list(range(1, 11)) and (RUN / "report.html").stat().st_size > 1_000_000
         groups = [json.loads(line) for line in (RUN / "groups.jsonl").open()]
         assert not AtroposBatchProcessor().process_atropos_batch(groups).rejected

@@ -51,7 +51,7 @@ class Metrics:
     """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again."""
 
     def __init__(self, config: WeightedSFTConfig, folder: Path, step: int):
-        _forget_after(step, folder / "metrics.jsonl")
+        self._starts = 1 + _forget_after(step, folder / "metrics.jsonl")
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
         self._wandb = _open_wandb(config, folder) if config.wandb_project else None
         self._line = (_TerminalLine if sys.stderr.isatty() else _LogLines)(config.training_steps, step)
@@ -67,6 +67,7 @@ class Metrics:
     def step(self, values: dict[str, Any]) -> None:
         """One step's values. What is not finite is written as null, which every JSON reader takes."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean |= {"time/at": round(time.time(), 3), "run/starts": self._starts}
         self._file.write(json.dumps(clean) + "\n")
         if self._wandb:
             self._wandb.log({k: v for k, v in clean.items() if v is not None}, step=values["step"])
@@ -148,14 +149,15 @@ class _LogLines:
     def close(self) -> None: ...
 
 
-def _forget_after(step: int, path: Path) -> None:
-    """Keep the lines up to the step, less one that a killed process left unfinished."""
+def _forget_after(step: int, path: Path) -> int:
+    """Keep the lines up to the step, less one that a killed process left unfinished; how many starts of the run wrote any."""
     if not path.exists():
-        return
-    kept = [line for line in path.read_text().split("\n") if line.endswith("}") and json.loads(line)["step"] <= step]
+        return 0
+    lines = {text: json.loads(text) for text in path.read_text().split("\n") if text.endswith("}")}
     aside = path.with_name(".metrics.jsonl")
-    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.write_text("".join(f"{text}\n" for text, line in lines.items() if line["step"] <= step))
     aside.rename(path)
+    return max((line.get("run/starts", 1) for line in lines.values()), default=0)
 
 
 def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:

@@ -23,7 +23,10 @@ from wsft.config import UserError, WeightedSFTConfig
 log = logging.getLogger(__name__)
 
 # what a run leaves, and what overwriting removes
-RESULTS = ("config.yaml", "state.json", "metrics.jsonl", "wandb_id", "journal", "checkpoints", "final", "final.partial")
+RESULTS = (
+    *("config.yaml", "state.json", "metrics.jsonl", "wandb_id", "journal", "checkpoints", "final", "final.partial"),
+    *("report.html", "inspect.html"),
+)
 LOGS = "logs"  # of the launchers, which write there before there is a run
 LOCK_WAIT_S = 20.0  # a run that was killed may need seconds to be gone
 SAY_S = 10.0
