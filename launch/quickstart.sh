@@ -28,7 +28,8 @@ say "Atropos server on port $PORT, test environment posting groups; logs in $LOG
 
 run_ranks "$RANKS" "$LOGS" --deepspeed "$DS" --model_name "$MODEL" --atropos_url "http://127.0.0.1:$PORT" \
   --batch_size 8 --max_token_len 256 --micro_batch_tokens 1024 --training_steps "$STEPS" --learning_rate 2e-5 \
-  --lr_scheduler cosine --warmup_steps 2 --gradient_checkpointing false --output_dir "$RUN" --overwrite_output_dir ||
+  --lr_scheduler cosine --warmup_steps 2 --gradient_checkpointing false --save_steps $((STEPS / 2 + 1)) \
+  --output_dir "$RUN" --overwrite_output_dir ||
   die "training failed (exit code $?); see above, and $LOGS"
 end_groups
 patiently "measuring the model before and after on groups of the environment" python launch/show.py "$MODEL" "$RUN"

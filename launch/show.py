@@ -1,6 +1,7 @@
-"""What a run on the test environment taught: a page of the run, and the model before and after on the same groups of it.
+"""What a run on the test environment taught: pages of its newest batch and of the run, and the model before and after on the
+same groups of it.
 
-python launch/show.py MODEL RUN         # writes RUN/report.html and RUN/learned.txt
+python launch/show.py MODEL RUN         # writes RUN/inspect.html, RUN/report.html and RUN/learned.txt
 """
 
 import json
@@ -12,12 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from wsft import AtroposBatchProcessor, WeightedSFTInterface
-from wsft.report import write_page
-from wsft.runs import read_runs
 
 
 def main(model: str, run: Path) -> None:
-    write_page(read_runs([run]), run / "report.html")
+    subprocess.run([sys.executable, "-m", "wsft.report", str(run)], check=True)
+    # a run of one checkpoint has no batch in its journal any more
+    shown = subprocess.run([sys.executable, "-m", "wsft.inspect", str(run), "--show", "0"]).returncode == 0
     groups = run / "groups.jsonl"
     command = [sys.executable, "-m", "wsft.environment", "--tokenizer", model, "--pattern", "mixed", "--seed", "1000"]
     subprocess.run([*command, "--groups", "6", "--group_size", "4", "--output", str(groups)], check=True)
@@ -33,7 +34,8 @@ def main(model: str, run: Path) -> None:
         if learned
         else "NOT LEARNED: favoured tokens should have become likelier and disfavoured ones less likely"
     )
-    lines.append(f"model: {run / 'final'}   metrics: {run / 'metrics.jsonl'}   page: {run / 'report.html'}")
+    lines.append(f"model: {run / 'final'}   metrics: {run / 'metrics.jsonl'}")
+    lines.append(f"look at a batch: {run / 'inspect.html' if shown else 'none is kept'}   at the run: {run / 'report.html'}")
     (run / "learned.txt").write_text("\n".join(lines) + "\n")
     if not learned:
         sys.exit("\n".join(lines))

@@ -62,5 +62,6 @@ def test_the_quickstart_teaches_and_runs_twice():
         assert "Traceback" not in output and "Warning" not in output
         steps = [json.loads(line) for line in (RUN / "metrics.jsonl").open()]
         assert [s["step"] for s in steps] == list(range(1, 11)) and (RUN / "report.html").stat().st_size > 1_000_000
+        assert "look at a batch: runs/quickstart/inspect.html" in output and (RUN / "inspect.html").stat().st_size > 20_000
         groups = [json.loads(line) for line in (RUN / "groups.jsonl").open()]
         assert not AtroposBatchProcessor().process_atropos_batch(groups).rejected

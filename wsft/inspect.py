@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     args, config = read_args(argv)
     logging.getLogger("wsft").setLevel(logging.ERROR)  # what was left out is among the findings
     disable_progress_bar()
+    os.umask(0o077)  # rollouts may hold anything: the page is its user's alone
     try:
         found = inspect(args.source, args.batch, config, args.model)
         view = view_of(found, args.model)
