@@ -382,11 +382,11 @@ def test_pieces_put_together_are_the_text(smollm2):
         "<script>alert(1)</script>\x00\x1b[31m",
     ):
         ids = np.array(tokenizer.encode(text))
-        found = pieces(tokenizer, ids)
+        (found,) = pieces(tokenizer, [ids])
         assert len(found) == len(ids) and "".join(piece for piece in found if piece != "…") == text
     rocket = np.array(tokenizer.encode("🚀"))
-    assert len(rocket) > 1 and pieces(tokenizer, rocket)[-1] == "🚀"
-    assert "\ufffd" in "".join(pieces(tokenizer, rocket[:-1]))  # what was cut off in a character stays broken
+    assert len(rocket) > 1 and pieces(tokenizer, [rocket])[0][-1] == "🚀"
+    assert "\ufffd" in "".join(pieces(tokenizer, [rocket[:-1]])[0])  # what was cut off in a character stays broken
 
 
 def test_a_terminal_obeys_nothing_that_a_rollout_says():

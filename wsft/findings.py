@@ -120,7 +120,7 @@ def _template(sight: Sight) -> Iterator[Finding]:
     for r, rollout, _ in sight.each():
         ids, trained = rollout.tokens, rollout.loss_mask
         written = np.isin(ids, list(words.special - words.ends))
-        written[1:] |= np.isin(ids[:-1], list(words.ends))
+        written[2:] |= np.isin(ids[1:-1], list(words.ends))  # what ends a text may also begin it
         answers = _occurrences(ids, words.assistant)
         for start in answers:
             written[start : start + len(words.assistant)] = True

@@ -16,6 +16,8 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,32 +91,36 @@ def _beside(source: str) -> str:
 # -- as text -----------------------------------------------------------------------------------------------------------------
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids_T: np.ndarray) -> list[str]:
-    """The text of each token. Of a character that several tokens share, the last has it, and those before an ellipsis."""
+def pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[np.ndarray]) -> list[list[str]]:
+    """The text of each token of each row. Of a character that several tokens share, the last has it, and those before an
+    ellipsis."""
     anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # a first token would lose the space before it
-    lead, ids = tokenizer.decode(anchor), ids_T.tolist()
+    lead = tokenizer.decode(anchor)
 
-    def text(of: list[int]) -> str:
-        whole = tokenizer.decode(anchor + of)
-        return whole.removeprefix(lead) if whole.startswith(lead) else tokenizer.decode(of)
+    def text(ids: list[int]) -> str:
+        whole = tokenizer.decode(anchor + ids)
+        return whole.removeprefix(lead) if whole.startswith(lead) else tokenizer.decode(ids)
 
-    alone = {i: text([i]) or f"<{i}>" for i in set(ids)}
-    found, n = [alone[i] for i in ids], 0
-    while n < len(found):
-        for end in range(n + 2, min(n + PARTS_OF_A_CHARACTER, len(found)) + 1) if "\ufffd" in found[n] else ():
-            whole = text(ids[n:end])
-            if "\ufffd" not in whole:
-                found[n:end] = ["\N{HORIZONTAL ELLIPSIS}"] * (end - n - 1) + [whole]
-                n = end - 1
-                break
-        n += 1
+    alone = {i: text([i]) or f"<{i}>" for i in {i for row in rows for i in row.tolist()}}
+    found = []
+    for ids in map(np.ndarray.tolist, rows):
+        texts, n = [alone[i] for i in ids], 0
+        while n < len(ids):
+            for end in range(n + 2, min(n + PARTS_OF_A_CHARACTER, len(ids)) + 1) if "\ufffd" in texts[n] else ():
+                whole = text(ids[n:end])
+                if "\ufffd" not in whole:
+                    texts[n:end] = ["\N{HORIZONTAL ELLIPSIS}"] * (end - n - 1) + [whole]
+                    n = end - 1
+                    break
+            n += 1
+        found.append(texts)
     return found
 
 
 def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
     """What is shown, as `inspect_page.page` wants it."""
     sight, batch, config = found.sight, found.sight.batch, found.config
-    texts = [text for rollout in sight.rollouts for text in pieces(found.tokenizer, rollout.tokens)]
+    texts = list(chain(*pieces(found.tokenizer, [rollout.tokens for rollout in sight.rollouts])))
     numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
     logp_N = np.full(len(batch.tokens), np.nan, np.float32) if sight.logp_N is None else sight.logp_N
     tokens = {
