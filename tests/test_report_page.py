@@ -1,7 +1,6 @@
 """The page of wsft.report, in a real browser: that it shows what it says, moves together, and asks for nothing."""
 
 import pytest
-from browser import browser, opened  # noqa: F401
 from made_runs import write_run
 
 from wsft.report import write_page
@@ -27,7 +26,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def shown(folder, opened):  # noqa: F811
+def shown(folder, opened):
     """`shown(name, **context)` is that page when all is painted and its numbers are there."""
 
     def show(name, **context):
@@ -169,7 +168,7 @@ def test_the_strip_tells_what_befell_the_run(shown):
     page.locator(".bk-Tooltip").get_by_text("restarts: 1, step 7").wait_for()
 
 
-def test_names_and_settings_stay_text(tmp_path, opened):  # noqa: F811
+def test_names_and_settings_stay_text(tmp_path, opened):
     evil = "script><img src=x onerror=alert(1)>"  # under "<" it is called </script>...
     runs = [write_run(tmp_path / name / evil, 20, model_name=f"</script><b>{name}</b>") for name in ("<", "b")]
     write_page(read_runs(runs), tmp_path / "page.html")
