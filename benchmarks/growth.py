@@ -45,7 +45,7 @@ def measure_step(times: int, ranks: int, args: argparse.Namespace, folder: Path)
     groups = make_groups(args.rollouts, 8, SHAPE["vocab_size"]) * times
     (folder / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups * (STEPS + 1)))
     flags = {"model_name": folder / "model", "data": folder / "groups.jsonl", "output_dir": folder / "run"}
-    flags |= {"batch_size": len(groups), "micro_batch_tokens": args.micro_batch_tokens, "overwrite_output_dir": "true"}
+    flags |= {"batch_size": args.rollouts * times, "micro_batch_tokens": args.micro_batch_tokens, "overwrite_output_dir": "true"}
     flags |= {"training_steps": STEPS + 1, "learning_rate": 1e-5}
     # what is freed goes back at once: the peak is what was alive together
     run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], ranks, folder / "log", keep=2**20)

@@ -82,8 +82,9 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention [B, T, heads, D] of query [B, heads, T, D], key and value [B, kv_heads, T, D].
 
-    On a GPU, in half precision, one call of torch's variable-length flash attention; else a call of SDPA per sequence. What it
-    does not know gives NaN, at which whoever tries it sees that it will not do: ZeRO-3 does not survive an exception here.
+    On a GPU, in half precision, one call of torch's variable-length flash attention; else a call of SDPA per sequence, on a
+    CPU in float32. What it does not know gives NaN, at which whoever tries it sees that it will not do: ZeRO-3 does not survive
+    an exception here.
     """
     if any(others.get(name) is not None for name in _UNKNOWN) or not getattr(module, "is_causal", True):
         return torch.full_like(query, torch.nan).transpose(1, 2), None
@@ -101,13 +102,16 @@ def packed_attention(
             scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return found.unsqueeze(0), None
+    dtype = query.dtype
+    if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
+        query, key, value = query.float(), key.float(), value.float()
     # split, not sliced: the gradient of a slice is as large as the row
     qs, ks, vs = (x.split(wsft_borders.layout.lengths, dim=2) for x in (query, key, value))
     parts = []
     for i, after in enumerate(wsft_borders.layout.after):
         k, v = (x[i] if after < 0 else torch.cat([x[after], x[i]], dim=2) for x in (ks, vs))
         parts.append(_sequence(qs[i], k, v, scaling, dropout, sliding_window, softcap))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype), None
 
 
 def kernel(device: torch.device, dtype: torch.dtype) -> str:

@@ -35,6 +35,10 @@ from wsft.world import World, ranks_on_this_host
 
 log = logging.getLogger(__name__)
 
+# By torch's matrix products in bf16 on a CPU, which makes one for each size of matrix, and hardly two micro-batches are of one
+# size: the 1,024 that it would keep (and their descriptions, as many) take 0.3 GiB and more, and are as good as never used again
+KERNELS_KEPT = "128"
+
 # deepspeed is imported inside functions: it picks its accelerator when it is imported, and start_ranks picks it first
 
 
@@ -48,8 +52,11 @@ def start_ranks(config: WeightedSFTConfig) -> World:
         if local_rank >= num_gpus:
             raise UserError(f"local rank {local_rank} has no GPU of its own, {num_gpus} are visible: start fewer ranks")
         torch.cuda.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:  # else each rank takes every core, and they fight for them
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host()))
+    else:
+        if "OMP_NUM_THREADS" not in os.environ:  # else each rank takes every core, and they fight for them
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host()))
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, KERNELS_KEPT)
     once = " (the first start on a machine compiles an op for it: a minute or two)" if kind == "cpu" else ""
     log.info("starting %s rank(s) on %s%s", os.environ["WORLD_SIZE"], kind, once)
     os.environ["DS_ACCELERATOR"] = kind
