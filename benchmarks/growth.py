@@ -42,16 +42,22 @@ def make_model(folder: Path, tokenizer: Path) -> None:
 
 
 def measure_step(times: int, ranks: int, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Time and peak of a run as it is launched; and the peak of one whose malloc gives back at once what is freed."""
     groups = make_groups(args.rollouts, 8, SHAPE["vocab_size"]) * times
     (folder / "groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups * (STEPS + 1)))
     flags = {"model_name": folder / "model", "data": folder / "groups.jsonl", "output_dir": folder / "run"}
-    flags |= {"batch_size": args.rollouts * times, "micro_batch_tokens": args.micro_batch_tokens, "overwrite_output_dir": "true"}
-    flags |= {"training_steps": STEPS + 1, "learning_rate": 1e-5}
-    # what is freed goes back at once: the peak is what was alive together
-    run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], ranks, folder / "log", keep=2**20)
-    steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
-    found = {"seconds": statistics.median(step["time/step"] for step in steps), "gib": steps[-1]["memory/peak_gib"]}
-    return found | {"micro_batches": steps[-1]["plan/micro_batches"], "tokens": steps[-1]["tokens/total"]}
+    flags |= {"batch_size": args.rollouts * times, "micro_batch_tokens": args.micro_batch_tokens}
+    flags |= {"learning_rate": 1e-5, "overwrite_output_dir": "true"}
+
+    def run(steps: int, **options: int) -> list[dict[str, float]]:
+        command = ["train.py", *(f"--{name}={value}" for name, value in flags.items()), f"--training_steps={steps + 1}"]
+        run_ranks(command, ranks, folder / "log", **options)
+        return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
+
+    steps = run(STEPS)
+    found = {"seconds": statistics.median(step["time/step"] for step in steps), "kept_gib": steps[-1]["memory/peak_gib"]}
+    found |= {"micro_batches": steps[-1]["plan/micro_batches"], "tokens": steps[-1]["tokens/total"]}
+    return found | {"gib": run(1, keep=2**20)[-1]["memory/peak_gib"]}
 
 
 def tell(title: str, rows: dict[str, tuple[float, list[dict[str, float]]]]) -> None:
@@ -63,7 +69,9 @@ def tell(title: str, rows: dict[str, tuple[float, list[dict[str, float]]]]) -> N
         seconds, gib = [f["seconds"] for f in found], statistics.median(f["gib"] for f in found)
         median = statistics.median(seconds)
         spread = f"{median:7.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-        print(f"  {name:32} {spread}  {median / one / work:.2f} x the time per unit of work  peak {gib:.2f} GiB")
+        kept = max(f.get("kept_gib", 0.0) for f in found)
+        peak = f"peak {gib:.2f} GiB" + (f", {kept:.2f} with what malloc keeps" if kept else "")
+        print(f"  {name:32} {spread}  {median / one / work:.2f} x the time per unit of work  {peak}")
 
 
 def main() -> None:

@@ -6,11 +6,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import requests
 import torch
 from atropos_server import atropos_server, free_port, post_group, register_env
-from conftest import clean_environment, make_group, run_ranks, run_together, write_groups
+from conftest import clean_environment, make_group, make_model, run_ranks, run_together, write_groups
 from safetensors.torch import load_file
 
 FP32_SGD = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
@@ -49,6 +50,23 @@ def test_every_launcher_starts_the_same_train_py(launcher, run_flags, tmp_path):
     assert [values["step"] for values in steps_of(tmp_path / "run")] == [1, 2, 3]
     assert "step 3/1000" in output and "Traceback" not in output
     assert (f"starting {1 if launcher == 'python' else 2} rank(s) on cpu") in output
+
+
+def test_a_batch_eight_times_as_large_takes_no_more_memory(tmp_path, monkeypatch):
+    """At one `micro_batch_tokens`, in the precision that the machine is fast at. malloc is made to give back what is freed."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 8192}
+    shape |= {"head_dim": 64, "max_position_embeddings": 256}
+    model, rng, peaks = make_model(tmp_path / "model", **shape), np.random.default_rng(0), {}
+    for groups in (4, 32):
+        groups_of = [make_group(rng, rng.integers(32, 256, 4).tolist()) for _ in range(2 * groups)]
+        told = flags(model_name=model, data=write_groups(tmp_path / "data.jsonl", groups_of), batch_size=4 * groups)
+        told += flags(output_dir=tmp_path / f"run_{groups}", micro_batch_tokens=2048, device="cpu", save_steps=9)
+        ((code, output),) = run_ranks(["train.py", *told], 1)
+        assert code == 0, output
+        peaks[groups] = [step["memory/peak_gib"] for step in steps_of(tmp_path / f"run_{groups}")]
+    print(peaks)
+    assert peaks[32][1] == pytest.approx(peaks[4][1], abs=0.05)
 
 
 def test_srun_gives_the_ranks(run_flags, tmp_path):

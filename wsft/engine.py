@@ -35,8 +35,8 @@ from wsft.world import World, ranks_on_this_host
 
 log = logging.getLogger(__name__)
 
-# By torch's matrix products in bf16 on a CPU, which makes one for each size of matrix, and hardly two micro-batches are of one
-# size: the 1,024 that it would keep (and their descriptions, as many) take 0.3 GiB and more, and are as good as never used again
+# By oneDNN, whose matrix products in bf16 on a CPU have a kernel for each size: of the 1,024 that it would keep, and as many
+# descriptions (0.3 GiB and more), few are used again, for hardly two micro-batches are of one size
 KERNELS_KEPT = "128"
 
 # deepspeed is imported inside functions: it picks its accelerator when it is imported, and start_ranks picks it first
