@@ -33,8 +33,8 @@ from wsft.config import UserError, WeightedSFTConfig, without_password
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 # what of this environment the ranks get, and what of that never leaves this machine
 HANDED_OVER = re.compile(
-    r"PATH|LD_LIBRARY_PATH|(PYTHON|NCCL_|GLOO_|UCX_|FI_|TORCH|CUDA_|TRITON_|HF_|TRANSFORMERS_|TOKENIZERS_|OMP_|MKL_|MALLOC_|DS_|"
-    r"WANDB_)\w*"
+    r"PATH|LD_LIBRARY_PATH|(PYTHON|NCCL_|GLOO_|UCX_|FI_|TORCH|CUDA_|TRITON_|HF_|TRANSFORMERS_|TOKENIZERS_|OMP_|MKL_|ONEDNN_|"
+    r"MALLOC_|DS_|WANDB_)\w*"
 )
 SECRET = re.compile(r"key|token(?!izers)|secret|passw|credential", re.IGNORECASE)
 LOOK_S = 45  # in which a host must have answered

@@ -20,10 +20,9 @@ SMOLLM2 = dict(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
     num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
 )  # fmt: skip
-# as wide as Llama-3.2-1B, and no deeper than some GiB of memory allow: what a layer takes is what may be told wrong
-LLAMA_1B_WIDE = dict(
-    vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=4, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, max_position_embeddings=8192, tied=False,
+LLAMA_1B = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=64, max_position_embeddings=131072, tied=True,
 )  # fmt: skip
 
 

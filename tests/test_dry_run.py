@@ -9,7 +9,7 @@ import pytest
 import requests
 from atropos_server import atropos_server, free_port, post_group
 from conftest import ROOT, clean_environment, make_group, make_model, run_ranks, run_together, write_groups
-from shapes import LLAMA_1B_WIDE, LLAMA_70B, QWEN_7B, SMOLLM2, figure, make_shape
+from shapes import LLAMA_1B, LLAMA_70B, QWEN_7B, SMOLLM2, figure, make_shape
 
 from wsft import WeightedSFTConfig
 from wsft.config import UserError
@@ -162,7 +162,7 @@ def test_questions_are_no_part_of_the_run(tmp_path):
     "shape, optimizer, ranks, tokens",
     [
         pytest.param(SMOLLM2, "AdamW", 2, 1024, id="smollm2", marks=pytest.mark.slow),
-        pytest.param(LLAMA_1B_WIDE, "SGD", 1, 512, id="1b_wide", marks=pytest.mark.slow),
+        pytest.param(LLAMA_1B, "SGD", 1, 512, id="1b", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_path, monkeypatch):
@@ -171,7 +171,8 @@ def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_pa
     model = make_model(tmp_path / "model", **shape)
     params = {"lr": "auto"} | ({"torch_adam": True, "fused": True} if optimizer == "AdamW" else {})
     ds = tmp_path / "ds.json"
-    ds.write_text(json.dumps({"optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}))
+    told = {"optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}
+    ds.write_text(json.dumps(told | {"bf16": {"enabled": True}}))
     rng = np.random.default_rng(0)
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [tokens // 2] * 2) for _ in range(2 * ranks)])
     command = ["train.py", f"--model_name={model}", f"--data={data}", f"--deepspeed={ds}", "--device=cpu"]
