@@ -18,7 +18,7 @@ import time
 import torch
 
 from benchmarks.head import H, V, forget_peak, peak_bytes
-from wsft.loss_head import CHUNK_BYTES_CPU, head_loss
+from wsft.loss_head import head_loss, tokens_of_chunk
 from wsft.objectives import Objective
 from wsft.terms import Coefficients, TokenTerms
 
@@ -92,7 +92,7 @@ def main() -> None:
         for name, times in found.items():
             times.append(seconds(name, *inputs))
     base = found["weighted_sft"]
-    gradients, chunk = 4 * H * (V + args.tokens) / 2**20, CHUNK_BYTES_CPU / 2**20
+    gradients, chunk = 4 * H * (V + args.tokens) / 2**20, 4 * V * tokens_of_chunk(V, None) / 2**20
     print(f"{args.tokens} tokens, H {H}, V {V}; gradients {gradients:.0f} MiB, a chunk of logits {chunk:.0f} MiB")
     for name, times in found.items():
         ratio = statistics.median(t / b for t, b in zip(times, base, strict=True))

@@ -20,10 +20,12 @@ import torch
 
 from wsft.device import fuses, memory_bytes, multiplies
 
-# The size of a chunk's logits, were they float32. On a CPU larger ones were no faster; on a GPU each chunk reads and writes the
-# float32 gradient of lm_head once, which takes as long as the products of some hundred rows.
+# The size of a chunk's logits, were they float32. On a CPU larger ones were no faster. But each chunk reads and writes the
+# gradient of lm_head once: on a GPU that takes as long as the products of some hundred rows, on a CPU fewer than these cost up
+# to a sixth more.
 CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_SHARE_GPU = 1 / 32  # of its memory
+CHUNK_TOKENS = 256  # at least
 # Where it is not one kernel, the softmax walks over a chunk in blocks of rows, so that its float32 temporaries are small beside
 # the chunk, and on a CPU stay in the cache (2.5 times as fast as whole chunks).
 BLOCKS_PER_CHUNK = 16
@@ -132,7 +134,7 @@ def head_loss(
 def tokens_of_chunk(vocab_size: int, gpu_bytes: float | None) -> int:
     """C, on a GPU of so much memory; None: on a CPU."""
     chunk_bytes = CHUNK_BYTES_CPU if gpu_bytes is None else CHUNK_SHARE_GPU * gpu_bytes
-    return max(1, int(chunk_bytes / (4 * vocab_size)))
+    return max(CHUNK_TOKENS, int(chunk_bytes / (4 * vocab_size)))
 
 
 class LossHead(torch.nn.Linear):
