@@ -203,10 +203,14 @@ def train_like_the_example(args: argparse.Namespace) -> list[float]:
 
 def be_a_peer(told: dict[str, Any]) -> None:
     """One rank of a peer's run; rank 0 writes the seconds of each step."""
+    import torch
+
     args = argparse.Namespace(**told, local_rank=int(os.environ["RANK"]))
     seconds = train_like_the_example(args) if args.peer == "example" else train_with_trl(args)
     if args.local_rank == 0:
         Path(args.out).write_text(json.dumps(seconds))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else a rank now and then aborts as it ends
 
 
 def make_random_model(shape: str) -> str:

@@ -104,7 +104,7 @@ def packed_attention(
         return found.unsqueeze(0), None
     dtype = query.dtype
     if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
-        query, key, value = query.float(), key.float(), value.float()
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     # split, not sliced: the gradient of a slice is as large as the row
     qs, ks, vs = (x.split(wsft_borders.layout.lengths, dim=2) for x in (query, key, value))
     parts = []
