@@ -80,6 +80,15 @@ def test_it_costs_the_sum_of_the_squares(monkeypatch):
     assert seen == LENGTHS and out.shape == (1, sum(LENGTHS), 4, 8)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_on_a_cpu_half_precision_is_attended_to_in_float32(packed):
+    q, kv = torch.randn(1, 4, sum(LENGTHS), 8).bfloat16(), torch.randn(1, 2, sum(LENGTHS), 8).bfloat16()
+    said = keywords(Layout.of(LENGTHS), CPU) if packed else {}
+    found = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **said)[0]
+    exact = attention.packed_attention(torch.nn.Module(), q.float(), kv.float(), kv.float(), None, **said)[0]
+    assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
+
+
 @pytest.mark.parametrize("strange", [{"s_aux": torch.ones(4)}, {"position_bias": torch.ones(4)}])
 def test_attention_of_a_kind_it_does_not_know_is_not_a_number(strange):
     q = torch.randn(1, 4, 3, 8)

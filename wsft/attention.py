@@ -88,9 +88,12 @@ def packed_attention(
     """
     if any(others.get(name) is not None for name in _UNKNOWN) or not getattr(module, "is_causal", True):
         return torch.full_like(query, torch.nan).transpose(1, 2), None
+    dtype = query.dtype
+    if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if wsft_borders is None:
-        return _sequence(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2), None
-    if _is_flash(query.device, query.dtype) and query.shape[-1] <= 256 and softcap is None and not dropout:
+        return _sequence(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).to(dtype), None
+    if _is_flash(query.device, dtype) and query.shape[-1] <= 256 and softcap is None and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -102,9 +105,6 @@ def packed_attention(
             scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return found.unsqueeze(0), None
-    dtype = query.dtype
-    if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
-        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     # split, not sliced: the gradient of a slice is as large as the row
     qs, ks, vs = (x.split(wsft_borders.layout.lengths, dim=2) for x in (query, key, value))
     parts = []
