@@ -15,7 +15,7 @@ from pathlib import Path
 
 import requests
 
-START_SECONDS = 60
+START_SECONDS = 300
 
 
 class AtroposServer:
@@ -50,7 +50,7 @@ class AtroposServer:
             return
         self.process.send_signal(signal_number)
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -58,7 +58,7 @@ class AtroposServer:
 
     def _answers(self) -> bool:
         try:
-            return requests.get(self.url, timeout=5).json() == {"message": "AtroposLib API"}
+            return requests.get(self.url, timeout=60).json() == {"message": "AtroposLib API"}
         except requests.RequestException:
             return False
 
@@ -80,12 +80,12 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def register_env(url: str, group_size: int, patience: float = 30.0, **fields) -> int:
+def register_env(url: str, group_size: int, patience: float = 300.0, **fields) -> int:
     """Register as an environment; waits, as real ones do, for the trainer's first GET /batch. Returns the env_id."""
     request = {"max_token_length": 4096, "desired_name": "test", "weight": 1.0, "group_size": group_size} | fields
     deadline = time.monotonic() + patience
     while True:
-        answer = requests.post(f"{url}/register-env", json=request, timeout=10).json()
+        answer = requests.post(f"{url}/register-env", json=request, timeout=60).json()
         if answer["status"] == "success":
             return answer["env_id"]
         if time.monotonic() > deadline:
@@ -96,7 +96,7 @@ def register_env(url: str, group_size: int, patience: float = 30.0, **fields) ->
 def post_group(url: str, env_id: int | None, group: dict) -> str:
     """Post one group; "received" or "buffered". NaN passes, as it does from real environments."""
     body = json.dumps(group | {"env_id": env_id})  # requests' own json= refuses NaN
-    response = requests.post(f"{url}/scored_data", data=body, headers={"Content-Type": "application/json"}, timeout=10)
+    response = requests.post(f"{url}/scored_data", data=body, headers={"Content-Type": "application/json"}, timeout=60)
     response.raise_for_status()
     return response.json()["status"]
 

@@ -12,7 +12,22 @@ import numpy as np
 import pytest
 from atropos_server import free_port
 from browser import browser, opened  # noqa: F401  fixtures of the tests marked browser
+from fork_server import fork_server
+from progress import Progress
 
+LONGEST_FIRST = (
+    "cluster",
+    "kills",
+    "train",
+    "trainer",
+    "resume",
+    "outages",
+    "stop",
+    "exact",
+    "inspect",
+    "launch",
+    "quickstart",
+)
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 96
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
@@ -23,9 +38,17 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also the tests marked slow")
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config))
+
+
 def pytest_collection_modifyitems(config, items):
     import torch
 
+    # a file runs in one process; the longest begin first, so that all processes end together
+    order = {f"test_{name}.py": place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none"))
@@ -106,14 +129,32 @@ def clean_environment(**more):
     return env | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
 
 
-def run_together(commands, environments, timeout=240, during=None):
-    """Processes side by side: [(exit code, output)]. `during(processes)` runs meanwhile. Leaves none running."""
-    processes = [
-        subprocess.Popen(
-            list(map(str, command)), env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command, env in zip(commands, environments, strict=True)
-    ]
+def run_together(commands, environments, **options):
+    """Processes side by side: [(exit code, output)]; see `follow`."""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pairs = zip(commands, environments, strict=True)
+    return follow([subprocess.Popen(list(map(str, command)), env=env, cwd=ROOT, **pipes) for command, env in pairs], **options)
+
+
+def run_ranks(command, num_ranks, ranks_a_host=None, imports_done=True, **options):
+    """The Python command once per rank, as a launcher would start it: [(exit code, output)].
+
+    `imports_done`: in processes forked from one that has the imports done (fork_server.py), else in new ones.
+    """
+    port = free_port()
+    shared = clean_environment(WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    shared |= {"LOCAL_WORLD_SIZE": str(ranks_a_host or num_ranks)}
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+    try:
+        if imports_done:
+            return follow([fork_server().start(command, env) for env in environments], **options)
+        return run_together([[sys.executable, *command]] * num_ranks, environments, **options)
+    finally:
+        remove_buffers_of_deepspeed(port)
+
+
+def follow(processes, timeout=500, during=None):
+    """Of each process its exit code and output. `during(processes)` runs meanwhile. Leaves none running."""
     outputs = [""] * len(processes)
 
     def read(i):
@@ -137,14 +178,12 @@ def run_together(commands, environments, timeout=240, during=None):
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def run_ranks(command, num_ranks, ranks_a_host=None, **options):
-    """The Python command once per rank, as a launcher would start it: [(exit code, output)]."""
-    port = free_port()
-    shared = clean_environment(WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    shared |= {"LOCAL_WORLD_SIZE": str(ranks_a_host or num_ranks)}
-    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-    try:
-        return run_together([[sys.executable, *command]] * num_ranks, environments, **options)
-    finally:  # DeepSpeed's, 66 MiB a rank, which ranks that are killed leave in memory
-        for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            buffer.unlink()
+def buffers_of_deepspeed(port):
+    """In shared memory, 66 MiB a rank: those of the ranks that met at this port."""
+    return list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+
+
+def remove_buffers_of_deepspeed(port):
+    """Ranks that are killed leave them."""
+    for buffer in buffers_of_deepspeed(port):
+        buffer.unlink()

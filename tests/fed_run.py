@@ -1,7 +1,6 @@
 """Runs fed by a real Atropos server, that meet the same batches in the same order whatever happens to them meanwhile."""
 
 import json
-import math
 import threading
 import time
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from wsft.config import UserError
 from wsft.journal import Journal
 
 STEPS = 12
-LOST_S = 15  # after which what was in the server's queue, and neither is there nor arrived, was lost with the server
+PATIENCE_S = 300  # for an event that comes at once on an idle machine: costs time only where it never comes
 
 
 def make_groups(rng):
@@ -35,45 +34,55 @@ def make_settings(model, tmp_path):
 
 
 class Feeder(threading.Thread):
-    """Posts a group when all before it are safe in the run's journals, and again, when told that the run was killed, if it
-    never came there. So the run meets the same batches in the same order, however often it is killed."""
+    """Posts a group when all before it are safe in the run's journals, and as soon as `release` lets it. So a run meets the
+    same batches in the same order, whatever happens to it, and stands still, without having ended, where a test acts on it."""
 
-    def __init__(self, url, folder, groups, parts=1):
+    def __init__(self, url, folder, groups, parts=1, released=None):
         super().__init__(daemon=True)
-        self.url, self.folder, self.parts, self.posted, self.over = url, folder, parts, {}, threading.Event()
-        self.lock = threading.Lock()
+        self.url, self.folder, self.parts, self.over = url, folder, parts, threading.Event()
         self.pieces = [piece for group in groups for piece in split(group, parts)]
+        self.released = len(groups) if released is None else released
+        self.posted, self.env_id, self.lock = 0, None, threading.Lock()
+
+    def release(self, groups):
+        """The run may train so many groups from its beginning on, and waits for the next."""
+        self.released = groups
 
     def run(self):
-        env_id = None
-        while not self.over.wait(0.05):
+        while not self.over.wait(0.02):
             try:
-                env_id = env_id or register_env(self.url, 4 // self.parts, patience=0)
                 with self.lock:
-                    self.post_what_is_next(env_id)
+                    self.post_what_is_next()
             except (TimeoutError, requests.RequestException, KeyError):
-                env_id = None  # the server is down, or new and without a trainer
+                self.env_id = None  # the server is down, or new and without a trainer
             except UserError:
                 continue  # the journal was pruned while it was read
 
-    def post_what_is_next(self, env_id):
+    def post_what_is_next(self):
         number = self.arrived()
-        if number >= len(self.pieces):
+        if self.posted > number or number >= min(self.released * self.parts, len(self.pieces)):
             return
-        if self.queued():
-            self.posted[number] = time.monotonic()  # not lost yet: a run may take its time to start
-        elif time.monotonic() - self.posted.get(number, -math.inf) > LOST_S:
-            post_group(self.url, env_id, self.pieces[number])
-            self.posted[number] = time.monotonic()
+        if self.env_id is None:
+            if self.ask("info")["batch_size"] == -1:
+                return  # it would be taken for the registration that the trainer has yet to make, and dropped
+            self.env_id = register_env(self.url, 4 // self.parts, patience=0)
+        post_group(self.url, self.env_id, self.pieces[number])
+        self.posted = number + 1
 
-    def the_run_is_dead(self):
+    def server_loses_all(self, fault):
+        """What the fault leaves neither in the server nor in a journal is posted again, once the trainer is registered anew."""
+        with self.lock:
+            fault()
+            self.posted, self.env_id = 0, None
+
+    def run_is_dead(self):
         """To be called while no trainer runs: what it took from the server and did not keep is posted again."""
         with self.lock:
-            if not self.queued():
-                self.posted.clear()
+            if not self.ask("status")["queue_size"]:
+                self.posted = 0
 
-    def queued(self):
-        return requests.get(f"{self.url}/status", timeout=10).json()["queue_size"]
+    def ask(self, what):
+        return requests.get(f"{self.url}/{what}", timeout=60).json()
 
     def arrived(self):
         saved = max((c.facts["feed"]["batches"] for c in all_in(self.folder / "checkpoints")), default=0)
@@ -90,10 +99,11 @@ def split(group, parts):
 
 
 @contextmanager
-def fed(folder, groups, parts=1):
-    """A real server, and the groups posted to it one after the other; each in `parts` for ranks that fetch their own."""
+def fed(folder, groups, parts=1, released=None):
+    """A real server, and the groups posted to it one after the other: the first `released` (None: all) until the feeder is told
+    to release more; each in `parts` for ranks that fetch their own."""
     with atropos_server() as server:
-        feeder = Feeder(server.url, folder, groups, parts)
+        feeder = Feeder(server.url, folder, groups, parts, released)
         feeder.start()
         try:
             yield server, feeder
@@ -126,10 +136,10 @@ def state_of(folder):
 
 def steps_of(folder):
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.open()] if path.exists() else []
+    return [json.loads(line) for line in path.open() if line.endswith("\n")] if path.exists() else []
 
 
-def wait_until(truth, seconds=60):
+def wait_until(truth, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while not truth():
         assert time.monotonic() < deadline, f"not within {seconds} s"

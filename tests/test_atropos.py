@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def process() -> Iterator[AtroposServer]:
 @pytest.fixture
 def server(process) -> AtroposServer:
     """A server that holds nothing; as after GET /reset_data."""
-    requests.get(f"{process.url}/reset_data", timeout=10)
+    requests.get(f"{process.url}/reset_data", timeout=60)
     return process
 
 
@@ -50,14 +51,14 @@ def restart(server: AtroposServer) -> None:
 
 
 def client_of(server: AtroposServer, **settings) -> AtroposClient:
-    return AtroposClient(server.url, **({"batch_size": 4, "max_token_len": 64, "num_steps": 10, "timeout": 20} | settings))
+    return AtroposClient(server.url, **({"batch_size": 4, "max_token_len": 64, "num_steps": 10, "timeout": 300} | settings))
 
 
 def info(server: AtroposServer) -> dict:
-    return requests.get(f"{server.url}/info", timeout=10).json()
+    return requests.get(f"{server.url}/info", timeout=60).json()
 
 
-def poll_until_batch(client: AtroposClient, patience: float = 20.0) -> list[dict]:
+def poll_until_batch(client: AtroposClient, patience: float = 300.0) -> list[dict]:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if body := client.poll():
@@ -107,7 +108,7 @@ def test_the_first_poll_registers_and_lets_environments_in(new_server):
     assert client.state == "waiting for a batch"
     assert info(new_server) == {"batch_size": 4, "max_token_len": 64}
     env_id = register_env(new_server.url, group_size=2, patience=1)
-    assert requests.get(f"{new_server.url}/status", timeout=10).json()["current_step"] == 3
+    assert requests.get(f"{new_server.url}/status", timeout=60).json()["current_step"] == 3
     groups = [group(2, scores=[0.5, -0.5]), group(2, length=9)]
     for one in groups:
         post_group(new_server.url, env_id, one)
@@ -118,19 +119,23 @@ def test_the_first_poll_registers_and_lets_environments_in(new_server):
     assert client.possibly_lost == 0
 
 
-def test_an_empty_queue_is_waited_for_beyond_the_timeout_ever_more_slowly(server):
+def test_an_empty_queue_is_waited_for_beyond_the_timeout_ever_more_slowly(server, monkeypatch):
+    pauses, slept = [], 0.0
+
+    def sleep(seconds):
+        nonlocal slept
+        pauses.append(seconds)
+        slept += seconds
+
+    monkeypatch.setattr(atropos, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: time.monotonic() + slept))
     client = client_of(server, timeout=0.2)
-    seconds = []
-    for _ in range(5):
-        start = time.monotonic()
+    for _ in range(7):
         assert client.poll() is None
-        seconds.append(time.monotonic() - start)
-    assert 0.8 < seconds[-1] < 2 and sum(seconds) > 1.5
+    assert pauses == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
     post_batch(server)
     assert client.poll() is not None
-    start = time.monotonic()
     assert client.poll() is None
-    assert time.monotonic() - start < 0.5
+    assert pauses[7:] == [0.05]
 
 
 def test_every_batch_is_delivered_once_to_two_clients(server):  # 2, 3, 4
@@ -190,7 +195,7 @@ def test_a_restarted_server_is_told_the_trainers_own_step(server, caplog):  # 7
     assert client.state == "server without a trainer"
     client.poll()
     assert info(server)["batch_size"] == 4
-    assert requests.get(f"{server.url}/status", timeout=10).json()["current_step"] == 41
+    assert requests.get(f"{server.url}/status", timeout=60).json()["current_step"] == 41
     assert warnings(caplog, "registering again") == 1
     post_batch(server)
     assert poll_until_batch(client)
@@ -211,7 +216,7 @@ def test_a_restart_poisoned_by_an_environment_is_cured(server):  # 6, 7
 def test_a_reset_server_is_registered_again_after_three_errors(server):  # 8
     client = client_of(server)
     client.poll()
-    requests.get(f"{server.url}/reset_data", timeout=10)
+    requests.get(f"{server.url}/reset_data", timeout=60)
     for _ in range(atropos.ERRORS_BEFORE_LOOK + 1):
         client.poll()
     assert info(server)["batch_size"] == 4
@@ -223,7 +228,7 @@ def test_a_reset_server_that_answers_null_for_ever_is_registered_again(server, m
     monkeypatch.setattr(atropos, "STALL_SECONDS", 0.3)
     client = client_of(server)
     client.poll()
-    requests.get(f"{server.url}/reset_data", timeout=10)
+    requests.get(f"{server.url}/reset_data", timeout=60)
     post_batch(server)
     for _ in range(6):
         client.poll()
@@ -281,7 +286,7 @@ CUT_OFF = [
 @pytest.mark.parametrize("answer", CUT_OFF)
 def test_a_body_that_is_cut_off_is_a_lost_batch(answer):  # 1
     with raw_server(answer) as url:
-        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=20, registers=False)
+        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=300, registers=False)
         assert client.poll() is None
         assert client.possibly_lost == 1
 
@@ -289,7 +294,7 @@ def test_a_body_that_is_cut_off_is_a_lost_batch(answer):  # 1
 @pytest.mark.parametrize("headers", [b"Content-Length: %d\r\n" % len(BODY), b""])
 def test_a_whole_body_is_a_batch_whether_or_not_its_length_is_announced(headers):
     with raw_server(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n" + BODY) as url:
-        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=20, registers=False)
+        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=300, registers=False)
         assert client.poll() == BODY
         assert client.possibly_lost == 0
 
@@ -298,7 +303,7 @@ def test_a_read_timeout_is_a_lost_batch_and_is_not_sent_again(monkeypatch):  # 1
     monkeypatch.setattr(atropos, "BATCH_READ_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # the kernel accepts, nobody answers
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=20, registers=False)
+        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=300, registers=False)
         assert client.poll() is None
         assert client.possibly_lost == 1
         listener.accept()[0].close()
@@ -316,7 +321,7 @@ def test_a_connect_timeout_loses_nothing(monkeypatch):  # 1
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=20, registers=False)
+        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=300, registers=False)
         assert client.poll() is None
         assert client.state == "server unreachable"
         assert client.possibly_lost == 0
@@ -333,7 +338,7 @@ def test_an_outage_is_said_once_and_survived(server, caplog):  # 7
     for _ in range(4):
         assert client.poll() is None
     assert client.state.startswith("server unreachable")
-    assert warnings(caplog, "Trying again for another 20 s") == 1
+    assert warnings(caplog, "Trying again for another 300 s") == 1
     server.start()
     while not client.state.startswith("waiting"):
         client.poll()
@@ -345,7 +350,7 @@ def test_an_outage_is_said_once_and_survived(server, caplog):  # 7
 
 def test_a_server_that_comes_later_than_the_trainer_is_waited_for():
     port = free_port()
-    client = AtroposClient(f"http://127.0.0.1:{port}/", batch_size=4, max_token_len=64, num_steps=1, timeout=60)
+    client = AtroposClient(f"http://127.0.0.1:{port}/", batch_size=4, max_token_len=64, num_steps=1, timeout=300)
     assert client.poll() is None
     with atropos_server(port) as server:
         while info(server)["batch_size"] == -1:
@@ -362,7 +367,7 @@ def test_a_server_that_stays_away_ends_the_run(registers):
     start = time.monotonic()
     with pytest.raises(AtroposError, match=r"unreachable for .*\(limit 0.5 s\).*--atropos_timeout"):
         poll_until_batch(client)
-    assert 0.5 <= time.monotonic() - start < 3
+    assert time.monotonic() - start >= 0.5
     assert client.possibly_lost == 0
 
 
@@ -377,9 +382,9 @@ def test_another_service_at_the_url_ends_the_run(answer):
 # -- a queue that never becomes a batch --------------------------------------------------------------------------------------
 
 
-def polls_for(client: AtroposClient, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def poll_fruitlessly(client: AtroposClient) -> None:
+    """Often enough to last for seconds, by its pauses alone."""
+    for _ in range(6):
         assert client.poll() is None
 
 
@@ -389,7 +394,7 @@ def test_groups_that_do_not_tile_the_batch_are_warned_of_once(server, caplog, mo
     client.poll()
     for _ in range(2):
         post_group(server.url, None, group(3))
-    polls_for(client, 3)
+    poll_fruitlessly(client)
     assert warnings(caplog, "holds 2 groups and forms no batch of 4 sequences") == 1
 
 
@@ -400,7 +405,7 @@ def test_a_silent_environment_with_a_minimum_allocation_is_warned_of(server, cap
     register_env(server.url, group_size=2, min_batch_allocation=0.5)
     for _ in range(2):
         post_group(server.url, register_env(server.url, group_size=2), group(2))
-    polls_for(client, 2)
+    poll_fruitlessly(client)
     assert warnings(caplog, "min_batch_allocation") == 1
 
 
@@ -409,7 +414,7 @@ def test_a_queue_too_short_for_a_batch_is_not_warned_of(server, caplog, monkeypa
     client = client_of(server)
     client.poll()
     post_group(server.url, None, group(2))
-    polls_for(client, 2)
+    poll_fruitlessly(client)
     assert warnings(caplog, "forms no batch") == 0
 
 

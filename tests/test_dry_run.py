@@ -182,7 +182,7 @@ def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_pa
     if "It does not fit: this machine" in text:
         pytest.skip(f"too little memory is free here: {figure(text, 'of all its ranks')} GiB are needed")
     assert code == 0, text
-    for code, output in run_ranks(command, ranks, timeout=900):
+    for code, output in run_ranks(command, ranks, imports_done=False, timeout=900):
         assert code == 0, output
     measured = max(json.loads(line)["memory/peak_gib"] for line in (tmp_path / "run" / "metrics.jsonl").open())
     told_gib = figure(text, "of all its ranks") / ranks

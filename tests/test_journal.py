@@ -16,6 +16,7 @@ import time
 
 import pytest
 from conftest import ROOT
+from fed_run import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -302,18 +303,18 @@ def test_pruning_waits_for_the_append_under_way(tmp_path, monkeypatch):
 
     def slow(file, sync=os.fsync):
         under_way.set()
-        assert on.wait(10)
+        assert on.wait(60)
         sync(file)
 
     monkeypatch.setattr(os, "fsync", slow)
     appending, pruning = (threading.Thread(target=f, args=a) for f, a in ((opened.append, (9, b"x")), (opened.prune, (9,))))
     appending.start()
-    assert under_way.wait(10)
+    assert under_way.wait(60)
     pruning.start()
     pruning.join(0.05)
     on.set()
-    appending.join(10)
-    pruning.join(10)
+    appending.join(60)
+    pruning.join(60)
     assert bodies_of(opened) == bodies_of(Journal(tmp_path)) == {8: b"", 9: b"x"}
 
 
@@ -503,6 +504,8 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tmp_path):
         for child in children:
             child.stdin.write("go\n")
             child.stdin.flush()
+            if child is children[-1]:
+                wait_until(lambda: len(Journal(folder, read_only=True).numbers) > 0)
             time.sleep(dice.random() * 0.1)
             child.send_signal(signal.SIGKILL)
             printed = child.communicate()[0].splitlines()

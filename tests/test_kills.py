@@ -5,13 +5,27 @@ import os
 import random
 import signal
 import subprocess
+import time
 
 import psutil
 import pytest
 import torch
 from atropos_server import free_port
 from conftest import ROOT, clean_environment
-from fed_run import STEPS, assert_bitwise_equal, fed, flags, make_groups, make_settings, state_of, steps_of, train, untouched
+from fed_run import (
+    PATIENCE_S,
+    STEPS,
+    assert_bitwise_equal,
+    fed,
+    flags,
+    make_groups,
+    make_settings,
+    state_of,
+    steps_of,
+    train,
+    untouched,
+    wait_until,
+)
 from safetensors.torch import load_file
 
 PLACES = ("fetch", "append", "fsync", "appended", "step", "save", "finish", "prune", "export")
@@ -35,43 +49,50 @@ def test_kills_at_exact_places_change_nothing(settings, groups, tmp_path):
             at = "2@0" if place in ("fetch", "append", "fsync", "appended", "step") else "1"
             said[place] = train(settings, script=f"tests/kill_at.py {place} {at}", codes=(1, -signal.SIGKILL))
             assert state_of(folder)["state"] != "finished"
-            feeder.the_run_is_dead()
+            feeder.run_is_dead()
         train(settings)
     assert "is lost" in said["fsync"] and "bytes off the end of" in said["fsync"]
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
 
 
-def end_at_random(settings, groups, folder, most, dice):
-    """A run under the deepspeed launcher. A rank, the launcher, or all of it is killed at random moments, at most so often,
-    and started again. How often that was."""
-    kills = 0
-    with fed(folder, groups) as (server, feeder):
+def end_at_random(settings, groups, folder, kills, dice):
+    """A run under the deepspeed launcher. A rank, the launcher, or all of it is killed so often, somewhere between the start of
+    the ranks and the last step, and started again."""
+    with fed(folder, groups, released=0) as (server, feeder):
         command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port"]
-        while True:
+        for kill in range(kills + 1):
             run = psutil.Popen(
                 [*command, str(free_port()), "train.py", *flags(settings, atropos_url=server.url, output_dir=folder)],
                 env=clean_environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
             try:
-                moment = 6 + 9 * dice.random() if kills < most else 240  # it trains from about the eighth second on
-                with contextlib.suppress(psutil.TimeoutExpired):
-                    assert run.wait(moment) == 0
-                    assert state_of(folder)["state"] == "finished"
-                    return kills
+                if kill == kills:
+                    feeder.release(STEPS)
+                    assert run.wait(PATIENCE_S) == 0
+                    return
+                wait_until(lambda run=run: len(ranks_of(run.children(recursive=True))) == 2)
+                steps = dice.randrange(STEPS)
+                feeder.release(steps)  # and no more, so that it cannot end
+                if dice.random() < 0.75:  # at work; else while it loads
+                    wait_until(lambda steps=steps: len(steps_of(folder)) >= steps - 1)
+                time.sleep(dice.random())
                 family = run.children(recursive=True)
                 kill_one_of(run, family, dice.choice(["rank 0", "rank 1", "runner", "launch", "all"]))
-                kills += 1
-                run.wait(60)
-                _, alive = psutil.wait_procs(family, timeout=60)
+                run.wait(PATIENCE_S)
+                _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
                 assert not alive
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(run.pid, signal.SIGKILL)
-            feeder.the_run_is_dead()
+            feeder.run_is_dead()
+
+
+def ranks_of(family):
+    return [process for process in family if "train.py" in process.cmdline()[-40:] and "launch" not in str(process.cmdline())]
 
 
 def kill_one_of(run, family, whom):
-    ranks = [process for process in family if "train.py" in process.cmdline()[-40:] and "launch" not in str(process.cmdline())]
+    ranks = ranks_of(family)
     launch = [process for process in family if "deepspeed.launcher.launch" in process.cmdline()]
     victims = {"rank 0": ranks[:1], "rank 1": ranks[1:], "runner": [run], "launch": launch, "all": [*family, run]}[whom]
     for victim in victims:
@@ -82,10 +103,9 @@ def kill_one_of(run, family, whom):
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])])
 def test_kills_at_random_moments_change_nothing(kills, settings, groups, tmp_path):
     wanted = untouched(settings, groups, tmp_path / "untouched")
-    dice, done, run = random.Random(kills), 0, 0
-    while done < kills:
-        run += 1
-        done += end_at_random(settings, groups, tmp_path / f"run{run}", min(8, kills - done), dice)
+    dice = random.Random(kills)
+    for run in range(0, kills, 8):
+        end_at_random(settings, groups, tmp_path / f"run{run}", min(8, kills - run), dice)
         assert_bitwise_equal(tmp_path / f"run{run}", wanted)
 
 
@@ -97,7 +117,7 @@ def test_ranks_that_fetch_for_themselves_lose_nothing(changes, settings, groups,
         settings |= {"atropos_url": server.url, "output_dir": folder, "fetch_mode": "per_rank"}
         for place in ("appended 2@0", "fetch 2@1", "appended 1@1"):
             train(settings, script=f"tests/kill_at.py {place}", codes=(1, -signal.SIGKILL))
-            feeder.the_run_is_dead()
+            feeder.run_is_dead()
         safe = [sum(map(len, piece["tokens"])) for piece in feeder.pieces[: feeder.arrived()]]
         if not changes:
             train(settings)

@@ -7,7 +7,18 @@ import sys
 import pytest
 import requests
 from atropos_server import post_group, register_env
-from fed_run import assert_bitwise_equal, fed, make_groups, make_settings, state_of, steps_of, train, untouched, wait_until
+from fed_run import (
+    STEPS,
+    assert_bitwise_equal,
+    fed,
+    make_groups,
+    make_settings,
+    state_of,
+    steps_of,
+    train,
+    untouched,
+    wait_until,
+)
 
 ROOT_ONLY = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounts a small disk: needs root")
 
@@ -25,14 +36,19 @@ def settings(tiny_model, tmp_path):
 @pytest.mark.parametrize("fetch_mode", ["rank0", pytest.param("per_rank", marks=pytest.mark.slow)])
 def test_a_server_killed_restarted_and_reset_costs_nothing_that_was_fetched(fetch_mode, settings, groups, tmp_path):
     folder, parts = tmp_path / "run", 2 if fetch_mode == "per_rank" else 1
-    with fed(folder, groups, parts) as (server, _):
+    with fed(folder, groups, parts, released=3) as (server, feeder):
+
+        def restart():
+            server.kill()
+            server.start()
 
         def trouble(processes):
-            for steps, fault in ((2, server.kill), (5, lambda: requests.get(f"{server.url}/reset_data", timeout=10))):
-                wait_until(lambda steps=steps: len(steps_of(folder)) >= steps, 120)
-                fault()
-                if server.process is None:
-                    server.start()
+            for steps, fault in ((3, restart), (6, lambda: requests.get(f"{server.url}/reset_data", timeout=60))):
+                feeder.release(steps)
+                wait_until(lambda steps=steps: len(steps_of(folder)) >= steps)
+                feeder.release(steps + 1)  # which may be in the server by now, on its way, or with the trainer
+                feeder.server_loses_all(fault)
+            feeder.release(STEPS)
 
         settings |= {"atropos_url": server.url, "fetch_mode": fetch_mode}
         said = train(settings, during=trouble)
@@ -73,7 +89,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_last_checkpoint_whole(ran
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_3"]
         assert state_of(folder)["state"] == "failed" and "No space left" in state_of(folder)["reason"]
         (small_disk / "filler").unlink()
-        feeder.the_run_is_dead()
+        feeder.run_is_dead()
         train(settings)
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
 
@@ -99,6 +115,7 @@ def test_a_disk_that_is_full_when_a_batch_comes_is_said_and_damages_nothing(sett
         assert "so it was not fetched: make room and start with --resume" in said and "Traceback" not in said
         (small_disk / "filler").unlink()
         feeder.pieces += groups[4:]
-        feeder.the_run_is_dead()
+        feeder.release(STEPS)
+        feeder.run_is_dead()
         train(settings)
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))

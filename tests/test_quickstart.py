@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment
+from fed_run import PATIENCE_S, wait_until
 
 from wsft import AtroposBatchProcessor
 
@@ -33,22 +33,21 @@ def start(**variables):
     return subprocess.Popen(["bash", "launch/quickstart.sh"], cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
-@pytest.mark.parametrize("signal_number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "signal_number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_quickstart_leaves_no_process(signal_number, code):
     mark = f"WSFT_TEST_MARK={os.getpid()}-{signal_number}"
-    quickstart = start(STEPS="50", WSFT_TEST_MARK=mark.split("=")[1])
+    quickstart = start(STEPS="100000", WSFT_TEST_MARK=mark.split("=")[1])
     for line in quickstart.stdout:
         if line.startswith("loading "):  # server, environment and ranks are up
             break
     assert any("uvicorn" in command for command in processes_of(mark))
     assert any("train.py" in command for command in processes_of(mark))
     quickstart.send_signal(signal_number)
-    quickstart.communicate(timeout=90)
+    quickstart.communicate(timeout=PATIENCE_S)
     assert quickstart.returncode == code
-    deadline = time.monotonic() + 5
-    while (left := processes_of(mark)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    wait_until(lambda: not processes_of(mark))
 
 
 @pytest.mark.slow
@@ -56,7 +55,7 @@ def test_an_interrupted_quickstart_leaves_no_process(signal_number, code):
 def test_the_quickstart_teaches_and_runs_twice():
     for _ in range(2):
         quickstart = start()
-        output, _ = quickstart.communicate(timeout=420)
+        output, _ = quickstart.communicate()
         assert quickstart.returncode == 0, output
         assert "favoured tokens became likelier, disfavoured ones less likely" in output
         assert "Traceback" not in output and "Warning" not in output
