@@ -153,6 +153,11 @@ def run_ranks(command, num_ranks, ranks_a_host=None, imports_done=True, **option
         remove_buffers_of_deepspeed(port)
 
 
+def run_script(*command):
+    """Exit code and output of a Python script, or of a module behind -m, whose imports are done."""
+    return follow([fork_server().start(command, clean_environment())])[0]
+
+
 def follow(processes, timeout=500, during=None):
     """Of each process its exit code and output. `during(processes)` runs meanwhile. Leaves none running."""
     outputs = [""] * len(processes)

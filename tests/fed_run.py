@@ -1,10 +1,14 @@
 """Runs fed by a real Atropos server, that meet the same batches in the same order whatever happens to them meanwhile."""
 
+import contextlib
 import json
+import re
+import signal
 import threading
 import time
-from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import requests
 import torch
 from atropos_server import atropos_server, post_group, register_env
@@ -98,7 +102,7 @@ def split(group, parts):
     return [group | {name: group[name][i * size : (i + 1) * size] for name in rows} for i in range(parts)]
 
 
-@contextmanager
+@contextlib.contextmanager
 def fed(folder, groups, parts=1, released=None):
     """A real server, and the groups posted to it one after the other: the first `released` (None: all) until the feeder is told
     to release more; each in `parts` for ranks that fetch their own."""
@@ -137,6 +141,13 @@ def state_of(folder):
 def steps_of(folder):
     path = folder / "metrics.jsonl"
     return [json.loads(line) for line in path.open() if line.endswith("\n")] if path.exists() else []
+
+
+def is_rank(process):
+    """And one that has read its settings: from then on, before torch is loaded, it catches SIGTERM and knows its launcher."""
+    with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile
+        caught = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+        return "train.py" in process.cmdline()[:3] and int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
 def wait_until(truth, seconds=PATIENCE_S):

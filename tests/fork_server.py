@@ -1,7 +1,7 @@
 """Python scripts in processes forked from one that has imported torch, transformers and DeepSpeed: two thirds of what a tiny
 run costs are these imports.
 
-    process = fork_server().start(["train.py", *flags], env)      # as subprocess.Popen([sys.executable, "train.py", *flags])
+    process = fork_server().start(["train.py", *flags], env)             # or ["-m", "wsft.inspect", *flags]
 
 Each process has its own environment, arguments, output, signals, exit code and interpreter shutdown. What the C library and
 OpenMP read when a process begins is the server's: a test of memory, or of the imports themselves, starts a new interpreter.
@@ -15,11 +15,11 @@ import gc
 import json
 import os
 import runpy
-import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ class ForkServer:
             self._server = subprocess.Popen(command, env=env, cwd=ROOT, pass_fds=[theirs.fileno()])
 
     def start(self, command: list[str], env: dict[str, str]) -> ForkedProcess:
-        """The script and its arguments, in the project's folder; standard output and error go into one pipe."""
+        """As subprocess.Popen([sys.executable, *command]) in the project's folder; output and errors come together."""
         output, output_end = os.pipe()
         status, status_end = os.pipe()
         request = json.dumps({"command": [str(word) for word in command], "env": env}).encode()
@@ -50,20 +50,21 @@ class ForkedProcess:
     """What tests use of subprocess.Popen, for a process that is not a child of this one."""
 
     def __init__(self, output: int, status: int):
-        self._output, self._status = os.fdopen(output, errors="replace"), os.fdopen(status)
+        self._output, self._status, self._ended = os.fdopen(output, errors="replace"), os.fdopen(status), threading.Event()
         self.pid, self.returncode = int(self._status.readline()), None
+        threading.Thread(target=self._await_end, daemon=True).start()
+
+    def _await_end(self) -> None:
+        with self._status:
+            self.returncode = int(self._status.readline())
+        self._ended.set()
 
     def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None:
-            if not select.select([self._status], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            self.returncode = int(self._status.readline())
-            self._status.close()
+        if not self._ended.wait(timeout):
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
         return self.returncode
 
     def poll(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(0)
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -122,7 +123,16 @@ def fork_and_watch(request: dict, output: int, status: int) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["command"]
-    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+
+
+def run(argv: list[str]) -> None:
+    if argv[0] == "-m":
+        sys.path[0] = os.getcwd()
+        del argv[0]
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(argv[0]).resolve().parent)
+        runpy.run_path(argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
@@ -131,4 +141,4 @@ if __name__ == "__main__":
             __import__(name)
     gc.freeze()  # else each process's first collection copies the pages that it shares with this one
     serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_path(sys.argv[0], run_name="__main__")  # down here, so that it ends as a script of its own does
+    run(sys.argv)  # down here, so that it ends as a script of its own does

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 # at 1.0 the reference itself, run in float32, is up to 3e-5 from float64: five steps make that of what float32 rounds
 LEARNING_RATE, MOMENTUM, BATCH_SIZE = 0.5, 0.9, 6
-STAGES, MICRO_BATCH_TOKENS, RANKS = (0, 1, 2, 3), (24, 1000), (1, 2)
+STAGES, MICRO_BATCH_TOKENS, NORMALIZATIONS = (0, 1, 2, 3), (24, 1000), ("none", "batch")
 
 
 def batches_of_uneven_groups(rng):
@@ -55,15 +55,27 @@ def reference(model_name, batches, normalize):
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("num_ranks", RANKS)
-@pytest.mark.parametrize("normalization", ["none", "batch"])
+def setups(every):
+    """(model, stage, micro_batch_tokens, normalization, number of the setup). Not `every` one: eight of the 32, in which each
+    pair of values of two settings occurs (an orthogonal array)."""
+    product = list(itertools.product(range(2), range(4), range(2), range(2)))
+    array = [(c, 2 * a + b, c ^ a, c ^ b) for a, b, c in itertools.product(range(2), repeat=3)]
+    return [
+        (model, STAGES[stage], MICRO_BATCH_TOKENS[tokens], NORMALIZATIONS[normalization], i)
+        for i, (model, stage, tokens, normalization) in enumerate(product)
+        if every or product[i] in array
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
-    num_ranks, normalization, tiny_model, tiny_untied_model, tmp_path, rng
+    every, num_ranks, tiny_model, tiny_untied_model, tmp_path, rng
 ):
-    batches = batches_of_uneven_groups(rng)
+    batches, models = batches_of_uneven_groups(rng), (tiny_model, tiny_untied_model)
     data = write_groups(tmp_path / "data.jsonl", [group for batch in batches for group in batch])
-    runs, combinations = [], list(itertools.product((tiny_model, tiny_untied_model), STAGES, MICRO_BATCH_TOKENS))
-    for i, (model, stage, micro_batch_tokens) in enumerate(combinations):
+    runs = []
+    for model, stage, micro_batch_tokens, normalization, i in setups(every):
         ds = {
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": MOMENTUM}},
@@ -71,33 +83,33 @@ def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
         }
         runs.append(
             dict(
-                model_name=model, data=data, deepspeed=ds, batch_size=BATCH_SIZE, micro_batch_tokens=micro_batch_tokens,
+                model_name=models[model], data=data, deepspeed=ds, batch_size=BATCH_SIZE, micro_batch_tokens=micro_batch_tokens,
                 learning_rate=LEARNING_RATE, max_grad_norm=0, advantage_normalization=normalization, device="cpu",
-                output_dir=str(tmp_path / f"run{i}"), gradient_checkpointing=bool(i % 3), packing=bool(i // 2 % 2 == 0),
-                skip_weightless=bool(i % 5), prefetch_batches=i % 3,
+                output_dir=str(tmp_path / f"run{i}"), packing=(model + stage // 2 + stage) % 2 == 0,
+                gradient_checkpointing=bool(i % 3), skip_weightless=bool(i % 5), prefetch_batches=i % 3,
                 share_prefixes=bool(i % 7),
             )
         )  # fmt: skip
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    for code, output in run_ranks(["tests/train_many.py", tmp_path / "runs.json"], num_ranks, timeout=500):
+    for code, output in run_ranks(["tests/train_many.py", tmp_path / "runs.json"], num_ranks, timeout=1000):
         assert code == 0, output[-4000:]
-    for model in (tiny_model, tiny_untied_model):
-        wanted = reference(model, batches, normalization == "batch")
-        start = load_file(f"{model}/model.safetensors")
-        for i, (of, stage, micro_batch_tokens) in enumerate(combinations):
-            if of != model:
-                continue
-            got = load_file(tmp_path / f"run{i}" / "final" / "model.safetensors")
-            assert got.keys() == wanted.keys()
-            for name, value in wanted.items():
-                error = ((got[name].double() - value).norm() / value.norm()).item()
-                moved = ((value - start[name].double()).norm() / value.norm()).item()
-                assert moved > 1e-4, f"{name} hardly moved: this would show nothing"
-                assert error < 1e-5, f"{name}: {error} at stage {stage}, micro_batch_tokens {micro_batch_tokens}"
-        shared = [
-            json.loads((tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()[3])["plan/shared"] for i in (1, 5)
-        ]
-        assert min(shared) > 0.1
+    wanted = {
+        (i, normalization): reference(model, batches, normalization == "batch")
+        for i, model in enumerate(models)
+        for normalization in NORMALIZATIONS
+    }
+    starts, shared = [load_file(f"{model}/model.safetensors") for model in models], []
+    for run, (model, stage, micro_batch_tokens, normalization, i) in zip(runs, setups(every), strict=True):
+        got = load_file(tmp_path / f"run{i}" / "final" / "model.safetensors")
+        assert got.keys() == wanted[model, normalization].keys()
+        for name, value in wanted[model, normalization].items():
+            error = ((got[name].double() - value).norm() / value.norm()).item()
+            moved = ((value - starts[model][name].double()).norm() / value.norm()).item()
+            assert moved > 1e-4, f"{name} hardly moved: this would show nothing"
+            assert error < 1e-5, f"{name}: {error} at stage {stage}, micro_batch_tokens {micro_batch_tokens}"
+        if run["packing"] and run["share_prefixes"] and micro_batch_tokens == max(MICRO_BATCH_TOKENS):
+            shared.append(json.loads((tmp_path / f"run{i}" / "metrics.jsonl").read_text().splitlines()[3])["plan/shared"])
+    assert len(shared) > 1 and min(shared) > 0.1
 
 
 def test_second_shares_within_hosts_change_nothing(tiny_model, tiny_untied_model, tmp_path, rng):

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from itertools import chain
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import requests
 import torch
 from atropos_server import atropos_server, post_group, register_env
-from conftest import ROOT, clean_environment, make_group, make_model, run_ranks, write_groups
+from conftest import ROOT, make_group, make_model, run_script, write_groups
 from fed_run import fed, flags, make_groups, make_settings, steps_of, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,8 +28,9 @@ PLACEHOLDER = 1.0
 def clean(smollm2, tmp_path_factory):
     """Six groups of four answers in SmolLM2's chat template, with logps of a sampler, as text of JSON."""
     path = tmp_path_factory.mktemp("clean") / "groups.jsonl"
-    command = [sys.executable, "-m", "wsft.environment", "--tokenizer", smollm2, "--pattern", "mixed", "--output", path]
-    subprocess.run([*map(str, command), "--groups", "6", "--group_size", "4"], cwd=ROOT, check=True, env=clean_environment())
+    command = ["-m", "wsft.environment", "--tokenizer", smollm2, "--pattern", "mixed", "--output", path]
+    code, said = run_script(*command, "--groups", "6", "--group_size", "4")
+    assert code == 0, said
     groups = [json.loads(line) for line in path.open()]
     for group in groups:
         group["inference_logprobs"] = [[PLACEHOLDER if m == -100 else -0.5 for m in row] for row in group["masks"]]
@@ -279,10 +278,9 @@ def test_recorded_groups_posted_by_hand(smollm2, tmp_path):
 
 
 def run_inspect(*words, code=0):
-    command = [sys.executable, "-m", "wsft.inspect", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
-    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-    return done.stdout if code == 0 else done.stderr
+    found, said = run_script("-m", "wsft.inspect", *words)
+    assert found == code and "Traceback" not in said, said
+    return said
 
 
 def test_a_run_is_looked_at_by_its_journal_and_its_own_settings(tiny_model, rng, tmp_path):
@@ -344,11 +342,8 @@ def test_a_server_without_an_example_says_so(tiny_model):
     ],
 )
 def test_what_cannot_be_looked_at_is_said_in_a_sentence(words, said, tiny_model):
-    done = subprocess.run(
-        [sys.executable, "-m", "wsft.inspect", *(tiny_model if w == "MODEL" else w for w in words)],
-        cwd=ROOT, env=clean_environment(), capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode in (1, 2) and said in done.stderr and "Traceback" not in done.stderr
+    code, found = run_script("-m", "wsft.inspect", *(tiny_model if w == "MODEL" else w for w in words))
+    assert code in (1, 2) and said in found and "Traceback" not in found
 
 
 def test_a_file_is_looked_at_batch_by_batch_as_it_is_trained(tiny_model, rng, tmp_path):
@@ -363,9 +358,7 @@ def test_the_dry_run_says_what_looks_wrong_in_the_first_batch(clean, smollm2, ti
     position = no_end(groups[2])
     data = write_groups(tmp_path / "groups.jsonl", groups)
     model = make_model(tmp_path / "model", vocab_size=49_152)
-    ((code, said),) = run_ranks(
-        ["train.py", *flags(dict(model_name=model, tokenizer_name=smollm2, data=data, dry_run=True))], 1
-    )
+    code, said = run_script("train.py", *flags(dict(model_name=model, tokenizer_name=smollm2, data=data, dry_run=True)))
     place = f"line 3, sequence 1, position {position}"
     assert f"looks wrong: 1 sequence(s) end without an end-of-sequence token, though nothing cut them off ({place})" in said
     assert code == 0, said

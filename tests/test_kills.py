@@ -18,6 +18,7 @@ from fed_run import (
     assert_bitwise_equal,
     fed,
     flags,
+    is_rank,
     make_groups,
     make_settings,
     state_of,
@@ -70,7 +71,7 @@ def end_at_random(settings, groups, folder, kills, dice):
                     feeder.release(STEPS)
                     assert run.wait(PATIENCE_S) == 0
                     return
-                wait_until(lambda run=run: len(ranks_of(run.children(recursive=True))) == 2)
+                wait_until(lambda run=run: len(list(filter(is_rank, run.children(recursive=True)))) == 2)
                 steps = dice.randrange(STEPS)
                 feeder.release(steps)  # and no more, so that it cannot end
                 if dice.random() < 0.75:  # at work; else while it loads
@@ -87,12 +88,8 @@ def end_at_random(settings, groups, folder, kills, dice):
             feeder.run_is_dead()
 
 
-def ranks_of(family):
-    return [process for process in family if "train.py" in process.cmdline()[-40:] and "launch" not in str(process.cmdline())]
-
-
 def kill_one_of(run, family, whom):
-    ranks = ranks_of(family)
+    ranks = list(filter(is_rank, family))
     launch = [process for process in family if "deepspeed.launcher.launch" in process.cmdline()]
     victims = {"rank 0": ranks[:1], "rank 1": ranks[1:], "runner": [run], "launch": launch, "all": [*family, run]}[whom]
     for victim in victims:

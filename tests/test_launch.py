@@ -1,17 +1,14 @@
 """launch/single_node.sh: signals reach the ranks, no orphan remains, the exit code is true."""
 
-import contextlib
 import os
-import re
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT, buffers_of_deepspeed, clean_environment, remove_buffers_of_deepspeed, run_together
-from fed_run import PATIENCE_S, STEPS, fed, flags, make_groups, make_settings, state_of, steps_of, wait_until
+from fed_run import PATIENCE_S, STEPS, fed, flags, is_rank, make_groups, make_settings, state_of, steps_of, wait_until
 
 
 @pytest.fixture
@@ -30,8 +27,12 @@ class Started:
         with said.open("w") as file:
             command, env = ["bash", "launch/single_node.sh", *flags(settings)], clean_environment(NUM_GPUS="2")
             self.launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
-        wait_until(lambda: len(steps_of(settings["output_dir"])) >= 2 or self.launcher.poll() is not None)
-        assert self.launcher.poll() is None, said.read_text()
+        try:
+            wait_until(lambda: len(steps_of(settings["output_dir"])) >= 2 or self.launcher.poll() is not None)
+            assert self.launcher.poll() is None, said.read_text()
+        except AssertionError:
+            self.launcher.kill()  # which its ranks notice
+            raise
         self.family = psutil.Process(self.launcher.pid).children(recursive=True)
         ranks = [(p.environ()["RANK"], p) for p in self.family if "train.py" in p.cmdline()]
         self.ranks = [p for _, p in sorted(ranks, key=lambda pair: pair[0])]
@@ -55,13 +56,6 @@ def started(settings, tmp_path):
     running = Started(settings, tmp_path / "said.txt")
     yield running
     assert not buffers_of_deepspeed(running.port)
-
-
-def is_loading(process):
-    """Whether it is a rank that has read its settings: from then on it catches SIGTERM, and torch is yet to be loaded."""
-    with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile
-        caught = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
-        return "train.py" in process.cmdline() and int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
 def slow(*values):
@@ -114,7 +108,7 @@ def test_a_signal_while_modules_load_is_not_lost(settings, tmp_path):
     with (tmp_path / "said.txt").open("w") as said:
         command = ["bash", "launch/single_node.sh", *flags(settings)]
         launcher = subprocess.Popen(command, cwd=ROOT, env=clean_environment(NUM_GPUS="2"), stdout=said, stderr=said)
-        wait_until(lambda: len(list(filter(is_loading, psutil.Process(launcher.pid).children()))) == 2)
+        wait_until(lambda: len(list(filter(is_rank, psutil.Process(launcher.pid).children()))) == 2)
         launcher.terminate()
         assert launcher.wait(PATIENCE_S) == 143, (tmp_path / "said.txt").read_text()
     assert state_of(tmp_path / "run")["reason"] == "asked to stop before the first step"

@@ -22,12 +22,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_GONE = 99  # a code no signal has
 _LOOK_S = 1.0
 _early: list[int] = []  # signals that came before there was a Stop
+_early_launchers: dict[int, int] = {}  # as they were then: one that is gone by now is not seen by looking
 
 
 def note_signals() -> None:
     """From now on SIGTERM and SIGUSR1 wait for the first `Stop`: libraries take seconds to load, and a run that is asked to
     stop meanwhile must be able to say so to whoever would start it again. Once all is done they change nothing: Python gives
     signals back to the system as it shuts down, and one that came then would make a failure of a run that has saved."""
+    _early_launchers.update(_launchers())
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: _early.append(number))
         atexit.register(signal.signal, number, signal.SIG_IGN)
@@ -58,7 +60,7 @@ class Stop:
         self._restore.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
         for number in SIGNALS:
             self._restore.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-        launchers, over = _launchers(), threading.Event()
+        launchers, over = _early_launchers or _launchers(), threading.Event()
         if launchers:
             self._start(self._watch, launchers, over)
             self._restore.callback(over.set)
