@@ -43,4 +43,5 @@ class Progress:
             now = time.monotonic()
             running = [f"{id.rpartition('::')[2][:80]} ({now - since:.0f} s)" for id, since in list(self._running.items())]
             reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+            reporter.ensure_newline()
             reporter.write_line(f"{now - self._start:4.0f} s: {self._done} of {self._total} done; at {', '.join(running)}")
