@@ -49,7 +49,7 @@ down() {
 slurm_up() { # LINES...: more of slurm.conf
   mkdir -p "$DIR/state" "$DIR/spool.node1" "$DIR/spool.node2"
   printf '%s\n' ClusterName=lab 'SlurmctldHost=node1(10.77.0.1)' SlurmUser=root SlurmdUser=root AuthType=auth/munge \
-    CredType=cred/munge AuthInfo=cred_expire=10 MpiDefault=none ProctrackType=proctrack/linuxproc TaskPlugin=task/none \
+    CredType=cred/munge AuthInfo=cred_expire=5 MpiDefault=none ProctrackType=proctrack/linuxproc TaskPlugin=task/none \
     JobAcctGatherType=jobacct_gather/none AccountingStorageType=accounting_storage/none SelectType=select/cons_tres \
     SelectTypeParameters=CR_Core SchedulerParameters=sched_interval=1,bf_interval=2,batch_sched_delay=0 \
     SlurmdParameters=config_overrides ReturnToService=2 KillWait=30 OverTimeLimit=0 PreemptType=preempt/partition_prio \

@@ -12,12 +12,14 @@ BUDGET_MIN = 9  # on two cores; the other three of CI's twelve minutes are for i
 
 
 class Progress:
-    """A pytest plugin for the process that speaks: under xdist that is not one that tests."""
+    """A pytest plugin for the process that reports. With -n 0 that is the one that tests, whose output is captured: then only
+    the end is said."""
 
     def __init__(self, config: pytest.Config):
         self._config, self._start = config, time.monotonic()
         self._total, self._done, self._running, self._over = 0, 0, {}, threading.Event()
-        threading.Thread(target=self._speak, daemon=True).start()
+        if config.getoption("numprocesses"):
+            threading.Thread(target=self._report, daemon=True).start()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
@@ -38,7 +40,7 @@ class Progress:
         minutes = (time.monotonic() - self._start) / 60
         terminalreporter.write_line(f"tests took {minutes:.1f} min; the budget of CI is {BUDGET_MIN} min: see tests/README.md")
 
-    def _speak(self) -> None:
+    def _report(self) -> None:
         while not self._over.wait(EVERY_S):
             now = time.monotonic()
             running = [f"{id.rpartition('::')[2][:80]} ({now - since:.0f} s)" for id, since in list(self._running.items())]
