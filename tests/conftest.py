@@ -15,19 +15,7 @@ from browser import browser, opened  # noqa: F401  fixtures of the tests marked 
 from fork_server import fork_server
 from progress import Progress
 
-LONGEST_FIRST = (
-    "cluster",
-    "kills",
-    "train",
-    "trainer",
-    "resume",
-    "outages",
-    "stop",
-    "exact",
-    "inspect",
-    "launch",
-    "quickstart",
-)
+LONGEST_FIRST = ("cluster", "kills", "resume", "outages", "stop", "trainer", "train", "launch", "quickstart", "learning")
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 96
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way

@@ -40,7 +40,7 @@ def test_an_interrupted_quickstart_leaves_no_process(signal_number, code):
     mark = f"WSFT_TEST_MARK={os.getpid()}-{signal_number}"
     quickstart = start(STEPS="100000", WSFT_TEST_MARK=mark.split("=")[1])
     for line in quickstart.stdout:
-        if line.startswith("loading "):  # server, environment and ranks are up
+        if line.startswith("starting "):  # server, environment and ranks are up
             break
     assert any("uvicorn" in command for command in processes_of(mark))
     assert any("train.py" in command for command in processes_of(mark))
