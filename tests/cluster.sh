@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Two "hosts", node1 and node2, out of namespaces (network, host name, processes, mounts, IPC) on one veth pair, each with an sshd;
 # the file system is shared. And a SLURM over both. Needs root.  bash tests/cluster.sh up|down|slurm_up|slurm_down DIR [LINES...]
+# Their network namespaces are called by the last part of DIR, so that several clusters can stand side by side.
 set -eu
-DIR=$2
+DIR=$2 NAME=${2##*/}
 mkdir -p "$DIR" /run/sshd
 
 pid_of() { cat "$DIR/$1.pid"; }
@@ -11,8 +12,8 @@ on() { local node=$1; shift; nsenter -t "$(pid_of "$node")" -n -u -p -i -m --wd=
 up() {
   ssh-keygen -q -t ed25519 -N '' -f "$DIR/id"
   for i in 1 2; do
-    node=node$i etc=/etc/netns/node$i
-    ip netns add "$node"
+    node=node$i etc=/etc/netns/$NAME-node$i
+    ip netns add "$NAME-$node"
     mkdir -p "$etc/ssh"
     printf '127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n' >"$etc/hosts"
     ssh-keygen -q -t ed25519 -N '' -f "$etc/ssh/ssh_host_ed25519_key"
@@ -22,24 +23,24 @@ up() {
     printf '%s\n' "Host *" "IdentityFile $DIR/id" "IdentitiesOnly yes" "StrictHostKeyChecking no" \
       "UserKnownHostsFile /dev/null" "LogLevel ERROR" >"$etc/ssh/ssh_config"
   done
-  ip link add v1 netns node1 type veth peer name v2 netns node2
+  ip link add v1 netns "$NAME-node1" type veth peer name v2 netns "$NAME-node2"
   for i in 1 2; do
     node=node$i
-    ip -n "$node" link set "v$i" name eth0
-    ip -n "$node" addr add "10.77.0.$i/24" dev eth0
-    ip -n "$node" link set lo up
-    ip -n "$node" link set eth0 up
-    setsid ip netns exec "$node" unshare --uts --pid --ipc --fork --kill-child --mount-proc sh -c \
+    ip -n "$NAME-$node" link set "v$i" name eth0
+    ip -n "$NAME-$node" addr add "10.77.0.$i/24" dev eth0
+    ip -n "$NAME-$node" link set lo up
+    ip -n "$NAME-$node" link set eth0 up
+    setsid ip netns exec "$NAME-$node" unshare --uts --pid --ipc --fork --kill-child --mount-proc sh -c \
       "hostname $node; mount -t tmpfs tmpfs /dev/shm; exec /usr/sbin/sshd -D -E $DIR/sshd-$node.log" </dev/null >/dev/null 2>&1 &
     until [ -s "$DIR/sshd-$node.pid" ]; do sleep 0.1; done
-    for pid in $(ip netns pids "$node"); do # the first process of the node, as it is called out here
+    for pid in $(ip netns pids "$NAME-$node"); do # the first process of the node, as it is called out here
       if [ "$(cat "/proc/$pid/comm")" = sshd ]; then echo "$pid" >"$DIR/$node.pid"; fi
     done
   done
 }
 
 down() {
-  for node in node1 node2; do
+  for node in "$NAME-node1" "$NAME-node2"; do
     for pid in $(ip netns pids "$node" 2>/dev/null); do kill -9 "$pid" 2>/dev/null || true; done
     ip netns del "$node" 2>/dev/null || true
     rm -rf "/etc/netns/$node"

@@ -15,7 +15,20 @@ from browser import browser, opened  # noqa: F401  fixtures of the tests marked 
 from fork_server import fork_server
 from progress import Progress
 
-LONGEST_FIRST = ("cluster", "kills", "resume", "outages", "stop", "trainer", "train", "launch", "quickstart", "learning")
+LONGEST_FIRST = (
+    "slurm",
+    "kills",
+    "multi_node",
+    "resume",
+    "outages",
+    "stop",
+    "trainer",
+    "train",
+    "launch",
+    "quickstart",
+    "learning",
+)
+pytest.register_assert_rewrite("cluster", "fed_run")
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 96
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way

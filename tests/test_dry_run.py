@@ -131,7 +131,8 @@ def test_what_fits_where_in_the_readme_is_what_the_dry_run_says(row, shape, name
     line = re.search(rf"^\| {row} .*\| `{name}.json` \|.*", (ROOT / "README.md").read_text(), re.M)[0]
     gpu, host, disk = (float(x) for x in re.findall(r"([\d.]+) GiB", line))
     assert gpu == pytest.approx(figure(text, "the most at a time"), abs=0.06)
-    assert host == pytest.approx(figure(text, "of all its ranks"), abs=3)  # libraries differ from machine to machine
+    # of each rank, what the kernel holds of its libraries differs from machine to machine
+    assert host == pytest.approx(figure(text, "of all its ranks"), abs=0.6 * min(ranks, 8))
     assert disk == pytest.approx(figure(text, "a checkpoint"), abs=0.6)
 
 

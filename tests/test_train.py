@@ -42,7 +42,7 @@ def launched(launcher):
 
 
 def slow(launcher):
-    """In CI test_kills.py trains to the end by deepspeed, test_cluster.py by single_node.sh on each of two hosts."""
+    """In CI test_kills.py trains to the end by deepspeed, test_multi_node.py by single_node.sh on each of two hosts."""
     return pytest.param(launcher, marks=pytest.mark.slow)
 
 

@@ -1,0 +1,167 @@
+"""launch/slurm.sbatch: real daemons of SLURM over two hosts; jobs that are requeued, preempted, cancelled, out of time."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import STEPS, assert_as_one_process
+from conftest import clean_environment, run_together
+from fed_run import flags, state_of, steps_of, wait_until
+
+pytestmark = pytest.mark.cluster
+pytest_plugins = ["cluster"]
+
+
+@pytest.fixture
+def slurm(cluster, request):
+    with contextlib.suppress(subprocess.CalledProcessError):
+        cluster.do("slurm_down")
+    cluster.do("slurm_up", *getattr(request, "param", []))
+    yield cluster
+    cluster.on("node1", "scancel", "--user=root")
+    cluster.do("slurm_down")
+
+
+class Job:
+    def __init__(self, slurm, settings, *options):
+        self.slurm, self.folder = slurm, Path(settings["output_dir"])
+        self.said = self.folder.with_suffix(".out")
+        shape = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2", "--time=60", f"--output={self.said}"]
+        self.id = self.sbatch(*shape, *options, "launch/slurm.sbatch", *flags(settings))
+
+    def sbatch(self, *words):
+        code, said = self.slurm.on("node1", "sbatch", "--parsable", *words)
+        assert code == 0, said
+        return said.split()[-1]
+
+    def words(self):
+        return self.said.read_text() if self.said.exists() else ""
+
+    def control(self, *words):
+        code, said = self.slurm.on("node1", "scontrol", *words)
+        assert code == 0, said
+
+    def state(self):
+        """Of the job, as SLURM has it."""
+        code, said = self.slurm.on("node1", "scontrol", "show", "job", self.id)
+        assert code == 0, said
+        return re.search(r"JobState=(\w+)", said)[1]
+
+    def until(self, truth):
+        try:
+            wait_until(truth)
+        except AssertionError:
+            raise AssertionError(f"{self.state()}: {self.words()}") from None
+
+    def train(self, feeder, steps):
+        """So many steps of the run, which then waits for what comes next."""
+        feeder.release(steps)
+        self.until(lambda: len(steps_of(self.folder)) == steps)
+
+    def starts(self):
+        return self.words().count(f"job {self.id}, start ")
+
+    def until_its_limit_is_met(self, limit, times):
+        """The limit is lowered until SLURM, which looks every 30 s, has acted on it: in the queue it is as it was."""
+        self.control("update", f"JobId={self.id}", limit)
+        self.until(lambda: self.state() == "PENDING" or self.starts() > times)
+        self.control("update", f"JobId={self.id}", "TimeLimit=60")
+        self.until_it_comes_back(times)
+
+    def until_it_comes_back(self, times):
+        """Saved by start number `times`, and begun again where that stopped."""
+        self.until(lambda: self.starts() > times)
+        saved = re.findall(r"stopped after step (\d+)", self.words())
+        assert len(saved) == times, self.words()
+        self.until(lambda: len(self.resumed()) == times)
+        assert self.resumed()[-1] == saved[-1]
+
+    def resumed(self):
+        return re.findall(r"resuming from .*/step_(\d+)\n", self.words())
+
+    def until_it_is_over(self, state="COMPLETED"):
+        self.until(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+        assert self.state() == state, self.words()
+        wait_until(lambda: not self.slurm.runs())
+
+
+def preempting(job):
+    job.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true")
+
+
+@pytest.mark.parametrize("slurm", [[]], indirect=True)
+def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_untouched(
+    slurm, fed_settings, feeder, shared, tmp_path
+):
+    """Preempted without a signal of its own: only its ranks are told."""
+    job = Job(slurm, fed_settings, "--signal=B:USR1@600")
+    job.train(feeder, 4)
+    job.control("requeue", job.id)
+    job.until_it_comes_back(1)
+    job.train(feeder, 8)
+    job.until_its_limit_is_met("TimeLimit=10", 2)  # so that its signal is due, and its end is not
+    job.train(feeder, 12)
+    preempting(job)
+    job.until_it_comes_back(3)
+    job.train(feeder, 16)
+    job.until_its_limit_is_met("EndTime=now", 4)  # without a signal that leaves it time
+    job.train(feeder, STEPS)
+    job.until_it_is_over()
+    assert "the trained model is in" in job.words()
+    assert_as_one_process(job.folder, shared)
+    assert [step["step"] for step in steps_of(job.folder)] == list(range(1, STEPS + 1))
+    assert {path.name for path in (job.folder / "logs").iterdir()} >= {"rank_0.log", "rank_1.log"}
+
+
+@pytest.mark.parametrize("slurm", [["SlurmctldParameters=preempt_send_user_signal"]], indirect=True)
+def test_a_job_that_preemption_signals_comes_back_and_one_that_is_cancelled_does_not(slurm, fed_settings, feeder, shared):
+    job = Job(slurm, fed_settings, "--signal=B:USR1@40")
+    job.train(feeder, 5)
+    preempting(job)
+    job.until_it_comes_back(1)
+    job.train(feeder, 10)
+    assert slurm.on("node1", "scancel", job.id)[0] == 0
+    job.until_it_is_over("CANCELLED")  # and not PENDING: SLURM starts it no more
+    assert "if the job does not come back" in job.words() and state_of(job.folder)["state"] == "preempted"
+    job = Job(slurm, fed_settings | {"resume": True})
+    job.train(feeder, STEPS)
+    job.until_it_is_over()
+    assert_as_one_process(job.folder, shared)
+
+
+def test_a_job_that_fails_or_has_no_gpus_says_so(slurm, settings, tmp_path):
+    failing = Job(slurm, settings | {"model_name": tmp_path})
+    failing.until_it_is_over("FAILED")
+    for words in ("training failed", "no model in", "exit code 1): see above"):
+        assert words in failing.words()
+    del settings["device"]  # then the job is one for GPUs
+    gpus = Job(slurm, settings | {"output_dir": tmp_path / "other"}, "--gpus-per-node=0")
+    gpus.until_it_is_over("FAILED")
+    assert "the job has no GPUs: add --gpus-per-node=8 to sbatch" in gpus.words()
+
+
+def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
+    """And an environment on the other node feeds it."""
+    del settings["data"]
+    job = Job(slurm, settings | {"training_steps": 3, "max_token_len": 128}, "--export=ALL,ATROPOS_PORT=8123")
+    environment = ["--url", "http://node1:8123", "--tokenizer", settings["model_name"], "--pattern", "mixed"]
+    environment += ["--groups", "0", "--group_size", "4"]
+    posting = slurm.start("node2", sys.executable, "-m", "wsft.environment", *environment, said=tmp_path / "posting.txt")
+    try:
+        job.until_it_is_over()
+    finally:
+        posting.kill()
+        for process in slurm.processes("node2", "wsft.environment"):
+            process.kill()
+    assert len(steps_of(job.folder)) == 3 and not slurm.processes("node1", "atroposlib")
+
+
+def test_a_look_at_a_job_before_it_is_submitted(settings):
+    ((code, said),) = run_together([["bash", "launch/slurm.sbatch", "--dry-run", *flags(settings)]], [clean_environment()])
+    assert code == 0 and "#SBATCH --signal=B:USR1@600" in said and "'srun' '--kill-on-bad-exit=1'" in said
+    assert not Path(settings["output_dir"]).exists()
+    ((code, said),) = run_together([["bash", "launch/slurm.sbatch", *flags(settings)]], [clean_environment()])
+    assert code == 1 and "this is no job: sbatch launch/slurm.sbatch" in said
