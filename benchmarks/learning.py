@@ -58,7 +58,7 @@ WINDOW = 4  # steps between two checkpoints; what K is above
 LEARNING_RATE = 4e-3
 ADAM = {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "torch_adam": True}}
 
-PATIENCE_S = 120.0  # for whatever the server and the trainer do between two looks at them
+PATIENCE_S = 300.0  # for whatever the server and the trainer do between two looks at them
 COLOURS = {"weighted_sft": "#c1432e", "importance_sampling": "#2166ac", "ppo_clip": "#3f8f4f"}
 
 

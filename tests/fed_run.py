@@ -53,7 +53,7 @@ class Feeder(threading.Thread):
         self.released = groups
 
     def run(self):
-        while not self.over.wait(0.02):
+        while not self.over.wait(0.05):
             try:
                 with self.lock:
                     self.post_what_is_next()
@@ -157,11 +157,11 @@ def is_rank(process):
         return "train.py" in process.cmdline()[:3] and int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
-def wait_until(truth, seconds=PATIENCE_S):
+def wait_until(truth, seconds=PATIENCE_S, every=0.05):
     deadline = time.monotonic() + seconds
     while not truth():
         assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.02)
+        time.sleep(every)
 
 
 def assert_bitwise_equal(folder, wanted):

@@ -6,10 +6,10 @@ import pytest
 from conftest import ROOT, make_model, run_ranks
 
 WIDE = dict(
-    vocab_size=16384,
+    vocab_size=4096,
     hidden_size=512,
     intermediate_size=1536,
-    num_hidden_layers=24,
+    num_hidden_layers=10,
     num_attention_heads=8,
     head_dim=64,
     tied=False,
@@ -18,14 +18,14 @@ WIDE = dict(
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """A model of 89 million parameters in float32, 340 MiB, in files of 32 MiB at most; and its bytes, and the largest's."""
+    """A model of 36 million parameters in float32, 138 MiB, in files of 12 MiB at most; and its bytes, and the largest's."""
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("models") / "sharded"
     make_model(folder, **WIDE)
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder, max_shard_size="32MB")
+    model.save_pretrained(folder, max_shard_size="12MB")
     assert len(list(folder.glob("*.safetensors"))) > 8
     sizes = [p.nbytes for p in model.parameters()]
     return folder, sum(sizes), max(sizes)

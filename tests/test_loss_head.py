@@ -143,7 +143,12 @@ def test_bf16_differs_from_exact_by_its_own_rounding(chunk_tokens, native, monke
         assert (ours.double() - theirs).norm() < (0.01 if native else 0.003) * theirs.norm()
 
 
-@pytest.mark.parametrize("name", ["temperature", "temperatures", "softcap", "all"])
+def slow(name):
+    """Each kernel takes ten seconds to compile."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [slow("temperature"), slow("temperatures"), slow("softcap"), "all"])
 def test_one_kernel_computes_what_many_do(name, monkeypatch):
     """As on a GPU, where torch.compile makes it; chunks are of two sizes."""
     monkeypatch.setattr(loss_head, "fuses", lambda device: True)

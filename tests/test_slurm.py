@@ -52,7 +52,7 @@ class Job:
 
     def until(self, truth):
         try:
-            wait_until(truth)
+            wait_until(truth, every=0.5)
         except AssertionError:
             raise AssertionError(f"{self.state()}: {self.words()}") from None
 
@@ -85,7 +85,7 @@ class Job:
     def until_it_is_over(self, state="COMPLETED"):
         self.until(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
         assert self.state() == state, self.words()
-        wait_until(lambda: not self.slurm.runs())
+        wait_until(lambda: not self.slurm.runs(), every=0.5)
 
 
 def preempting(job):
