@@ -29,6 +29,7 @@ from fed_run import (
 )
 from safetensors.torch import load_file
 
+VICTIMS = ("runner", "rank 1", "launch", "rank 0", "all")
 PLACES = ("fetch", "append", "fsync", "appended", "step", "save", "finish", "prune", "export")
 
 
@@ -57,8 +58,8 @@ def test_kills_at_exact_places_change_nothing(settings, groups, tmp_path):
 
 
 def end_at_random(settings, groups, folder, kills, dice):
-    """A run under the deepspeed launcher. A rank, the launcher, or all of it is killed so often, somewhere between the start of
-    the ranks and the last step, and started again."""
+    """A run under the deepspeed launcher. One of its processes, or all, is killed so often, somewhere between the start of the
+    ranks and the last step, and the run started again; the others end by themselves."""
     with fed(folder, groups, released=0) as (server, feeder):
         command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port"]
         for kill in range(kills + 1):
@@ -78,7 +79,7 @@ def end_at_random(settings, groups, folder, kills, dice):
                     wait_until(lambda steps=steps: len(steps_of(folder)) >= steps - 1)
                 time.sleep(dice.random())
                 family = run.children(recursive=True)
-                kill_one_of(run, family, dice.choice(["rank 0", "rank 1", "runner", "launch", "all"]))
+                kill_one_of(run, family, VICTIMS[kill % len(VICTIMS)])
                 run.wait(PATIENCE_S)
                 _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
                 assert not alive

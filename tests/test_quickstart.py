@@ -40,10 +40,10 @@ def test_an_interrupted_quickstart_leaves_no_process(signal_number, code):
     mark = f"WSFT_TEST_MARK={os.getpid()}-{signal_number}"
     quickstart = start(STEPS="100000", WSFT_TEST_MARK=mark.split("=")[1])
     for line in quickstart.stdout:
-        if line.startswith("starting "):  # server, environment and ranks are up
+        if line.startswith("Atropos server on port"):  # the environment is started, too, and the ranks are next
             break
+    wait_until(lambda: any("train.py" in command for command in processes_of(mark)))
     assert any("uvicorn" in command for command in processes_of(mark))
-    assert any("train.py" in command for command in processes_of(mark))
     quickstart.send_signal(signal_number)
     quickstart.communicate(timeout=PATIENCE_S)
     assert quickstart.returncode == code

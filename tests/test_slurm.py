@@ -118,7 +118,7 @@ def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_u
 
 @pytest.mark.parametrize("slurm", [["SlurmctldParameters=preempt_send_user_signal"]], indirect=True)
 def test_a_job_that_preemption_signals_comes_back_and_one_that_is_cancelled_does_not(slurm, fed_settings, feeder, shared):
-    job = Job(slurm, fed_settings, "--signal=B:USR1@40")
+    job = Job(slurm, fed_settings, "--nodes=1", "--signal=B:USR1@40")
     job.train(feeder, 5)
     preempting(job)
     job.until_it_comes_back(1)
@@ -126,14 +126,14 @@ def test_a_job_that_preemption_signals_comes_back_and_one_that_is_cancelled_does
     assert slurm.on("node1", "scancel", job.id)[0] == 0
     job.until_it_is_over("CANCELLED")  # and not PENDING: SLURM starts it no more
     assert "if the job does not come back" in job.words() and state_of(job.folder)["state"] == "preempted"
-    job = Job(slurm, fed_settings | {"resume": True})
+    job = Job(slurm, fed_settings | {"resume": True}, "--nodes=1")
     job.train(feeder, STEPS)
     job.until_it_is_over()
     assert_as_one_process(job.folder, shared)
 
 
 def test_a_job_that_fails_or_has_no_gpus_says_so(slurm, settings, tmp_path):
-    failing = Job(slurm, settings | {"model_name": tmp_path})
+    failing = Job(slurm, settings | {"model_name": tmp_path}, "--nodes=1")
     failing.until_it_is_over("FAILED")
     for words in ("training failed", "no model in", "exit code 1): see above"):
         assert words in failing.words()

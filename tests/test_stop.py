@@ -129,6 +129,7 @@ def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_all(rank, settin
     assert state_of(tmp_path / "run")["state"] == "failed"
 
 
+@pytest.mark.slow  # test_kills.py kills this launcher, test_launch.py another
 def test_a_launcher_that_is_gone_stops_its_ranks(settings, groups, tmp_path):
     """An orphan would go on beside whatever is started next."""
     with fed(tmp_path / "run", groups[:2]) as (server, _):

@@ -10,7 +10,8 @@ import pytest
 import requests
 import torch
 from atropos_server import atropos_server, free_port, post_group, register_env
-from conftest import clean_environment, make_group, make_model, run_ranks, run_together, write_groups
+from conftest import clean_environment, follow, make_group, make_model, run_ranks, run_together, write_groups
+from fork_server import fork_server
 from safetensors.torch import load_file
 
 FP32_SGD = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
@@ -76,7 +77,7 @@ def test_srun_gives_the_ranks(run_flags, tmp_path):
     """What srun sets, without srun: two processes that know only SLURM's names."""
     slurm = dict(SLURM_NTASKS="2", SLURM_STEP_ID="0", SLURM_JOB_ID=str(free_port() - 20000), MASTER_ADDR="127.0.0.1")
     environments = [clean_environment(**slurm, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
-    for code, output in run_together([[sys.executable, "train.py", *run_flags]] * 2, environments):
+    for code, output in follow([fork_server().start(["train.py", *run_flags], env) for env in environments]):
         assert code == 0, output
     assert len(steps_of(tmp_path / "run")) == 3
 
