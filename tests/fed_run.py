@@ -104,8 +104,8 @@ def split(group, parts):
 
 @contextlib.contextmanager
 def fed(folder, groups, parts=1, released=None):
-    """A real server, and the groups posted to it one after the other: the first `released` (None: all) until the feeder is told
-    to release more; each in `parts` for ranks that fetch their own."""
+    """A real server, and the groups posted to it one after the other: the first `released` (None: all) until the feeder's
+    `release` allows more; each in `parts` for ranks that fetch their own."""
     with atropos_server() as server:
         feeder = Feeder(server.url, folder, groups, parts, released)
         feeder.start()

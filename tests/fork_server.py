@@ -106,15 +106,15 @@ def serve(control: socket.socket) -> None:
 
 
 def fork_and_watch(request: dict, output: int, status: int) -> None:
-    """Returns in the process of the script; the other tells its pid and, once it has ended, its exit code."""
+    """Returns in the process of the script; the other reports its pid and, once it has ended, its exit code."""
     pid = os.fork()
     if pid:
         os.close(output)
-        with open(status, "w", buffering=1) as told:
-            print(pid, file=told)
+        with open(status, "w", buffering=1) as report:
+            print(pid, file=report)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             with contextlib.suppress(BrokenPipeError):
-                print(code, file=told)
+                print(code, file=report)
         os._exit(0)
     os.close(status)
     os.dup2(output, 1)

@@ -96,7 +96,7 @@ def preempting(job):
 def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_untouched(
     slurm, fed_settings, feeder, shared, tmp_path
 ):
-    """Preempted without a signal of its own: only its ranks are told."""
+    """Preempted without a signal to the batch script: only its ranks get one."""
     job = Job(slurm, fed_settings, "--signal=B:USR1@600")
     job.train(feeder, 4)
     job.control("requeue", job.id)
