@@ -150,11 +150,17 @@ def steps_of(folder):
     return [json.loads(line) for line in path.open() if line.endswith("\n")] if path.exists() else []
 
 
+def command_of(process):
+    with contextlib.suppress(psutil.Error):  # gone meanwhile
+        return process.cmdline()
+    return []
+
+
 def is_rank(process):
     """And one that has read its settings: from then on, before torch is loaded, it catches SIGTERM and knows its launcher."""
-    with contextlib.suppress(psutil.Error, OSError):  # gone meanwhile
+    with contextlib.suppress(OSError):  # gone meanwhile
         caught = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
-        return "train.py" in process.cmdline()[:3] and int(caught, 16) >> (signal.SIGTERM - 1) & 1
+        return "train.py" in command_of(process)[:3] and int(caught, 16) >> (signal.SIGTERM - 1) & 1
 
 
 def wait_until(truth, seconds=PATIENCE_S, every=0.05):

@@ -16,6 +16,7 @@ from fed_run import (
     PATIENCE_S,
     STEPS,
     assert_bitwise_equal,
+    command_of,
     fed,
     flags,
     is_rank,
@@ -91,7 +92,7 @@ def end_at_random(settings, groups, folder, kills, dice):
 
 def kill_one_of(run, family, whom):
     ranks = list(filter(is_rank, family))
-    launch = [process for process in family if "deepspeed.launcher.launch" in process.cmdline()]
+    launch = [process for process in family if "deepspeed.launcher.launch" in command_of(process)]
     victims = {"rank 0": ranks[:1], "rank 1": ranks[1:], "runner": [run], "launch": launch, "all": [*family, run]}[whom]
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):

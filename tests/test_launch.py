@@ -34,8 +34,7 @@ class Started:
             self.launcher.kill()  # which its ranks notice
             raise
         self.family = psutil.Process(self.launcher.pid).children(recursive=True)
-        ranks = [(p.environ()["RANK"], p) for p in self.family if "train.py" in p.cmdline()]
-        self.ranks = [p for _, p in sorted(ranks, key=lambda pair: pair[0])]
+        self.ranks = sorted(filter(is_rank, self.family), key=lambda rank: rank.environ()["RANK"])
         self.port = self.ranks[0].environ()["MASTER_PORT"]
 
     def end(self, timeout=PATIENCE_S):
