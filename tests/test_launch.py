@@ -30,12 +30,12 @@ class Started:
         try:
             wait_until(lambda: len(steps_of(settings["output_dir"])) >= 2 or self.launcher.poll() is not None)
             assert self.launcher.poll() is None, said.read_text()
-        except AssertionError:
+            self.family = psutil.Process(self.launcher.pid).children(recursive=True)
+            self.ranks = sorted(filter(is_rank, self.family), key=lambda rank: rank.environ()["RANK"])
+            self.port = self.ranks[0].environ()["MASTER_PORT"]
+        except BaseException:
             self.launcher.kill()  # which its ranks notice
             raise
-        self.family = psutil.Process(self.launcher.pid).children(recursive=True)
-        self.ranks = sorted(filter(is_rank, self.family), key=lambda rank: rank.environ()["RANK"])
-        self.port = self.ranks[0].environ()["MASTER_PORT"]
 
     def end(self, timeout=PATIENCE_S):
         """The exit code; nothing that was started may be left."""
