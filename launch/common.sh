@@ -109,20 +109,22 @@ start_server() {
 }
 
 # run_ranks COUNT LOGS ARGUMENTS...: train.py once per rank of this host, under the names that torchrun uses; the exit code of the
-# rank that failed first. Rank 0 speaks here, each other into LOGS/rank_N.log; where HOST is set all speak here, each line under
-# its rank. On several hosts FIRST_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say which ranks these are.
+# rank that failed first. Rank 0 speaks here, each other into LOGS/rank_N.log. As one of several hosts, where hosts.py sets
+# WSFT_HOST, all speak here, each line under its rank; WSFT_FIRST_RANK, WSFT_NUM_RANKS, MASTER_ADDR and MASTER_PORT say which ranks
+# these are. Names like HOST and WORLD_SIZE are set for other reasons, too: by conda's compilers, by tcsh, by a job around this one.
 run_ranks() {
   local count=$1 logs=$2 local_rank rank code failed=0 patience=0
   local -A running=()
   shift 2
-  export LOCAL_WORLD_SIZE=$count WORLD_SIZE=${WORLD_SIZE:-$count} WSFT_LAUNCHER_PID=$$
-  export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-$(free_port)}
+  [ -n "${WSFT_HOST:-}" ] || MASTER_ADDR=127.0.0.1 WSFT_FIRST_RANK=0 WSFT_NUM_RANKS=$count
+  export LOCAL_WORLD_SIZE=$count WORLD_SIZE=$WSFT_NUM_RANKS WSFT_LAUNCHER_PID=$$
+  export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$(free_port)}
   (umask 077 && mkdir -p "$logs") || die "cannot write $logs"
-  [ -z "${HOST:-}" ] || echo $$ >"$logs/$HOST.pid"
+  [ -z "${WSFT_HOST:-}" ] || echo $$ >"$logs/$WSFT_HOST.pid"
   for ((local_rank = 0; local_rank < count; local_rank++)); do
-    rank=$((${FIRST_RANK:-0} + local_rank))
+    rank=$((WSFT_FIRST_RANK + local_rank))
     export RANK=$rank LOCAL_RANK=$local_rank
-    if [ -n "${HOST:-}" ]; then
+    if [ -n "${WSFT_HOST:-}" ]; then
       in_group python -u train.py "$@" > >(sed -u "s/^/[rank $rank] /") 2>&1
     elif [ "$rank" = 0 ]; then
       in_group python -u train.py "$@"
@@ -140,11 +142,11 @@ run_ranks() {
       unset "running[$rank]"
       if ((code && !failed)); then
         failed=$code patience=$((SECONDS + PATIENCE_S))
-        say "error: rank $rank failed first${HOST:+ on $HOST}: $(meaning "$code")"
-        if [ -z "${HOST:-}" ] && [ "$rank" != 0 ]; then tail -n 15 "$logs/rank_$rank.log" >&2; fi
+        say "error: rank $rank failed first${WSFT_HOST:+ on $WSFT_HOST}: $(meaning "$code")"
+        if [ -z "${WSFT_HOST:-}" ] && [ "$rank" != 0 ]; then tail -n 15 "$logs/rank_$rank.log" >&2; fi
       fi
     done
-    if [ -n "${HOST:-}" ] && [ -z "$ASKED_BY" ] && [ ! -d "/proc/$PPID" ]; then pass_on HUP; fi # the connection is gone
+    if [ -n "${WSFT_HOST:-}" ] && [ -z "$ASKED_BY" ] && [ ! -d "/proc/$PPID" ]; then pass_on HUP; fi # the connection is gone
     # the others end of themselves and say why, unless they cannot
     if ((failed && SECONDS > patience)); then kill_groups KILL; fi
   done

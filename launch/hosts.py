@@ -33,9 +33,12 @@ from wsft.config import UserError, WeightedSFTConfig, without_password
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 # what of this environment the ranks get, and what of that never leaves this machine
 HANDED_OVER = re.compile(
-    r"PATH|LD_LIBRARY_PATH|(PYTHON|NCCL_|GLOO_|UCX_|FI_|TORCH|CUDA_|TRITON_|HF_|TRANSFORMERS_|TOKENIZERS_|OMP_|MKL_|ONEDNN_|"
-    r"MALLOC_|DS_|WANDB_)\w*"
+    r"PATH|LD_LIBRARY_PATH|XDG_CACHE_HOME|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|"
+    r"(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|"
+    r"(PYTHON|NCCL_|GLOO_|UCX_|FI_|TORCH|PYTORCH_|CUDA_|CUBLAS_|CUDNN_|NVIDIA_|TRITON_|HF_|TRANSFORMERS_|TOKENIZERS_|OMP_|MKL_|"
+    r"ONEDNN_|MALLOC_|DS_|DEEPSPEED_|WANDB_)\w*"
 )
+NETWORK = ("NCCL_", "GLOO_", "UCX_", "FI_")  # of these none is a secret: NCCL_IB_PKEY is a partition
 SECRET = re.compile(r"key|token(?!izers)|secret|passw|credential", re.IGNORECASE)
 LOOK_S = 45  # in which a host must have answered
 PATIENCE_S = 15  # after a rank failed, before what does not end of itself is ended
@@ -90,11 +93,16 @@ def write_environment(path: Path) -> None:
         file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
         with contextlib.suppress(FileNotFoundError):
             given |= dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
-    secret = sorted(name for name in given if SECRET.search(name))
+    secret = sorted(name for name, value in given.items() if is_secret(name, value))
     if secret:
         say(f"not handed over, as they look secret: {', '.join(secret)}; log in on the first host (wandb login, hf auth login)")
     path.write_text("".join(f"{name}={shlex.quote(given[name])}\n" for name in sorted(given.keys() - secret)))
     path.chmod(0o600)
+
+
+def is_secret(name: str, value: str) -> bool:
+    """By its name, or as the address of a proxy with a password."""
+    return not name.startswith(NETWORK) and (bool(SECRET.search(name)) or without_password(value) != value)
 
 
 # -- looking at the hosts ----------------------------------------------------------------------------------------------------
@@ -184,8 +192,10 @@ def _wrong_here(host: str, question: dict[str, Any]) -> Iterator[str]:
 def _server_from_here(url: str) -> Iterator[str]:
     import requests
 
+    from wsft.atropos import proxies_for
+
     try:
-        requests.get(f"{url.rstrip('/')}/info", timeout=10)
+        requests.get(f"{url.rstrip('/')}/info", timeout=10, proxies=proxies_for(url))
     except requests.RequestException as error:
         yield (
             f"does not reach the Atropos server at {without_password(url)} ({type(error).__name__}): start it, or give the "
@@ -214,7 +224,7 @@ class Launch:
         self.hosts, self.logs, per_host = list(slots), logs, next(iter(slots.values()))
         self.failed: re.Match | None = None
         self._asked = 0
-        given = f"HOST=%h FIRST_RANK=$((%n * {per_host})) NUM_GPUS={per_host} WORLD_SIZE={sum(slots.values())} "
+        given = f"WSFT_HOST=%h WSFT_FIRST_RANK=$((%n * {per_host})) NUM_GPUS={per_host} WSFT_NUM_RANKS={sum(slots.values())} "
         given += f"MASTER_ADDR={self.hosts[0]} MASTER_PORT={port}"
         script = shlex.join(["bash", "launch/single_node.sh", *arguments]).replace("%", "%%")
         environment = shlex.quote(str(logs / ".deepspeed_env")).replace("%", "%%")

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -77,8 +77,8 @@ def warnings(caplog, words: str) -> int:
 
 
 @contextmanager
-def raw_server(answer: bytes) -> Iterator[str]:
-    """Sends the same bytes to every connection and closes it. Yields its URL."""
+def raw_server(answer: bytes, pause: float = 0.0) -> Iterator[str]:
+    """Sends the same bytes to every connection, after a pause of so many seconds, and closes it. Yields its URL."""
 
     def serve():
         while True:
@@ -88,7 +88,13 @@ def raw_server(answer: bytes) -> Iterator[str]:
                 return
             with connection:
                 connection.recv(65536)
+                time.sleep(pause)
                 connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(0.5)
+                with suppress(OSError):
+                    while connection.recv(65536):  # closed with something unread it would be a reset
+                        pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
@@ -325,6 +331,49 @@ def test_a_connect_timeout_loses_nothing(monkeypatch):  # 1
         assert client.poll() is None
         assert client.state == "server unreachable"
         assert client.possibly_lost == 0
+
+
+@pytest.mark.parametrize("status", [b"502 Bad Gateway", b"503 Service Unavailable", b"504 Gateway Timeout"])
+@pytest.mark.parametrize("name", [b"Server: squid/6.6\r\n", b"Via: 1.1 gateway\r\n", b""])
+def test_what_a_proxy_answers_is_named_and_loses_nothing(status, name, caplog, monkeypatch):
+    answer = b"HTTP/1.1 " + status + b"\r\n" + name + b"Content-Length: 2\r\n\r\nno"
+    with raw_server(answer) as proxy:
+        monkeypatch.setenv("http_proxy", proxy)
+        client = AtroposClient(
+            "http://atropos.invalid:8000", batch_size=2, max_token_len=64, num_steps=1, timeout=300, registers=False
+        )
+        assert client.poll() is None
+    assert client.possibly_lost == 0 and client.state == "server unreachable"
+    said = {b"S": "a proxy (squid/6.6)", b"V": "a proxy (1.1 gateway)", b"": "a proxy (without a name)"}[name[:1]]
+    assert warnings(caplog, f"{said} answers {status[:3].decode()}, not the server; nothing is lost") == 1
+
+
+def test_a_proxy_that_waited_for_the_server_may_have_lost_a_batch(monkeypatch):
+    monkeypatch.setattr(atropos, "CONNECT_SECONDS", 0.2)
+    with raw_server(b"HTTP/1.1 504 Gateway Timeout\r\nServer: squid\r\nContent-Length: 0\r\n\r\n", pause=0.4) as url:
+        client = AtroposClient(url, batch_size=2, max_token_len=64, num_steps=1, timeout=300, registers=False)
+        assert client.poll() is None
+    assert client.possibly_lost == 1
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_a_server_on_this_machine_is_asked_directly(name, server, monkeypatch):
+    monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")  # where nobody listens
+    client = client_of(server)
+    assert client.poll() is None and client.state == "waiting for a batch"
+
+
+@pytest.mark.parametrize(
+    "url, direct",
+    [
+        ("http://localhost:8000", True),
+        ("http://127.9.0.1:1", True),
+        ("http://[::1]:8000", True),
+        ("http://10.0.0.1:8000", False),
+    ],
+)
+def test_which_servers_are_on_this_machine(url, direct):
+    assert bool(atropos.proxies_for(url)) == direct
 
 
 # -- outages ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """launch/single_node.sh: signals reach the ranks, no orphan remains, the exit code is true."""
 
+import importlib.util
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -19,13 +21,17 @@ def settings(tiny_model, tmp_path, rng):
         yield settings | {"atropos_url": server.url}
 
 
+# what conda's compilers, tcsh, or a job around it set for reasons of their own: nothing to the launcher of one machine
+OF_OTHERS = {"HOST": "x86_64-conda-linux-gnu", "WORLD_SIZE": "16", "FIRST_RANK": "8", "MASTER_ADDR": "10.255.255.1"}
+
+
 class Started:
     """A launcher at work, its ranks in their order, and everything it started."""
 
     def __init__(self, settings, said):
         self.said = said
         with said.open("w") as file:
-            command, env = ["bash", "launch/single_node.sh", *flags(settings)], clean_environment(NUM_GPUS="2")
+            command, env = ["bash", "launch/single_node.sh", *flags(settings)], clean_environment(NUM_GPUS="2", **OF_OTHERS)
             self.launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
         try:
             wait_until(lambda: len(steps_of(settings["output_dir"])) >= 2 or self.launcher.poll() is not None)
@@ -125,3 +131,22 @@ def test_a_second_run_in_one_folder_is_refused_with_host_and_process(started, se
     assert code == 1 and f"(process {started.ranks[0].pid} on {os.uname().nodename}): stop it" in said
     started.launcher.terminate()
     started.end()
+
+
+def test_other_hosts_get_what_networks_and_caches_need_and_no_secret(tmp_path, monkeypatch, capfd):
+    spec = importlib.util.spec_from_file_location("hosts", ROOT / "launch" / "hosts.py")
+    hosts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hosts)
+    given = {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "http_proxy": "http://proxy:3128",
+        "NO_PROXY": "localhost,10.0.0.0/8", "SSL_CERT_FILE": "/etc/ca.pem", "XDG_CACHE_HOME": "/scratch/cache",
+        "DEEPSPEED_LOG_LEVEL": "info", "NCCL_IB_PKEY": "0x1", "NCCL_SOCKET_IFNAME": "ib0", "TOKENIZERS_PARALLELISM": "false",
+    }  # fmt: skip
+    secret = {"WANDB_API_KEY": "k", "HF_TOKEN": "t", "HTTPS_PROXY": "http://me:pw@proxy:3128"}
+    for name, value in (given | secret | {"EDITOR": "vi", "HOSTNAME": "here"}).items():
+        monkeypatch.setenv(name, value)
+    hosts.write_environment(tmp_path / "environment")
+    written = dict(line.split("=", 1) for line in (tmp_path / "environment").read_text().splitlines())
+    assert {name: shlex.split(written[name])[0] for name in given} == given
+    assert not written.keys() & {*secret, "EDITOR", "HOSTNAME"}
+    assert "HF_TOKEN, HTTPS_PROXY, WANDB_API_KEY" in capfd.readouterr().err

@@ -26,6 +26,8 @@ from fed_run import (
     wait_until,
 )
 
+from wsft.stopping import Stop
+
 
 @pytest.fixture
 def groups(rng):
@@ -41,7 +43,8 @@ def test_a_signal_to_one_rank_stops_all_and_resume_completes(settings, groups, t
     folder = tmp_path / "run"
     with fed(folder, groups, released=0) as (server, feeder):
         settings["atropos_url"] = server.url
-        for number, rank, steps in ((signal.SIGTERM, 1, 3), (signal.SIGUSR1, 0, 6), (signal.SIGINT, 1, 9)):
+        asked = ((signal.SIGTERM, 1, 3), (signal.SIGUSR1, 0, 6), (signal.SIGINT, 1, 9), (signal.SIGHUP, 0, 11))
+        for number, rank, steps in asked:
 
             def send(processes, number=number, rank=rank, steps=steps):
                 feeder.release(steps)
@@ -60,6 +63,18 @@ def test_a_signal_to_one_rank_stops_all_and_resume_completes(settings, groups, t
         feeder.release(STEPS)
         train(settings)
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
+
+
+def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: stop.code)
+        assert stop.code == signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])

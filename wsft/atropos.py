@@ -7,6 +7,8 @@ registration can heal is healed inside `poll`; the others are an `AtroposError`.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import logging
 import time
 from dataclasses import KW_ONLY, dataclass, field
@@ -84,6 +86,29 @@ def never_sent(error: requests.RequestException) -> bool:
 def _cause(error: requests.RequestException) -> str:
     """The end of the chain that requests and urllib3 wrap around a failure: "[Errno 111] Connection refused"."""
     return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
+
+
+def proxies_for(url: str) -> dict[str, None]:
+    """For requests: no proxy to this machine itself, whatever http_proxy says; to others, what the environment says."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return {"http": None, "https": None, "all": None}
+    return {}
+
+
+def _is_of_a_proxy(response: requests.Response) -> bool:
+    """Whether a proxy or gateway answers in the server's place, which names itself uvicorn and has no such answers. One that
+    waited for the server before it gave up may have brought it the request."""
+    return response.status_code in (502, 503, 504) and "uvicorn" not in response.headers.get("Server", "")
+
+
+def _proxy_in_words(response: requests.Response) -> str:
+    name = response.headers.get("Server") or response.headers.get("Via") or "without a name"
+    return (
+        f"a proxy ({name}) answers {response.status_code}, not the server; nothing is lost. Start what is behind it, or list "
+        f"the server's host in NO_PROXY"
+    )
 
 
 def _checked_url(url: str) -> str:
@@ -190,11 +215,13 @@ class AtroposClient:
     def _fetch(self) -> bytes | None:
         """The one place that sends GET /batch: the body of a batch, None when the server has none."""
         try:
-            response = requests.get(f"{self.url}/batch", headers=HEADERS, timeout=(CONNECT_SECONDS, BATCH_READ_SECONDS))
+            response = self._send("GET", "/batch", BATCH_READ_SECONDS)
         except requests.RequestException as error:
             if never_sent(error):
                 raise _Fault(f"it cannot be reached ({_cause(error)})", state="unreachable") from error
             raise self._lost(f"broke off: {error!r}") from error
+        if _is_of_a_proxy(response) and response.elapsed.total_seconds() < CONNECT_SECONDS:
+            raise _Fault(f"GET /batch did not get there: {_proxy_in_words(response)}", state="unreachable")
         if response.status_code >= 500:
             raise self._server_error(response.status_code)
         if response.status_code != 200:
@@ -298,14 +325,21 @@ class AtroposClient:
 
     def _ask(self, method: str, path: str, **arguments) -> requests.Response:
         """A request that hands nothing out and can be sent again."""
-        timeout = (CONNECT_SECONDS, CONTROL_READ_SECONDS)
         try:
-            response = requests.request(method, self.url + path, headers=HEADERS, timeout=timeout, **arguments)
+            response = self._send(method, path, CONTROL_READ_SECONDS, **arguments)
         except requests.RequestException as error:
             raise _Fault(f"{method} {path} failed ({_cause(error)})", state="unreachable") from error
+        if _is_of_a_proxy(response):
+            raise _Fault(f"{method} {path} did not get there: {_proxy_in_words(response)}", state="unreachable")
         if response.status_code != 200:
             raise _Fault(f"{method} {path} answers {response.status_code}: {response.text[:200]}")
         return response
+
+    def _send(self, method: str, path: str, read_seconds: float, **arguments: object) -> requests.Response:
+        url = self.url + path
+        return requests.request(
+            method, url, headers=HEADERS, timeout=(CONNECT_SECONDS, read_seconds), proxies=proxies_for(url), **arguments
+        )
 
     def _ask_json(self, path: str) -> dict:
         response = self._ask("GET", path)

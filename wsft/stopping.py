@@ -13,12 +13,12 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 LAUNCHER_GONE = 99  # a code no signal has
 _LOOK_S = 1.0
 _early: list[int] = []  # signals that came before there was a Stop
@@ -26,13 +26,18 @@ _early_launchers: dict[int, int] = {}  # as they were then: one that is gone by 
 
 
 def note_signals() -> None:
-    """From now on SIGTERM and SIGUSR1 wait for the first `Stop`: libraries take seconds to load, and a run that is asked to
-    stop meanwhile must be able to say so to whoever would start it again. Once all is done they change nothing: Python gives
-    signals back to the system as it shuts down, and one that came then would make a failure of a run that has saved."""
+    """From now on SIGTERM, SIGUSR1 and SIGHUP wait for the first `Stop`: libraries take seconds to load, and a run that is
+    asked to stop meanwhile must be able to say so to whoever would start it again. Once all is done they change nothing: Python
+    gives signals back to the system as it shuts down, and one that came then would make a failure of a run that has saved."""
     _early_launchers.update(_launchers())
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _heard(set(SIGNALS) - {signal.SIGINT}):
         signal.signal(number, lambda number, _: _early.append(number))
         atexit.register(signal.signal, number, signal.SIG_IGN)
+
+
+def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of the signals that are for us: a process started by nohup goes on without its terminal."""
+    return [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def name_of(code: int) -> str:
@@ -40,7 +45,8 @@ def name_of(code: int) -> str:
 
 
 class Stop:
-    """A context in which SIGTERM, SIGUSR1 and the first SIGINT only set `code`; a second SIGINT ends the process at once.
+    """A context in which SIGTERM, SIGUSR1, SIGHUP (the terminal is closed) and the first SIGINT only set `code`; a second
+    SIGINT ends the process at once.
 
     Attributes:
         code: 0, or the signal's number, or LAUNCHER_GONE.
@@ -58,7 +64,7 @@ class Stop:
         self._start(self._listen, reader)
         self._restore.callback(writer.close)  # which ends it
         self._restore.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False))
-        for number in SIGNALS:
+        for number in _heard(SIGNALS):
             self._restore.callback(signal.signal, number, signal.signal(number, lambda *_: None))
         launchers, over = _early_launchers or _launchers(), threading.Event()
         if launchers:
