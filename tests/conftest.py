@@ -23,6 +23,7 @@ LONGEST_FIRST = (
     "outages",
     "stop",
     "trainer",
+    "model",
     "train",
     "launch",
     "quickstart",
@@ -59,15 +60,24 @@ def pytest_collection_modifyitems(config, items):
 
 def make_model(folder, family="llama", tied=True, pad_token=True, **changes):
     """A random model of a few thousand parameters, saved in float32 with a word-level tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
-    torch.manual_seed(0)
     config = {"llama": LlamaConfig, "qwen": Qwen2Config, "gemma": Gemma2Config}[family]
     shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     shape |= dict(num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_config(config(**{**shape, **changes}), dtype=torch.float32)
+    return save_model(folder, config(**{**shape, **changes}), pad_token)
+
+
+def save_model(folder, config, pad_token=True, scale=1.0):
+    """A random model of the config, in float32, its matrices times `scale`, with the same tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for param in model.parameters():
+        param.data.mul_(scale if param.ndim > 1 else 1.0)
     model.save_pretrained(folder)
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
     plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import VOCAB, make_model
+from torch.overrides import TorchFunctionMode
 
 from wsft import attention
 from wsft.attention import PACKED, keywords
@@ -67,6 +68,29 @@ def test_the_keys_of_a_shared_piece_come_before_those_of_each_that_goes_on_from_
     borders = said["wsft_borders"]
     assert borders.q_starts.tolist() == [0, 2, 5, 6, 8] and borders.k_starts.tolist() == [0, 2, 7, 8, 12]
     assert borders.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 6, 7] and (borders.longest_q, borders.longest_k) == (3, 5)
+
+
+class Looks(TorchFunctionMode):
+    """Counts what asks a tensor for its value: on a GPU the host would wait for it."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.item, torch.Tensor.tolist)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_row_is_run_without_a_look_at_values(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    folder = make_model(tmp_path / "model", family=family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED)
+    said = keywords(Layout.of(LENGTHS), CPU)
+    with Looks() as looks:
+        model(torch.zeros(1, sum(LENGTHS), dtype=torch.int64), use_cache=False, **said)
+    assert looks.count == 0
 
 
 def test_it_costs_the_sum_of_the_squares(monkeypatch):

@@ -172,6 +172,32 @@ def test_the_older_name_of_bf16_is_bf16():
     assert out["bf16"] == {"enabled": True} and "bfloat16" not in out
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_in_bf16_are_summed_in_float32_unless_the_json_says_otherwise(stage, caplog):
+    ds = {"bf16": {"enabled": True}, "zero_optimization": {"stage": stage}}
+    caplog.set_level("INFO", "wsft")
+    for more in ({}, {"data_types": {}}, {"data_types": {"grad_accum_dtype": "auto"}, "communication_data_type": "auto"}):
+        _, out = resolved(ds | more)
+        assert out["data_types"]["grad_accum_dtype"] == out["communication_data_type"] == "fp32"
+        assert out["zero_optimization"]["stage"] == max(1, stage)  # stage 0 of DeepSpeed cannot
+    assert ("stage 1" in caplog.text) == (stage == 0) and "lose digits" not in caplog.text
+    _, out = resolved(ds | {"data_types": {"grad_accum_dtype": "bf16"}})
+    assert out["data_types"]["grad_accum_dtype"] == out["communication_data_type"] == "bf16"
+    assert out["zero_optimization"]["stage"] == stage and "lose digits" in caplog.text
+    assert resolved(ds | {"communication_data_type": "bf16"})[1]["communication_data_type"] == "bf16"
+
+
+def test_without_a_json_gradients_are_summed_in_float32():
+    assert resolved(None)[1]["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("optimizer, decay", [("AdamW", 0.0), ("SGD", 0.0), ("Rprop", None)])
+def test_weight_decay_is_the_runs_where_the_json_has_none(optimizer, decay):
+    """torch's AdamW would take 0.01."""
+    _, out = resolved({"optimizer": {"type": optimizer, "params": {"lr": "auto"}}})
+    assert out["optimizer"]["params"].get("weight_decay") == decay
+
+
 def test_a_scheduler_gets_only_what_it_names():
     _, out = resolved(
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}, training_steps=6, learning_rate=1.0

@@ -9,7 +9,9 @@ from conftest import make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wsft.device import PeakMemory, rated_flops
+from wsft import device
+from wsft.config import UserError
+from wsft.device import PeakMemory, device_type, rated_flops
 from wsft.model import cost_of, empty_model
 
 
@@ -70,3 +72,20 @@ def test_a_token_costs_6_per_parameter_that_it_meets(kind, billions, pairs):
     cost, of_trained = cost_of(empty_model(config := AutoConfig.for_model(kind), trust_remote_code=False))
     assert billions is None or cost.per_token == pytest.approx(6e9 * billions, rel=1e-4)
     assert cost.per_pair == 6 * pairs and of_trained == 6 * config.vocab_size * config.hidden_size
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device, "NVIDIA_CARDS", str(tmp_path / "nvidia[0-9]*"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()
+    assert device_type("auto") == device_type("cpu") == "cpu"
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(UserError, match=r"there are 1 NVIDIA GPU.s. here .*nvidia0.*, but torch cannot use them"):
+        device_type("auto")
+    assert device_type("cpu") == "cpu"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert device_type("auto") == "cpu"
+    with pytest.raises(UserError, match="finds no CUDA device"):
+        device_type("cuda")

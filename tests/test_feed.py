@@ -1,21 +1,24 @@
 """Sources and the feed: what they give, when, and what is in the journal by then."""
 
+import contextlib
 import json
 import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from atropos_server import group
+from conftest import make_group, write_groups
 from fed_run import wait_until
 
 from wsft import WeightedSFTConfig
 from wsft.atropos import AtroposClient
 from wsft.batching import AtroposBatchProcessor
 from wsft.config import UserError
-from wsft.feed import AtroposSource, Feed
+from wsft.feed import AtroposSource, EndOfData, Feed, FileSource
 from wsft.journal import Journal
 
 
@@ -72,6 +75,82 @@ def test_batches_come_in_order_once_and_again_from_the_journal(tmp_path):
     assert Journal(tmp_path / "journal").numbers == [0, 1, 2]
     again = open_source("http://127.0.0.1:9", tmp_path / "journal")
     assert [take(again, number) for number in range(3)] == got
+
+
+def records(rng, sizes, env_id=0):
+    """Of one environment; two of a size and prompt that follow each other may be parts of a group."""
+    made = [make_group(rng, [8] * size, env_id=env_id, advantages=None) for size in sizes]
+    for record in made:
+        record["tokens"] = [[1, 5, *row[2:]] for row in record["tokens"]]
+        record["masks"] = [[-100, -100, *row[2:]] for row in record["tokens"]]
+    return made
+
+
+def read_all(source):
+    batches = []
+    with contextlib.suppress(EndOfData):
+        while True:
+            batches.append(source.take(0, step=0, over=threading.Event()))
+    return batches
+
+
+def test_a_file_gives_the_advantages_that_a_server_gives(tmp_path, rng):
+    bodies = [records(rng, [4, 2, 2]), records(rng, [2, 2, 1, 3]), records(rng, [1, 1, 4, 2])]  # 8 sequences each
+    bodies[0][1]["scores"], bodies[0][2]["scores"] = [1.0, 0.0], [3.0, 2.0]
+    path = write_groups(tmp_path / "data.jsonl", [record for body in bodies for record in body])
+    from_file = [batch for batch, _ in read_all(FileSource(path, 8, AtroposBatchProcessor()))]
+    processor = AtroposBatchProcessor()
+    from_server = [processor.decode(body) for body in bodies]
+    assert len(from_file) == 3
+    for ours, theirs in zip(from_file, from_server, strict=True):
+        assert ours.tokens.tolist() == theirs.tokens.tolist() and ours.advantages.tolist() == theirs.advantages.tolist()
+    means = [from_file[0].advantages[span][-1] for span in from_file[0].spans()][4:]
+    assert means == pytest.approx([-0.447, -1.342, 1.342, 0.447], abs=1e-3)  # of one group of four
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 100])
+def test_a_file_goes_on_behind_any_batch_as_if_it_had_not_been_left(batch_size, tmp_path, rng):
+    made = records(rng, [2, 2, 4, 2, 1, 1, 3, 2, 2])
+    made[3]["masks"][1] = None  # one that is left out
+    path = Path(write_groups(tmp_path / "data.jsonl", made))
+    text = path.read_bytes()
+    path.write_bytes(b'\xef\xbb\xbf{"torn": \n\n' + text)
+    whole = read_all(FileSource(str(path), batch_size, AtroposBatchProcessor()))
+    for done, (_, position) in enumerate(whole, 1):
+        processor = AtroposBatchProcessor(group_sizes={int(env_id): size for env_id, size in position["group_sizes"].items()})
+        rest = read_all(FileSource(str(path), batch_size, processor, json.loads(json.dumps(position))))
+        assert [b.advantages.tolist() for b, _ in rest] == [b.advantages.tolist() for b, _ in whole[done:]]
+        assert [b.rejected for b, _ in rest] == [b.rejected for b, _ in whole[done:]]
+
+
+def test_a_file_may_grow_but_not_change_where_it_was_read(tmp_path, rng):
+    path = Path(write_groups(tmp_path / "data.jsonl", records(rng, [2] * 6)))
+    text = path.read_bytes()
+    (first, position), *_ = read_all(FileSource(str(path), 4, AtroposBatchProcessor()))
+    assert len(first.lengths) == 4
+
+    def go_on():
+        return [len(batch.lengths) for batch, _ in read_all(FileSource(str(path), 4, AtroposBatchProcessor(), position))]
+
+    path.write_bytes(text + text[: text.index(b"\n") + 1])
+    assert go_on() == [4, 4, 2]
+    lines = text.splitlines(keepends=True)
+    swapped = [lines[1], lines[0], *lines[2:]]
+    for changed in (b"\n" + text, b"".join(lines[1:]), text.replace(b"1, 5", b"1, 6", 1), b"".join(swapped)):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"has changed in the part that this run has read \(those bytes differ"):
+            go_on()
+    path.write_bytes(lines[0])
+    with pytest.raises(UserError, match=f"it has {len(lines[0])} bytes, of which {len(lines[0] + lines[1])} were read"):
+        go_on()
+    path.write_bytes(b"".join(lines[:2]) + b"other lines\n")  # behind what was read
+    assert go_on() == []
+
+
+def test_the_sizes_of_groups_go_with_the_position(tmp_path):
+    Journal(tmp_path / "journal").append(0, json.dumps({"batch": [group(size=4) | {"env_id": 3}]}).encode())
+    source = open_source("http://127.0.0.1:9", tmp_path / "journal")
+    assert source.take(0, step=0, over=threading.Event())[1] == {"group_sizes": {3: 4}}
 
 
 def test_a_body_that_cannot_be_decoded_is_counted_and_ends_nothing(tmp_path):

@@ -23,7 +23,7 @@ def one(**fields):
 
 def decode(group, **rules):
     decoder = Decoder(**rules)
-    rollouts = decoder.group(group, "group 0")
+    rollouts = decoder.batch([group])
     return rollouts, dict(decoder.rejected)
 
 
@@ -79,6 +79,19 @@ def test_a_group_without_variance_has_no_advantage():
     assert [r.advantages.tolist() for r in rollouts] == [[0] * 4] * 2
 
 
+@pytest.mark.parametrize("size", [1e-6, 0.3, 1.0, 1e6])
+def test_scores_that_differ_by_rounding_have_no_advantage(size):
+    def advantages(difference):
+        scores = [size * (1 + difference), size]
+        rollouts, _ = decode(one(tokens=[TOKENS] * 2, masks=[LABELS] * 2, scores=scores))
+        return [r.advantages[3] for r in rollouts]
+
+    assert advantages(1.9e-5) == [0, 0]  # the population standard deviation is half of it
+    assert advantages(1e-7 / 0.3) == [0, 0]
+    if size > 1e-3:  # below, what is divided by is at least 1e-8
+        assert advantages(2.1e-5) == pytest.approx([1, -1])
+
+
 def test_overrides_stay_out_of_the_groups_statistics():
     group = one(tokens=[TOKENS] * 4, masks=[LABELS] * 4, scores=[1.0, 3.0, 100.0, None])
     group["overrides"] = [None, {}, {"set_advantage_to_zero": True}, {"sft": True}]
@@ -92,8 +105,12 @@ def parts(*scores, **fields):
     return [one(tokens=[TOKENS] * len(s), masks=[LABELS] * len(s), scores=s, env_id=3) | fields for s in scores]
 
 
-def advantages_in(records, **rules):
-    return [rollout.advantages[3] for rollout in Decoder(**rules).batch(records)]
+def advantages_in(records, size=None, **rules):
+    """Of the records' sequences, in an environment of that group size: it sent a whole group before."""
+    decoder = Decoder(**rules)
+    if size:
+        decoder.batch([one(tokens=[[9, 9, 9, 9]] * size, masks=[[-100, -100, 9, 9]] * size, scores=[0] * size, env_id=3)])
+    return [rollout.advantages[3] for rollout in decoder.batch(records)]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +125,7 @@ def advantages_in(records, **rules):
 def test_parts_of_one_group_are_scored_as_the_group(method, wanted):
     for split in ([[0, 1, 3, 8]], [[0, 1], [3, 8]], [[0], [1, 3], [8]], [[0], [1], [3], [8]], [[], [0, 1, 3], [8]]):
         whole = [part for part in parts(*split) if part["tokens"]]  # what holds no sequence has no prompt
-        assert np.allclose(advantages_in(whole, score_advantages=method), wanted)
+        assert np.allclose(advantages_in(whole, size=4, score_advantages=method), wanted)
 
 
 def test_what_is_no_part_of_the_group_is_scored_alone():
@@ -124,14 +141,39 @@ def test_what_is_no_part_of_the_group_is_scored_alone():
         assert advantages_in([first, other], **deviation) == [0, 2]
     for env_id in (None, -1, True, "3", 3.0):  # of no environment, or none that can be
         assert advantages_in(parts([0], [2], env_id=env_id), **deviation) == [0, 2]
-    assert [r.advantages[3] for part in (first, second) for r in Decoder(**deviation).group(part, "line 1")] == [0, 2]
+    assert [r.advantages[3] for part in (first, second) for r in Decoder(**deviation).batch([part])] == [0, 2]
+
+
+@pytest.mark.parametrize("scores, wanted", [([[1, 0], [3, 2]], [1, -1, 1, -1]), ([[0, 0], [1, 1]], [0, 0, 0, 0])])
+def test_two_whole_groups_of_one_prompt_are_two(scores, wanted):
+    assert advantages_in(parts(*scores)) == wanted
+    assert advantages_in(parts(*scores), size=2) == wanted
+
+
+def test_parts_make_up_no_more_than_a_group():
+    pairs = parts([0, 1], [2, 3], [10, 11], [12, 13])
+    centred = {"score_advantages": "group_center"}
+    assert advantages_in(pairs, size=4, **centred) == [-1.5, -0.5, 0.5, 1.5] * 2
+    triples = parts([0, 1, 2], [3, 4, 8])  # of two groups of four, each lacks one
+    assert advantages_in(triples, size=4, **centred) == [-1, 0, 1, -2, -1, 3]
+
+
+def test_the_size_of_a_group_is_what_its_overrides_say_or_the_largest_record_so_far():
+    centred = {"score_advantages": "group_center"}
+    assert advantages_in(parts([0, 1], [2, 3], group_overrides={"group_size": 4}), **centred) == [-1.5, -0.5, 0.5, 1.5]
+    assert advantages_in(parts([0], [2], group_overrides={"group_size": 1}), **centred) == [0, 2]
+    for nonsense in (0, -1, True, "4", 4.0, None):
+        assert advantages_in(parts([0, 1], [2, 3], group_overrides={"group_size": nonsense}), **centred) == [-0.5, 0.5] * 2
+    later = one(tokens=[[9, 9, 9, 9]] * 4, masks=[[-100, -100, 9, 9]] * 4, scores=[0] * 4, env_id=3)
+    assert advantages_in([*parts([0, 1], [2, 3]), later], **centred) == [-1.5, -0.5, 0.5, 1.5, 0, 0, 0, 0]
+    assert advantages_in([*parts([0, 1], [2, 3]), later | {"env_id": 4}], **centred)[:4] == [-0.5, 0.5] * 2
 
 
 def test_overridden_and_rejected_sequences_of_a_part_are_those_of_the_group():
     first, second, third = parts([0, 100], [2, None], [4])
     first["overrides"] = [None, {"set_advantage_to_zero": True}]
     third["tokens"] = [[*TOKENS[:3], -1]]  # its prompt cannot be read
-    decoder = Decoder(score_advantages="group_center")
+    decoder = Decoder(score_advantages="group_center", group_sizes={3: 5})
     assert [r.advantages[3] for r in decoder.batch([first, second, third])] == [-1, 0, 1]
     assert decoder.rejected == {"no finite score and no advantages": 1, "token id outside the vocabulary": 1}
 
@@ -181,7 +223,9 @@ def test_logps_are_those_of_trained_tokens_and_placeholders_are_none():
         (None, None, None, -0.5): [np.nan, -0.5],
         (np.nan, 1.0, -np.inf, 0.5): [np.nan, np.nan],
         (1.0, 1.0, 0.001, 0.0011): [0.0, np.nan],  # a rounding above 0 is 0
-        (1.0, 1.0, -1e300, -3e38): [np.nan, np.float32(-3e38)],
+        (1.0, 1.0, -103.0, 0.0): [-103.0, 0.0],
+        (1.0, 1.0, -9999.0, -9999.0): [np.nan, np.nan],  # what vLLM writes for -inf and NaN
+        (1.0, 1.0, -1e300, -3e38): [np.nan, np.nan],
     }
     for row, wanted in rows.items():
         record = one(inference_logprobs=[list(row)], ref_logprobs=[list(row)])
@@ -189,6 +233,12 @@ def test_logps_are_those_of_trained_tokens_and_placeholders_are_none():
         for found in (rollout.behavior_logp, rollout.ref_logp):
             assert np.array_equal(found, np.array([np.nan, np.nan, *wanted], np.float32), equal_nan=True)
         assert not rejected
+
+
+def test_what_no_sampler_draws_a_reference_model_may_say():
+    rows = [[1.0, 1.0, -104.0, -500.0]]
+    (rollout,), _ = decode(one(inference_logprobs=rows, ref_logprobs=rows), reads_reference=True)
+    assert np.isnan(rollout.behavior_logp).all() and rollout.ref_logp[2:].tolist() == [-104.0, -500.0]
 
 
 def test_a_teacher_is_read_where_a_token_is_trained_and_cut_with_the_sequence():
@@ -287,7 +337,7 @@ def test_overlong_sequences_are_dropped_or_truncated_and_counted():
 
 def test_each_reason_is_logged_once_with_its_place(caplog):
     decoder = Decoder()
-    decoder.group(one(tokens=[TOKENS] * 3, masks=None), "group 7")
+    decoder.batch([one(tokens=[TOKENS] * 3, masks=None)], ["group 7"])
     counts = decoder.take_counts()
     assert counts[REASONS.index("no mask")] == 3 and decoder.take_counts().sum() == 0
     assert caplog.text.count("no mask") == 1 and "group 7, sequence 0" in caplog.text
@@ -297,7 +347,7 @@ def test_each_reason_is_logged_once_with_its_place(caplog):
 def test_bodies_of_the_real_server_lose_nothing(name, sizes):
     body = json.loads((Path(__file__).parent / "bodies" / f"{name}.json").read_text())
     decoder = Decoder(vocab_size=49152)
-    rollouts = [r for i, group in enumerate(body["batch"]) for r in decoder.group(group, f"group {i}")]
+    rollouts = decoder.batch(body["batch"])
     assert len(rollouts) == sizes and not decoder.rejected
     assert all(r.loss_mask.any() and not r.loss_mask[0] for r in rollouts)
 

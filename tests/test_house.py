@@ -17,11 +17,11 @@ export run_folder feed
 checkpoint
 engine panels
 model metrics world measurements findings runs
-environment batching shares ds_config journal memory stopping watchdog
+environment batching shares ds_config journal memory stopping watchdog base_files contents
 weighted_texts terms
 loss loss_head attention atropos groups
-records
-config advantages device
+records device
+config advantages
 objectives parser layout inspect_page
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
@@ -53,6 +53,8 @@ NEVER_KNOWS = {
     "stopping": {"torch", "requests", "wsft.world", "wsft.checkpoint"},
     "watchdog": {"torch", "requests", "wsft.world"},
     "checkpoint": {"requests", "wsft.atropos", "wsft.batching", "wsft.groups", "wsft.feed"},
+    "base_files": {"torch", "requests", "deepspeed", "wsft.world", "wsft.checkpoint"},
+    "contents": {"torch", "requests", "deepspeed", "wsft.world", "wsft.checkpoint"},
     "run_folder": {"torch", "requests", "wsft.world", "wsft.feed"},
     "export": {"requests", "wsft.atropos", "wsft.batching", "wsft.world"},
     "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},

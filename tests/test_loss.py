@@ -216,6 +216,9 @@ def test_equal_advantages_normalise_to_0():
     for advantage in (0.1, 100.1, 12345.678):  # float32 cannot hold their mean exactly
         result = WeightedSFTInterface("sum", "batch").compute_weighted_loss(logits, tokens, masks, torch.full((B,), advantage))
         assert abs(result["loss"]) < 1e-2
+    for advantage in (1e8 + 0.1, 1e12 + 0.1):  # nor float64 the mean of these
+        advantages = torch.full((B,), advantage, dtype=torch.float64)
+        assert WeightedSFTInterface("sum", "batch").compute_weighted_loss(logits, tokens, masks, advantages)["loss"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -324,6 +324,10 @@ def in_parts_as_released(rng, group, applied):
     cuts = sorted(rng.randrange(len(group["tokens"]) + 1) for _ in range(rng.choice([1, 1, 2])))
     spans = [slice(*ends) for ends in zip([0, *cuts], [*cuts, None], strict=True)]
     group["env_id"] = rng.choice([0] * 9 + [3, 2**63 - 1, 2**63, None, -1, True, 0.0, "0"])
+    if rng.random() < 0.9:  # it says how large a whole one is, mostly truly
+        size, shared = len(group["tokens"]), group.get("group_overrides")
+        size = rng.choice([size] * 12 + [size + 1, 1, 0, -1, True, None, str(size), float(size)])
+        group["group_overrides"] = (shared if type(shared) is dict else {}) | {"group_size": size}
     parts = [{name: rows[span] if type(rows) is list else rows for name, rows in group.items()} for span in spans]
     if rng.random() < 0.1:
         parts[-1]["env_id"] = rng.choice([0, 1, None])
@@ -421,6 +425,8 @@ def standardised(values, divided=True):
     mean = sum(value * count for value, count in counts.items()) / n
     variance = sum((value - mean) ** 2 * count for value, count in counts.items()) / n
     deviation = max(math.sqrt(variance), 1e-8) if divided else 1.0
+    if divided and math.sqrt(variance) <= 1e-5 * max(map(abs, values)):
+        return dict.fromkeys(map(float, values), 0.0)
     return {float(value): float(value - mean) / deviation for value in counts}
 
 
@@ -479,7 +485,7 @@ def read_version(value):
     return float(value) if type(value) is int and 0 <= value < 2**53 else math.nan
 
 
-def read_logps(row, trained):
+def read_logps(row, trained, lowest):
     """(one per token, whether the row had to be set aside)"""
     unknown = [math.nan] * len(trained)
     if row is None or row == []:
@@ -488,7 +494,7 @@ def read_logps(row, trained):
         return unknown, True
     if any(is_beyond_floats(value) or not (value is None or is_number(value)) for value in row):
         return unknown, True
-    known = [t and value is not None and -LARGEST <= value <= 1e-3 for value, t in zip(row, trained, strict=True)]
+    known = [t and value is not None and lowest <= value <= 1e-3 for value, t in zip(row, trained, strict=True)]
     return [float32(min(value, 0)) if k else math.nan for value, k in zip(row, known, strict=True)], False
 
 
@@ -534,16 +540,43 @@ def prompt_of(record):
     return (record["env_id"], *first.tokens[:border]) if border > 1 else None  # at 1 stands what begins every text
 
 
+def whole_size_of(record, records):
+    """How many sequences a whole group of the record's environment has; inf where nothing tells."""
+    shared = record.get("group_overrides")
+    said = shared.get("group_size") if type(shared) is dict else None
+    if type(said) is int and said >= 1:
+        return said
+    alike = [r for r in records if is_group(r) and environment_of(r) == environment_of(record)]
+    largest = max(len(r["tokens"]) for r in alike)
+    return math.inf if largest == 1 else largest
+
+
+def groups_in(records):
+    """Numbers of the records of each group: those of one prompt, each smaller than a group, are parts of one as long as they
+    make up no more than one."""
+    groups = []  # [prompt, numbers of records, how many more sequences it has room for]
+    for i, record in enumerate(records):
+        prompt = prompt_of(record)
+        size = len(record["tokens"]) if is_group(record) else 0
+        room = math.nan if prompt is None else whole_size_of(record, records) - size
+        same = [group for group in groups if group[0] == prompt]
+        if prompt is not None and room > 0 and same and same[-1][2] > 0 and size <= same[-1][2]:
+            same[-1][1].append(i)
+            same[-1][2] -= size
+        elif prompt is not None and room > 0:
+            groups.append([prompt, [i], room])
+        else:
+            groups.append([object(), [i], 0])
+    return [numbers for _, numbers, _ in groups]
+
+
 def judge_all(records, rules):
-    """A `Verdict` per sequence of a batch, in its order. Records of one prompt are parts of one group, wherever they stand."""
-    prompts = [prompt_of(record) for record in records]
+    """A `Verdict` per sequence of a batch, in its order."""
     verdicts = {}
-    for i, prompt in enumerate(prompts):
-        parts = [i] if prompt is None else [j for j, other in enumerate(prompts) if other == prompt]
-        if parts[0] == i:
-            of_all = iter(judge([records[j] for j in parts], rules))
-            sizes = {j: len(records[j]["tokens"]) if is_group(records[j]) else 1 for j in parts}
-            verdicts |= {j: [next(of_all) for _ in range(size)] for j, size in sizes.items()}
+    for parts in groups_in(records):
+        of_all = iter(judge([records[j] for j in parts], rules))
+        sizes = {j: len(records[j]["tokens"]) if is_group(records[j]) else 1 for j in parts}
+        verdicts |= {j: [next(of_all) for _ in range(size)] for j, size in sizes.items()}
     return [verdict for i in range(len(records)) for verdict in verdicts[i]]
 
 
@@ -612,7 +645,7 @@ def judge_one(group, i, override, score_advantage, rules):
 def add_what_is_mended(verdict, group, i, trained, rules):
     """What a sequence may lack, or have wrong, and is trained all the same."""
     for name in LOGPS if rules["reads_reference"] else LOGPS[:1]:
-        logps, set_aside = read_logps(entry(group, name, i), trained)
+        logps, set_aside = read_logps(entry(group, name, i), trained, -103.5 if name == "inference_logprobs" else -1000)
         verdict.logps[name] = logps[: rules["max_token_len"]]
         if set_aside:
             verdict.mended.add(NO_LOGPS[name])
@@ -780,7 +813,6 @@ def check(number):
 
     records = json.loads(text.replace(DEEP, "[[[[]]]]"))["batch"]
     verdicts = judge_all(records, rules)
-    prompts = [prompt for prompt in map(prompt_of, records) if prompt]
     good = [verdict for verdict in verdicts if not verdict.reasons]
     mended = Counter(reason for verdict in good for reason in verdict.mended)
     assert {reason: n for reason, n in batch.rejected.items() if reason in MENDED} == mended
@@ -793,7 +825,7 @@ def check(number):
     rows = sorted(random.Random(number).sample(range(len(good)), min(len(good), 5)))
     if rows:
         assert_terms_are(batch, good, rules, rows)
-    found = Counter(good=len(good), joined=len(prompts) - len(set(prompts)))
+    found = Counter(good=len(good), joined=len(records) - len(groups_in(records)))
     found |= Counter(logps=int((~np.isnan(batch.behavior_logp)).sum()), teacher=len(batch.teacher_ids))
     return len(records), met + Counter(batch.rejected) + found
 

@@ -1,5 +1,6 @@
 """A run that was killed or stopped goes on as if nothing had been: from a file, at every stage, on other ranks."""
 
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from fed_run import fed, make_groups, make_settings, state_of, steps_of, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer, run_folder
+from wsft import WeightedSFTConfig, WeightedSFTTrainer, run_folder, trainer
 from wsft import export as export_module
 from wsft.checkpoint import Checkpoint
 from wsft.config import UserError
@@ -44,7 +45,8 @@ def settings(tiny_model, tmp_path, rng):
 
 def write_ds(tmp_path, stage, bf16=False):
     path = tmp_path / f"stage{stage}.json"
-    path.write_text(json.dumps(ADAM | {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}))
+    zero = {"stage": stage} | ({"sub_group_size": 2000} if stage == 3 else {})  # several, as a large model has
+    path.write_text(json.dumps(ADAM | {"zero_optimization": zero, "bf16": {"enabled": bf16}}))
     return path
 
 
@@ -159,6 +161,52 @@ def test_what_cannot_be_resumed_is_said(killed, untouched, tmp_path):
     assert_same_run(run, untouched)
 
 
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"training_steps": STEPS + 1}, f"training_steps is {STEPS + 1} and was {STEPS}"),  # the cosine would end elsewhere
+        ({"deepspeed": {"betas": [0.9, 0.95]}}, r"optimizer\.params\.betas is \[0\.9, 0\.95\] and was None"),
+        ({"deepspeed": {"eps": 1e-6}}, r"optimizer\.params\.eps is 1e-06 and was None"),
+    ],
+)
+def test_what_would_change_learning_or_be_ignored_is_refused(changes, sentence, killed, tmp_path):
+    if "deepspeed" in changes:
+        params = {"lr": "auto", "torch_adam": True, "fused": True} | changes["deepspeed"]
+        optimizer = {"type": "AdamW", "params": params}
+        changes = {"deepspeed": {"bf16": {"enabled": "auto"}, "optimizer": optimizer, "zero_optimization": {"stage": 3}}}
+    with pytest.raises(UserError, match=sentence):
+        train_here(killed, resume=True, **changes)
+
+
+def test_a_json_that_says_the_same_by_other_code_goes_on(killed, untouched, tmp_path):
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.0}}
+    ds = {"bf16": {"enabled": "auto"}, "optimizer": optimizer, "zero_optimization": {"stage": 3}}
+    train_here(killed, resume=True, deepspeed=ds)
+    assert_same_run(tmp_path / "run", untouched, tolerance=1e-2)  # bf16 weights, whose last bit differs
+
+
+def test_model_tokenizer_and_data_may_have_moved(killed, untouched, tmp_path):
+    model, tokenizer = (
+        shutil.copytree(killed["model_name"], tmp_path / "m"),
+        shutil.copytree(killed["model_name"], tmp_path / "t"),
+    )
+    data = shutil.copy(killed["data"], tmp_path / "moved.jsonl")
+    train_here(killed, resume=True, model_name=model, tokenizer_name=tokenizer, data=data)
+    assert_same_run(tmp_path / "run", untouched)
+
+
+def test_other_data_or_another_tokenizer_at_the_new_path_are_refused(killed, tmp_path):
+    lines = Path(killed["data"]).read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(UserError, match=r"other.jsonl' has changed in the part that this run has read"):
+        train_here(killed, resume=True, data=tmp_path / "other.jsonl")
+    other = AutoTokenizer.from_pretrained(killed["model_name"])
+    other.add_tokens(["<more>"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer_name is .*tokenizer' and was None"):
+        train_here(killed, resume=True, tokenizer_name=tmp_path / "tokenizer")
+
+
 def test_a_run_without_a_checkpoint_yet_must_be_the_same_run_too(killed, untouched, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(ValueError, match=r"learning_rate is 0\.02 and was 0\.01"):
@@ -184,6 +232,34 @@ def test_a_second_run_in_one_folder_waits_and_then_says_who_is_there(killed, tmp
             train_here(killed, resume=True)
     assert state_of(tmp_path / "run")["state"] == "failed"
     train_here(killed, resume=True)
+
+
+def test_a_file_system_without_locks_is_said_and_stops_nothing(killed, untouched, tmp_path, monkeypatch, capfd):
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", without_locks)
+    train_here(killed, resume=True)
+    said = capfd.readouterr().err
+    assert f"{tmp_path / 'run'} has no locks (No locks available)" in said and "see to it that no other run is at work" in said
+    assert_same_run(tmp_path / "run", untouched)
+
+
+def test_only_output_dir_is_private(killed, monkeypatch):
+    """Not what is downloaded or compiled, which others use, too."""
+    masks, load_model = [], trainer.load_model
+
+    def loaded(*args):
+        masks.append(os.umask(0o022))
+        return load_model(*args)
+
+    monkeypatch.setattr(trainer, "load_model", loaded)
+    before = os.umask(0o022)
+    try:
+        train_here(killed, resume=True)
+    finally:
+        os.umask(before)
+    assert masks == [0o022]
 
 
 def test_only_the_newest_checkpoints_are_kept_and_what_a_killed_save_left_is_removed(killed, tmp_path):
@@ -239,6 +315,35 @@ def test_export_writes_what_the_run_writes_in_as_many_shards_as_needed(untouched
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_stands_beside_the_weights_is_the_base_models_own_byte_for_byte(bf16, tiny_model, tmp_path, rng, monkeypatch):
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    older = {name: value for name, value in config.items() if name not in ("rope_parameters", "dtype")}
+    older |= {"rope_theta": 5e5, "torch_dtype": "float32", "auto_map": {}}
+    (model / "config.json").write_text(json.dumps(older, indent=4))
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for name in ("chat_template.jinja", "generation_config.json", "modeling_own.py", "additional_chat_templates/tool.jinja"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("{ }\n")
+    (model / "README.md").write_text("not of the model")
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14])])
+    ds = {"bf16": {"enabled": bf16}, "optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 3}}
+    settings = make_run(str(model), data) | {"output_dir": tmp_path / "run", "deepspeed": ds, "training_steps": 2}
+    train_here(settings)
+    final = tmp_path / "run" / "final"
+    ours, theirs = ({str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (final, model))
+    del ours["model.safetensors"], theirs["model.safetensors"], theirs["README.md"]
+    if bf16:
+        said = json.loads(ours.pop("config.json"))
+        assert said == json.loads(theirs.pop("config.json")) | {"torch_dtype": "bfloat16"}
+    assert ours == theirs
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
 def test_export_from_the_command_line_needs_no_gpu_and_says_what_is_wrong(untouched, tmp_path):

@@ -209,10 +209,22 @@ def test_train_py_ends_with_the_sentence_and_no_traceback(settings):
     assert code == 1 and "train.py: error: no model in 'no/such/folder'" in output and "Traceback" not in output
 
 
-def test_a_tokenizer_without_a_pad_token_pads_with_eos_and_says_so_once(settings, tmp_path, capfd):
-    model = make_model(tmp_path / "unpadded", pad_token=False)
-    train(settings, model_name=model)
-    assert capfd.readouterr().err.count("no pad token") == 1
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_tokenizer_needs_no_pad_token_nor_one_that_the_model_embeds(packing, settings, tmp_path):
+    from transformers import AutoTokenizer
+
+    without, beyond = make_model(tmp_path / "without", pad_token=False), make_model(tmp_path / "beyond")
+    tokenizer = AutoTokenizer.from_pretrained(beyond)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    tokenizer.save_pretrained(beyond)
+    assert tokenizer.pad_token_id == VOCAB  # of VOCAB rows
+    finals = []
+    for model in (without, beyond, settings["model_name"]):
+        # rows of several lengths, and steps of fewer sequences than ranks would have: both need filling
+        final, _ = train(settings, model_name=model, packing=packing, overwrite_output_dir=True)
+        finals.append(load_file(final / "model.safetensors"))
+        assert AutoTokenizer.from_pretrained(final).pad_token == AutoTokenizer.from_pretrained(model).pad_token
+    assert all(torch.equal(finals[0][name], finals[i][name]) for name in finals[0] for i in (1, 2))
 
 
 def test_a_model_with_unknown_arithmetic_before_its_logits_is_refused(settings, monkeypatch):
@@ -340,12 +352,62 @@ def test_bf16_follows_fp32_at_every_stage(stage, settings):
     [
         ({"optimizer": {"type": "NoSuch", "params": {}}}, "NoSuch"),
         ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
-        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, "unsupported mix"),
     ],
 )
 def test_what_deepspeed_refuses_is_a_sentence(ds, named, settings):
     with pytest.raises(UserError, match=f"(?s)DeepSpeed cannot start.*{named}"):
         train(settings, deepspeed=ds)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3, pytest.param(2, marks=pytest.mark.slow)])
+def test_many_micro_batches_in_bf16_have_the_gradient_of_one(stage, settings, tmp_path, rng):
+    group = make_group(rng, [12])
+    many = {name: value * 400 if isinstance(value, list) else value for name, value in group.items()}
+    norms = []
+    for record in (group, many):
+        _, (step,) = train(
+            settings, data=write_groups(tmp_path / "data.jsonl", [record]), batch_size=len(record["tokens"]),
+            micro_batch_tokens=12, share_prefixes=False, overwrite_output_dir=True, gradient_checkpointing=False,
+            deepspeed={"bf16": {"enabled": True}, "optimizer": {"type": "SGD"}, "zero_optimization": {"stage": stage}},
+        )  # fmt: skip
+        norms.append(step["grad_norm"])
+    assert step["plan/micro_batches"] == 400 and norms[1] == pytest.approx(norms[0], rel=0.01)
+
+
+ADAM = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+
+
+@pytest.mark.parametrize("stage", [0, 3, *[pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)]])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_step_without_any_weight_changes_nothing(at, stage, settings, tmp_path, rng, capfd):
+    """Neither parameters nor Adam's state nor the schedule: what comes after is as if it had not been."""
+    first, last = (make_group(rng, [10, 14]) for _ in range(2))
+    silent = make_group(rng, [10, 14], advantages=[2.0, 3.0], inference_logprobs=[[-50.0] * 10, [-50.0] * 14])  # all clipped
+    changes = {"deepspeed": {"optimizer": ADAM, "zero_optimization": {"stage": stage}}, "objective": "ppo_clip"}
+    changes |= {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 2, "overwrite_output_dir": True}
+    finals, steps = [], []
+    for groups in ([first, last], [*[first, last][:at], silent, *[first, last][at:]]):
+        final, lines = train(settings, data=write_groups(tmp_path / "data.jsonl", groups), **changes)
+        finals.append(load_file(final / "model.safetensors"))
+        steps.append(lines)
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+    (skipped,) = [step for step in steps[1] if step["ratio/clipped"] == 1]
+    assert (skipped["step"], skipped["grad_norm"], skipped["steps/not_finite"]) == (at + 1, 0, 0)
+    assert [step["steps/without_signal"] for step in steps[1]] == [int(i >= at) for i in range(3)]
+    others = [step for step in steps[1] if step is not skipped]
+    assert [s["learning_rate"] for s in others] == [s["learning_rate"] for s in steps[0]]
+    assert f"step {at + 1}: no token has a weight" in capfd.readouterr().err
+
+
+def test_norms_do_not_decay(settings):
+    ds = {"optimizer": ADAM, "zero_optimization": {"stage": 3}}
+    final, _ = train(settings, deepspeed=ds, learning_rate=1e-3, weight_decay=100)
+    start, trained = (load_file(f"{folder}/model.safetensors") for folder in (settings["model_name"], final))
+    for name in start:  # three steps, each of which takes a tenth from what decays; Adam moves by 0.001 or so
+        if "norm" in name:
+            assert (trained[name] - start[name]).abs().max() < 0.005, name
+        else:
+            assert trained[name].norm() < 0.9 * start[name].norm(), name
 
 
 def test_wandb_gets_the_same_offline(settings, tmp_path, monkeypatch):

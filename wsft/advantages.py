@@ -12,6 +12,10 @@ from enum import IntEnum
 import numpy as np
 
 EPS = 1e-8
+# Standard deviations up to this, times the largest magnitude, are rounding and no preference: rewards are mostly computed in
+# float32, whose rounding (6e-8) a few operations raise to some 1e-6. Divided by such a deviation, noise would weigh as much as
+# the difference between right and wrong.
+RELATIVE_EPS = 1e-5
 FROM_SCORES = ("group_norm", "group_center", "rloo", "raw")
 NORMALIZATIONS = ("none", "batch", "batch_center")
 
@@ -27,9 +31,13 @@ class Override(IntEnum):
 def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndarray:
     """One advantage per sequence of an item, from its scores.
 
-    group_norm is (s - mean) / max(population std, 1e-8), as in GRPO (Shao et al. 2024, arXiv:2402.03300); group_center is
-    s - mean, as in Dr. GRPO (Liu et al. 2025, arXiv:2503.20783); rloo is s - mean of the others, which is s - mean times
-    n / (n - 1) (Ahmadian et al. 2024, arXiv:2402.14740); raw is s. An item of one sequence keeps its score.
+    group_norm is (s - mean) / max(population std, 1e-8), as in GRPO (Shao et al. 2024, arXiv:2402.03300), and 0 where the std
+    is rounding (`RELATIVE_EPS`); group_center is s - mean, as in Dr. GRPO (Liu et al. 2025, arXiv:2503.20783); rloo is s - mean
+    of the others, which is s - mean times n / (n - 1) (Ahmadian et al. 2024, arXiv:2402.14740); raw is s. An item of one
+    sequence keeps its score.
+
+    A sequence that is rejected, truncated or fully masked still counts with its score: it was sampled for the same prompt, and
+    a baseline over only what is trained would depend on why the others are not.
 
     Args:
         scores: [S] float64, one per sequence of the item.
@@ -42,7 +50,7 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
     centred, n = _centred(scores, counted), int(counted.sum())
     match method:
         case "group_norm":
-            return centred / max(centred[counted].std(), EPS)
+            return _scaled(centred, scores, counted)
         case "rloo":
             return centred * n / max(n - 1, 1)
         case "group_center":
@@ -55,8 +63,8 @@ class Shaping:
     """What becomes of the advantages of a whole global batch, in this order.
 
     Args:
-        normalization: "batch" shifts and scales them so that those of the counted tokens have mean 0 and population deviation 1
-            (eps 1e-8); "batch_center" shifts only.
+        normalization: "batch" shifts and scales them so that those of the counted tokens have mean 0 and population standard
+            deviation 1 (at least 1e-8 is divided by; 0 where it is rounding, see `RELATIVE_EPS`); "batch_center" shifts only.
         clip: they are held within -clip and clip.
         negative_scale: negative ones are multiplied by it; 0 leaves only what is favoured.
     """
@@ -68,9 +76,8 @@ class Shaping:
     def apply(self, advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
         """Advantages [N], of which those `counted` [N] bool make the statistics."""
         if self.normalization != "none" and counted.any():
-            advantages = _centred(advantages, counted)
-            if self.normalization == "batch":
-                advantages = advantages / max(advantages[counted].std(), EPS)
+            centred = _centred(advantages, counted)
+            advantages = _scaled(centred, advantages, counted) if self.normalization == "batch" else centred
         if self.clip is not None:
             advantages = advantages.clip(-self.clip, self.clip)
         return np.where(advantages < 0, self.negative_scale * advantages, advantages)
@@ -84,6 +91,14 @@ def _centred(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """
     shifted = values - values[counted][0]
     return shifted - shifted[counted].mean()
+
+
+def _scaled(centred: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """What `_centred` made of the values [N], over the population standard deviation of the counted ones."""
+    deviation = centred[counted].std()
+    if deviation <= RELATIVE_EPS * np.abs(values[counted]).max():
+        return 0.0 * centred  # NaN stays, of a score that is not finite
+    return centred / max(deviation, EPS)
 
 
 def override(advantages: np.ndarray, overrides: np.ndarray) -> np.ndarray:

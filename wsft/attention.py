@@ -8,19 +8,55 @@ losses or ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from wsft.device import to_device
 from wsft.layout import Layout
 
 PACKED = "wsft_packed"
+_PROBED = "wsft_packed_probed"  # the same, while `learn_masks` sees which mask each layer is given
 # what some models add to attention, and this one does not: it must not be passed over
 _UNKNOWN = ("s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees, by their places in the sequence.
+
+    Attributes:
+        window: the last so many, itself among them; None: all up to itself.
+        allows: instead of a window, transformers' mask function (batch, head, query, key) -> bool, broadcast over tensors.
+        known: False where a model masks in a way that is not understood.
+    """
+
+    window: int | None = None
+    allows: Callable[..., torch.Tensor] | None = None
+    known: bool = True
+
+    @classmethod
+    def of(cls, allows: Callable[..., torch.Tensor], length: int, device: torch.device) -> Mask:
+        """What a mask function comes to in sequences of up to that length."""
+        keys = torch.arange(length, device=device)
+
+        def row(query: int) -> torch.Tensor:
+            return allows(0, 0, torch.tensor(query, device=device), keys).expand(length)
+
+        try:
+            seen = row(length - 1).nonzero()
+            window = length - int(seen[0]) if len(seen) else 0
+            queries = {*range(8), window - 1, window, window + 1, 2 * window, length // 2, length - 2, length - 1}
+            rows = {q: row(q) for q in queries if 0 <= q < length}
+        except (RuntimeError, IndexError, TypeError):  # a model's own function, which takes single numbers only
+            return cls(known=False)
+        if all(torch.equal(found, (keys <= q) & (keys > q - window)) for q, found in rows.items()):
+            return cls(None if window == length else window)
+        return cls(allows=allows, known=not any(found[keys > q].any() for q, found in rows.items()))
 
 
 @dataclass(frozen=True)
@@ -37,9 +73,48 @@ class Borders:
 
 
 def register() -> None:
-    """Make `PACKED` a name for `attn_implementation`. It wants no mask: causality and borders are its own."""
+    """Make `PACKED` a name for `attn_implementation`. It wants no masks, which are T x T: `learn_masks` looks at them once."""
     AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+    AttentionInterface.register(_PROBED, _probed_attention)
+    AttentionMaskInterface.register(_PROBED, _probed_mask)
+
+
+# While `learn_masks` looks: storage of a mask -> the mask (lest its storage is used again), its function, and how far it sees;
+# attention layer -> the storages of the masks that it was given, None for none
+_masks: dict[int, tuple[torch.Tensor, Callable[..., torch.Tensor], int | None]] = {}
+_layers: dict[torch.nn.Module, set[int | None]] = {}
+
+
+def learn_masks(model: PreTrainedModel, run: Callable[[], object], length: int, device: torch.device) -> list[int]:
+    """Have each attention layer of a model that attends by `PACKED` keep, as `module.wsft_mask`, the mask that the model gives
+    it in sequences of up to that length. Returned are the lengths beyond which a mask is not only causal.
+
+    Args:
+        run: a forward pass of a few tokens.
+    """
+    model.set_attn_implementation(_PROBED)
+    run()
+    model.set_attn_implementation(PACKED)
+    found = {key: Mask.of(allows, length, device) for key, (_, allows, _) in _masks.items()}
+    for layer, keys in _layers.items():
+        masks = [Mask() if key is None else found.get(key, Mask(known=False)) for key in keys]
+        layer.wsft_mask = masks[0] if len(masks) == 1 else Mask(known=False)
+    reaches = [mask.window or _masks[key][2] or length for key, mask in found.items() if mask != Mask()]
+    _masks.clear()
+    _layers.clear()
+    return [reach for reach in reaches if reach < length]
+
+
+def _probed_mask(*args: object, mask_function: Callable, local_size: int | None = None, **kwargs: object) -> torch.Tensor:
+    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs | {"allow_is_causal_skip": False})
+    _masks[mask.data_ptr()] = mask, mask_function, local_size
+    return mask
+
+
+def _probed_attention(module: torch.nn.Module, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
+    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[3]
+    _layers.setdefault(module, set()).add(None if mask is None else mask.data_ptr())
+    return packed_attention(module, *args, **kwargs)
 
 
 def keywords(layout: Layout, device: torch.device) -> dict[str, object]:
@@ -86,17 +161,18 @@ def packed_attention(
     CPU in float32. What it does not know gives NaN, at which whoever tries it sees that it will not do: ZeRO-3 does not survive
     an exception here.
     """
-    if any(others.get(name) is not None for name in _UNKNOWN) or not getattr(module, "is_causal", True):
+    mask = getattr(module, "wsft_mask", Mask(sliding_window))
+    if any(others.get(name) is not None for name in _UNKNOWN) or not getattr(module, "is_causal", True) or not mask.known:
         return torch.full_like(query, torch.nan).transpose(1, 2), None
     dtype = query.dtype
     if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if wsft_borders is None:
-        return _sequence(query, key, value, scaling, dropout, sliding_window, softcap).transpose(1, 2).to(dtype), None
-    if _is_flash(query.device, dtype) and query.shape[-1] <= 256 and softcap is None and not dropout:
+        return _sequence(query, key, value, scaling, dropout, mask, softcap).transpose(1, 2).to(dtype), None
+    if _is_flash(query.device, dtype) and query.shape[-1] <= 256 and softcap is None and not dropout and not mask.allows:
         from torch.nn.attention.varlen import varlen_attn
 
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        window = (-1 if mask.window is None else mask.window - 1, 0)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if wsft_borders.keys is not None:
             k, v = k[wsft_borders.keys], v[wsft_borders.keys]
@@ -110,7 +186,7 @@ def packed_attention(
     parts = []
     for i, after in enumerate(wsft_borders.layout.after):
         k, v = (x[i] if after < 0 else torch.cat([x[after], x[i]], dim=2) for x in (ks, vs))
-        parts.append(_sequence(qs[i], k, v, scaling, dropout, sliding_window, softcap))
+        parts.append(_sequence(qs[i], k, v, scaling, dropout, mask, softcap))
     return torch.cat(parts, dim=2).transpose(1, 2).to(dtype), None
 
 
@@ -129,25 +205,28 @@ def _sequence(
     value: torch.Tensor,
     scaling: float | None,
     dropout: float,
-    sliding_window: int | None,
+    mask: Mask,
     softcap: float | None,
 ) -> torch.Tensor:
     """[B, heads, T, D] of the last T tokens of sequences, whose keys and values are all there."""
     if query.device.type == "meta":
         return _Fused.apply(query, key, value)
     T, S, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
-    mask = None
-    if softcap is not None or T < S or (sliding_window is not None and sliding_window < S):
-        distance = torch.arange(S - T, S, device=query.device)[:, None] - torch.arange(S, device=query.device)
-        mask = (distance >= 0) & (distance < (sliding_window or S))
+    seen = None
+    if softcap is not None or T < S or (mask.window or S) < S or mask.allows:
+        places = torch.arange(S, device=query.device)
+        queries = places[S - T :, None]
+        seen = (places <= queries) & (places > queries - (mask.window or S))
+        if mask.allows:
+            seen = seen & mask.allows(0, 0, queries, places)
     if softcap is None:
         return scaled_dot_product_attention(
-            query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+            query, key, value, seen, dropout, is_causal=seen is None, scale=scaling, enable_gqa=grouped
         )
     if grouped:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.mT * (scaling or query.shape[-1] ** -0.5) / softcap)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.nn.functional.dropout(weights, dropout) @ value
 
 
@@ -157,7 +236,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value):
-        out = torch.empty_like(query)
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
         return out
 

@@ -169,7 +169,8 @@ class AtroposBatchProcessor:
     """Turns what `GET /batch` returns into tensors.
 
     Args:
-        pad_token_id: fills rows to the longest one.
+        pad_token_id: fills rows to the longest one; any id that the model embeds, for padding is neither trained nor attended
+            to. 0 is one in every model; a tokenizer's own may lie beyond the model's embedding.
         advantage_normalization, advantage_clip, negative_advantage_scale: see `advantages.Shaping`; over the trained tokens
             of the whole batch.
         decoding: see `groups.Decoder`.

@@ -2,7 +2,7 @@
 
     step_N/deepspeed/        DeepSpeed's sharded parameters, optimizer, schedule
     step_N/random_R.pt       random generators of rank R
-    step_N/hugging_face/     config and tokenizer, so that export needs nothing else
+    step_N/hugging_face/     the base model's own config, tokenizer and code, so that export needs nothing else
     step_N/checkpoint.json   step, feed position, settings, versions, and the size of every file
 
 Knows what the engine saves by its folder only, and nothing of Atropos or of what a batch is.
@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from wsft.base_files import write_files
 from wsft.config import RESUME_MAY_CHANGE, UserError, WeightedSFTConfig
 from wsft.engine import Engine, convert
 from wsft.journal import sync
@@ -67,12 +67,19 @@ class Checkpoint:
         return cls(folder, facts)
 
 
-def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, place: Path) -> None:
+def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: dict[str, str | None], place: Path) -> None:
     """UserError naming every setting that differs from those of the run begun in `place`, of those that decide what is
-    learned. Other differences are said."""
-    now = config.public()
+    learned. Other differences are said.
+
+    Args:
+        was: the facts of that run's checkpoint; without one yet, its settings alone.
+        contents: what the settings name now (contents.py); at another path it may be the same.
+    """
+    now, was_there, was = config.public(), was.get("contents", {}), was["config"]
     changed = [name for name in now if name in was and was[name] != now[name]]
-    wrong = [f"{name} is {now[name]!r} and was {was[name]!r}" for name in changed if name not in RESUME_MAY_CHANGE]
+    free = RESUME_MAY_CHANGE - ({"training_steps"} if config.lr_scheduler != "constant" else set())  # its schedule ends there
+    free |= {name for name in contents if was_there.get(name) and was_there[name] == contents[name]}
+    wrong = [f"{name} is {now[name]!r} and was {was[name]!r}" for name in changed if name not in free]
     if wrong:
         raise UserError(
             f"this is not the run of {place}: {'; '.join(wrong)}. Resume with the settings it was begun with (its config.yaml "
@@ -104,19 +111,19 @@ def save(
     folder: Path,
     facts: dict[str, Any],
     engine: Engine,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    files: dict[str, bytes] | None,
     world: World,
 ) -> Checkpoint:
-    """Save `facts["step"]` in the folder of checkpoints. A collective. UserError if it cannot be written; then nothing of it is
-    left, and the older checkpoints are as they were."""
+    """Save `facts["step"]` in the folder of checkpoints. A collective. `files` are those of the base
+    model, of rank 0; only there the checkpoint knows all of its own. UserError if it cannot be
+    written; then nothing of it is left, and the older checkpoints are as they were."""
     final = folder / f"step_{facts['step']}"
     aside = folder / f"{final.name}.partial"
     try:
         world.on_rank_0(lambda: _make_anew(aside))
         world.agree(engine.save(aside / DEEPSPEED))
         world.together(lambda: _save_random(aside / f"random_{world.rank}.pt"))
-        world.on_rank_0(lambda: _finish(aside, final, facts, model, tokenizer))
+        sizes = world.on_rank_0(lambda: _finish(aside, final, facts, files))
     except Exception as error:
         if world.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -126,7 +133,7 @@ def save(
             f"{f'{older[0].folder.name} there is whole' if older else 'There is no older one'}; what was fetched is in the "
             f"journal. Mend that and go on with --resume"
         ) from error
-    return Checkpoint.at(final)
+    return Checkpoint(final, facts | {"files": sizes or {}})
 
 
 @contextlib.contextmanager
@@ -142,6 +149,12 @@ def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any
                 f"{start.folder} was saved with {name} {start.facts[name]}, the DeepSpeed JSON and this machine make it "
                 f"{facts[name]}: resume with the JSON it was begun with"
             )
+    changed = _differences(start.facts["deepspeed"], facts["deepspeed"])
+    if changed:  # it would be overwritten from the checkpoint
+        raise UserError(
+            f"{start.folder} was saved with another DeepSpeed JSON: {'; '.join(changed)}. Resume with the one it was begun "
+            f"with, or start another run in another output_dir"
+        )
     saved = start.folder / DEEPSPEED
     if start.facts["num_ranks"] == world.size or facts["stage"] == 0:
         yield saved
@@ -159,6 +172,13 @@ def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any
             shutil.rmtree(converted, ignore_errors=True)
 
 
+def _differences(was: Any, now: Any, path: str = "") -> list[str]:
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [] if was == now else [f"{path} is {now!r} and was {was!r}"]
+    names = sorted(was.keys() | now.keys())
+    return [text for name in names for text in _differences(was.get(name), now.get(name), f"{path}.{name}".lstrip("."))]
+
+
 def _convert(saved: Path, converted: Path) -> None:
     _make_anew(converted)
     convert(saved, converted)
@@ -169,11 +189,9 @@ def _make_anew(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _finish(aside: Path, final: Path, facts: dict, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.config.save_pretrained(aside / HUGGING_FACE)
-    if model.can_generate():
-        model.generation_config.save_pretrained(aside / HUGGING_FACE)
-    tokenizer.save_pretrained(aside / HUGGING_FACE)
+def _finish(aside: Path, final: Path, facts: dict, files: dict[str, bytes]) -> dict[str, int]:
+    """The size of each file."""
+    write_files(aside / HUGGING_FACE, files)
     files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
     for path in files:
         sync(path)
@@ -182,6 +200,7 @@ def _finish(aside: Path, final: Path, facts: dict, model: PreTrainedModel, token
     shutil.rmtree(final, ignore_errors=True)  # a damaged one, passed over at the start
     aside.rename(final)
     sync(final.parent)
+    return sizes
 
 
 def prune(folder: Path, keep: int) -> list[Checkpoint]:
@@ -225,6 +244,7 @@ def write_last(path: Path, text: str) -> None:
     """Replace a small file: it holds the old text or the new one, whenever the process dies."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        aside.touch(mode=0o600)
         aside.write_text(text)
         sync(aside)
         aside.rename(path)

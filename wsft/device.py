@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import functools
+import glob
 import importlib.util
+import logging
+import os
 import re
 import resource
 from pathlib import Path
 
 import torch
+
+from wsft.config import UserError
+
+log = logging.getLogger(__name__)
+
+NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # what the driver makes for each
 
 # bf16 matrix products in TFLOP/s, without sparsity, as the data sheets have it
 RATED_TFLOPS = {
@@ -16,6 +25,24 @@ RATED_TFLOPS = {
     "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H20": 148, "H200": 989, "GH200": 989, "B200": 2250,
     "GB200": 2500, "B300": 2250, "GB300": 2500, "3090": 71, "4090": 165, "5090": 210,
 }  # fmt: skip
+
+
+def device_type(asked: str) -> str:
+    """ "cuda" or "cpu" for the run's `device`. UserError where it asks for a GPU, or there is one, that torch cannot use."""
+    if asked == "cpu" or torch.cuda.is_available():
+        return "cpu" if asked == "cpu" else "cuda"
+    cuda = torch.version.cuda
+    reason = f"a driver too old for CUDA {cuda}, or none?" if cuda else "this torch is built without CUDA"
+    if asked == "cuda":
+        raise UserError(f"device is cuda, but torch finds no CUDA device ({reason}): use --device auto or cpu, or fix that")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1", "NoDevFiles")
+    cards = [] if hidden else glob.glob(NVIDIA_CARDS)
+    if cards:
+        raise UserError(
+            f"there are {len(cards)} NVIDIA GPU(s) here ({min(cards)}), but torch cannot use them ({reason}): fix that, or "
+            f"train on the CPU with --device cpu"
+        )
+    return "cpu"
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -37,8 +64,20 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def fuses(device: torch.device) -> bool:
-    """Whether torch.compile makes kernels for it that pay: on a CPU they gained nothing, and took 20 s to make."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Whether torch.compile makes kernels for it that pay: on a CPU they gained nothing, and took 20 s to make. To be asked
+    outside of a forward pass first: ZeRO-3 does not survive an exception there."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:  # whatever Triton, or the C compiler that it calls, comes to
+        log.warning(
+            "the head's kernels cannot be compiled (%s): it runs without, and slower; they need gcc and Python's headers "
+            "(Debian: apt-get install gcc python3-dev)",
+            str(error).strip().splitlines()[-1:],
+        )
+        return False
+    return True
 
 
 def rated_flops(device: torch.device) -> float | None:

@@ -20,7 +20,7 @@ import torch
 from wsft import ds_config
 from wsft.attention import PACKED, register
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.device import memory_bytes, multiplies
+from wsft.device import device_type, memory_bytes, multiplies
 from wsft.engine import check_json
 from wsft.feed import client_of, fetching_ranks, processor_of
 from wsft.findings import look
@@ -28,7 +28,14 @@ from wsft.inspection import sight_of, take
 from wsft.loss_head import tokens_of_chunk
 from wsft.memory import Needs, Work, needs, with_reference, work_of
 from wsft.metrics import speak
-from wsft.model import WeightedSFTModel, empty_model, load_model_config, load_tokenizer
+from wsft.model import (
+    WeightedSFTModel,
+    empty_model,
+    load_model_config,
+    load_tokenizer,
+    require_complete,
+    require_trainable,
+)
 
 GPUS_A_HOST = 8  # of a machine that is only told of
 # of a GPU's memory, what tensors cannot have: context and libraries, NCCL, and gaps between tensors
@@ -46,8 +53,8 @@ class Machine:
 
     @classmethod
     def of(cls, config: WeightedSFTConfig) -> Machine:
-        if config.device == "cuda" and not (config.gpu_memory_gib or torch.cuda.is_available()):
-            raise UserError("device is cuda, but torch finds no CUDA device: say --gpu_memory_gib to ask for another machine")
+        if not config.gpu_memory_gib:
+            device_type(config.device)  # which looks whether there is one
         gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
         ranks = config.ranks or int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", gpus or 1)))
         libraries = _memory_of_this_process()
@@ -87,8 +94,9 @@ class _Run:
         check_json(self.ds)
         self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)
-        if not isinstance(self.model.get_output_embeddings(), torch.nn.Linear):
-            raise UserError(f"{type(self.model).__name__} has no linear lm_head: wsft trains decoder-only language models")
+        require_trainable(self.model, config)
+        if any(Path(config.model_name).glob("*.safetensors*")):  # there may be no weights to tell what a run needs
+            require_complete(config.model_name, config)
         self.reference = None
         if config.ref_model_name:
             reference = load_model_config(config.ref_model_name, config)
@@ -96,10 +104,9 @@ class _Run:
 
     @functools.cache  # noqa: B019 (one object, which lives as long as the process)
     def work(self, tokens: int, checkpointing: bool) -> Work:
-        model = empty_model(self.shape, self.config.trust_remote_code, self.dtype).train()
+        model = WeightedSFTModel(empty_model(self.shape, self.config.trust_remote_code, self.dtype)).train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        model = WeightedSFTModel(model)
+            model.recompute_activations()
         if self.config.attn_implementation != "eager":
             model.attend_by(PACKED)
         vocab_size = self.shape.get_text_config().vocab_size
@@ -204,7 +211,7 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
         if config.data is None:
             said, good = client_of(config, fetching, registers=False).look()
             return said, [] if good else [said]
-        processor = processor_of(config, tokenizer.pad_token_id, run.shape.get_text_config().vocab_size)
+        processor = processor_of(config, run.shape.get_text_config().vocab_size)
         sight = sight_of(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
         return str(config.data or config.atropos_url), [str(error)]

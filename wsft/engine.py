@@ -16,22 +16,24 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils.cpp_extension import get_default_build_root
 from transformers import set_seed
 
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.device import PeakMemory, to_device
+from wsft.device import PeakMemory, device_type, to_device
 from wsft.ds_config import for_reference
 from wsft.layout import Layout
 from wsft.model import WeightedSFTModel
 from wsft.terms import TokenTerms
-from wsft.world import World, ranks_on_this_host
+from wsft.world import FILES_PATIENCE, World, ranks_on_this_host
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +46,10 @@ KERNELS_KEPT = "128"
 
 def start_ranks(config: WeightedSFTConfig) -> World:
     """Join the process group (gloo on CPU, NCCL on CUDA) and take this rank's device."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no CUDA device: use --device auto or cpu, or mend the driver")
-    kind = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    kind = device_type(config.device)
     if kind == "cuda":
-        if local_rank >= num_gpus:
-            raise UserError(f"local rank {local_rank} has no GPU of its own, {num_gpus} are visible: start fewer ranks")
+        local_rank = gpu_of_this_rank(os.environ, torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(local_rank)  # which DeepSpeed takes for the GPU, too
         torch.cuda.set_device(local_rank)
     else:
         if "OMP_NUM_THREADS" not in os.environ:  # else each rank takes every core, and they fight for them
@@ -63,14 +62,46 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     import deepspeed
 
     deepspeed.logger.setLevel(logging.WARNING)
+    _use_zero_at_stage_1()
     trust_no_pickle()
     # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
     # that a user can mend
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), _compiling_ops():
-        deepspeed.init_distributed(dist_backend="nccl" if kind == "cuda" else "gloo", verbose=False)
+        backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(config)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     set_seed(config.seed)
     return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"), config.step_timeout)
+
+
+def gpu_of_this_rank(env: Mapping[str, str], num_gpus: int) -> int:
+    """Its index among those that this process sees: with SLURM's --gpus-per-task=1 each task sees one, its own. UserError if
+    there is none."""
+    local_rank = int(env["LOCAL_RANK"])
+    if local_rank < num_gpus:
+        return local_rank
+    if num_gpus == 1 and "SLURM_PROCID" in env and int(env.get("SLURM_GPUS_ON_NODE", "1")) != 1:
+        return 0
+    raise UserError(f"local rank {local_rank} has no GPU of its own, {num_gpus} are visible: start fewer ranks")
+
+
+def collective_timeout(config: WeightedSFTConfig) -> timedelta:
+    """After which a collective aborts the process: later than the watchdog, which can say why (watchdog.py)."""
+    return timedelta(seconds=FILES_PATIENCE * config.step_timeout + 60)
+
+
+def _use_zero_at_stage_1() -> None:
+    """For stage 1 in bf16 with gradients summed in float32, DeepSpeed takes an optimizer whose checkpoints its own
+    `zero_to_fp32` does not read, and whose gradients are whole on every rank: its ZeRO optimizer does it as well."""
+    from deepspeed.runtime import engine
+
+    choose = engine.DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(self: Any, basic_optimizer: torch.optim.Optimizer) -> str | None:
+        chosen = choose(self, basic_optimizer)
+        return engine.ZERO_OPTIMIZATION if chosen == engine.BFLOAT16 else chosen
+
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
 
 
 def trust_no_pickle() -> None:
@@ -116,7 +147,8 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
-    applied: bool  # False: gradients were not finite, parameters are as before
+    applied: bool  # False: parameters, optimizer and schedule are as before
+    signal: bool  # whether any token had a weight: if not, no step was applied, with one gradients were not finite
     sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
     maxima: dict[str, float]
     peak_gib: float  # of memory, on the rank that took most, since the step before
@@ -129,18 +161,21 @@ class Engine:
 
         self.world, self.stage = world, ds["zero_optimization"]["stage"]
         self._peak = PeakMemory(world.device)
+        _take_adam_that_can_be_built(ds, world)
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
         try:
             with _compiling_ops():
                 self._engine, *_ = deepspeed.initialize(
                     model=model,
-                    model_parameters=[p for p in model.parameters() if p.requires_grad],
+                    model_parameters=parameter_groups(model, ds["optimizer"].get("params", {}).get("weight_decay", 0)),
                     config=ds,
                     lr_scheduler=schedule,
                     dist_init_required=False,
                 )
         except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
+        for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with NCCL's timeout, 10 minutes
+            dist.distributed_c10d._set_pg_timeout(collective_timeout(config), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
         self._unwritten: Exception | None = None
@@ -158,7 +193,7 @@ class Engine:
         With a reference, its logps are those that the KL term compares with. What is returned tells the result; to call it is
         a collective, and waits for the device: best after the next step was given to it.
         """
-        engine, found = self._engine, []
+        engine, found, signals = self._engine, [], []
         for i, mb in enumerate(micro_batches):
             tokens_BT, trained_N, terms = (to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
             if reference:
@@ -167,36 +202,42 @@ class Engine:
             out = engine(tokens_BT, trained_N, terms, mb.layout, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
             sums, maxima = terms.sums(out)
+            signals.append(terms.has_signal(sums))
             found.append(({"loss": out.loss.detach().double()} | sums, maxima))
         learning_rate = engine.get_lr()[0]
-        grad_norm, applied = self._apply()
+        signal = self.world.highest({"signal": torch.stack(signals).any()})["signal"] > 0
+        grad_norm, applied = self._apply(signal)
         peak = {"gib": torch.tensor(self._peak.gib())}
         sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
 
         def result() -> StepResult:
             all_sums = self.world.sums({name: x.sum() for name, x in sums.items()})
             highest = self.world.highest({name: x.amax() for name, x in maxima.items()})
-            norm, peak_gib = float(grad_norm) if applied else math.nan, self.world.highest(peak)["gib"]
-            return StepResult(all_sums.pop("loss"), norm, learning_rate, applied, all_sums, highest, peak_gib)
+            norm, peak_gib = float(grad_norm) if applied or not signal else math.nan, self.world.highest(peak)["gib"]
+            return StepResult(all_sums.pop("loss"), norm, learning_rate, applied, signal, all_sums, highest, peak_gib)
 
         return result
 
-    def _apply(self) -> tuple[float | torch.Tensor, bool]:
-        """The optimizer step; the norm of the gradient before clipping, and whether it was finite: else there was no step.
+    def _apply(self, signal: bool) -> tuple[float | torch.Tensor, bool]:
+        """The optimizer step; the norm of the gradient before clipping, and whether there was a step: there is none where the
+        gradient is not finite, or where no token had a weight, for Adam's momentum and weight decay would move parameters all
+        the same.
 
-        Stages 1 to 3 look for non-finite gradients themselves and skip the step without a word; stage 0 does not look.
+        Stages 1 to 3 look for non-finite gradients themselves and skip the step without a message; stage 0 does not look.
         """
         engine = self._engine
         if self.stage > 0:
-            engine.step()
-            return engine.get_global_grad_norm(), engine.was_step_applied()
+            with contextlib.nullcontext() if signal else _without_update(engine):
+                engine.step()
+            return engine.get_global_grad_norm(), signal and engine.was_step_applied()
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
-        if math.isfinite(norm):
+        applied = signal and math.isfinite(norm)
+        if applied:
             engine.step()
         else:
             engine.optimizer.zero_grad()
             engine.zero_grad()
-        return norm, math.isfinite(norm)
+        return norm, applied
 
     def save(self, folder: Path) -> Exception | None:
         """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets
@@ -221,6 +262,12 @@ class Engine:
             warnings.simplefilter("ignore")
             path, _ = _quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name)
         assert path is not None, folder
+        optimizer = self._engine.basic_optimizer
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for param, state in optimizer.state.items():
+            # from a converted checkpoint DeepSpeed gives all parameters one tensor, on the CPU, which each then would count up
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].to(param.device if on_device else "cpu", copy=True)
 
 
 class Reference:
@@ -296,6 +343,63 @@ def _undo_warm_up(optimizer: Any) -> None:
     for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for param, master in zip(params, masters, strict=True):
             master.data.copy_(param.data)
+
+
+def _take_adam_that_can_be_built(ds: dict[str, Any], world: World) -> None:
+    """torch's fused Adam in the resolved JSON where it asks for DeepSpeed's own, and a rank cannot compile that: no compiler, a
+    CUDA toolkit of another version than torch's, or none."""
+    from deepspeed.accelerator import get_accelerator
+
+    params = ds["optimizer"].setdefault("params", {})
+    if ds["optimizer"].get("type", "").lower() not in ("adam", "adamw") or params.get("torch_adam"):
+        return
+    offloaded = ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    builder, error = "CPUAdamBuilder" if offloaded else "FusedAdamBuilder", None
+    try:
+        with _compiling_ops():
+            get_accelerator().create_op_builder(builder).load(verbose=False)
+    except Exception as failure:  # of many kinds, from ninja's to DeepSpeed's own
+        error = failure
+    if world.all_say(error is None):
+        return
+    params |= {"torch_adam": True, "fused": True}
+    reason = _last_line(error) if error else "another rank says why"
+    log.warning("DeepSpeed's Adam cannot be compiled here (%s): torch's fused one is used, which computes the same", reason)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
+    """What the optimizer gets: matrices and embeddings decay, norms and biases do not, as in transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not weight_decay:
+        return trained
+    kept = {
+        id(param)
+        for module in model.modules()
+        for name, param in module.named_parameters(recurse=False)
+        if "norm" in type(module).__name__.lower()
+        or name.endswith("bias")
+        or len(getattr(param, "ds_shape", param.shape)) < 2  # under ZeRO-3 the parameter itself is partitioned and flat
+    }
+    decayed, others = ([p for p in trained if (id(p) in kept) == keep] for keep in (False, True))
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+@contextlib.contextmanager
+def _without_update(engine: Any) -> Iterator[None]:
+    """A step inside empties what DeepSpeed has summed, and leaves parameters, optimizer and schedule as they are."""
+    optimizer, schedule, sharded = engine.basic_optimizer, engine.lr_scheduler, engine.optimizer
+    step, linked = optimizer.step, getattr(sharded, "_hp_optimizer_states_linked", None)
+    optimizer.step, engine.lr_scheduler = lambda *_, **__: None, None
+    try:
+        yield
+    finally:
+        optimizer.step, engine.lr_scheduler = step, schedule
+        if linked is False:  # to states that only a step makes
+            sharded._hp_optimizer_states_linked = False
 
 
 @contextlib.contextmanager

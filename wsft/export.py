@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from wsft.base_files import read_files, write_files
 from wsft.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
 from wsft.config import UserError
 from wsft.engine import saved_parameters
@@ -42,12 +43,14 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        for path in (checkpoint.folder / HUGGING_FACE).iterdir():
-            shutil.copy(path, aside)
         with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), aside / "mapped") as state:
             model.save_pretrained(aside, state_dict=state, max_shard_size=SHARD)
-        for path in aside.iterdir():
-            sync(path)
+        for name in ("config.json", "generation_config.json"):  # as transformers writes them today
+            (aside / name).unlink(missing_ok=True)
+        write_files(aside, read_files(checkpoint.folder / HUGGING_FACE))
+        for path in aside.rglob("*"):
+            if path.is_file():
+                sync(path)
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)
         sync(out.parent)
@@ -61,10 +64,7 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.facts["config"]["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.facts["precision"]]
-    model = empty_model(config, trusts, dtype)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model
+    return empty_model(config, trusts, dtype)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import hashlib
 import logging
 import queue
 import threading
@@ -18,7 +19,7 @@ from concurrent.futures import Future, wait
 from enum import IntEnum
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from wsft.atropos import AtroposClient, decode
 from wsft.batching import AtroposBatchProcessor, Batch
@@ -26,6 +27,7 @@ from wsft.config import UserError, WeightedSFTConfig
 from wsft.groups import Origin, Rollout
 from wsft.journal import Journal
 from wsft.parser import parse_json
+from wsft.records import is_group
 from wsft.stopping import Stop
 from wsft.world import World
 
@@ -37,6 +39,10 @@ LAST_WORD_S = 30.0  # for a request that is under way when the run ends
 SMALLEST_ROOM = 8 * 2**20  # bytes free on disk without which no batch is fetched
 
 
+# What a source needs to go on behind a batch, as JSON: the sizes of groups seen so far (see groups.py), the place in a file
+Position = dict[str, Any]
+
+
 class EndOfData(Exception):
     """The source has nothing more."""
 
@@ -46,9 +52,9 @@ class Source(Protocol):
     possibly_lost: int  # batches that may have been lost between server and trainer
     journal_bytes: int  # on disk
 
-    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, dict[str, int] | None]:
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
         """Batch `number` of the run (or this rank's part of it), asked for after `step` optimizer steps, and the position
-        behind it, where no journal keeps it. Waits for it, or until the run is over. EndOfData if there will be none."""
+        behind it. Waits for it, or until the run is over. EndOfData if there will be none."""
 
     def prune(self, below: int) -> None:
         """Batches below this number will not be asked for again."""
@@ -57,53 +63,95 @@ class Source(Protocol):
 class FileSource:
     """One pass over a JSONL file of groups, in file order, `batch_size` good sequences at a time; the last may be smaller.
 
+    Lines are decoded a chunk at a time: as many as hold `batch_size` sequences, as a server would hand them out, so that parts
+    of one group get the advantages that they get from a server.
+
     Args:
-        position: where to go on: byte offset and number of a line, and how many of its good sequences are taken already.
+        position: where to go on: the chunk's first byte and line, the byte behind it, how many of its good sequences are taken
+            already, a digest of all that was read.
+    Raises:
+        UserError: no such file, or what was read of it has changed; lines may have been appended.
     """
 
     state = "reading"
     possibly_lost = journal_bytes = 0
 
-    def __init__(self, path: str, batch_size: int, processor: AtroposBatchProcessor, position: dict[str, int] | None = None):
+    def __init__(self, path: str, batch_size: int, processor: AtroposBatchProcessor, position: Position | None = None):
         if not Path(path).is_file():
             raise UserError(f"data {path!r} is not a file: expected JSONL, one Atropos group a line")
-        self._batch_size, self._processor = batch_size, processor
-        self._rollouts = self._read(Path(path), **(position or {"offset": 0, "line": 1, "taken": 0}))
+        self._path, self._batch_size, self._processor = Path(path), batch_size, processor
+        self._digest = hashlib.blake2b(digest_size=16)
+        if position:
+            self._require_unchanged(position)
+        begin = position or {"offset": 0, "line": 1, "end": 0, "taken": 0}
+        self._rollouts = self._read(begin["offset"], begin["line"], begin["end"], begin["taken"])
 
-    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, dict[str, int] | None]:
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
         rollouts, position = self.rollouts()
         counts = self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
         if not rollouts:
             raise EndOfData
         return Batch.of(rollouts, counts), position
 
-    def rollouts(self) -> tuple[list[Rollout], dict[str, int] | None]:
+    def rollouts(self) -> tuple[list[Rollout], Position | None]:
         """Those of the next batch, none at the end, and the position behind them."""
         taken = list(islice(self._rollouts, self._batch_size))
         return [rollout for rollout, _ in taken], taken[-1][1] if taken else None
 
     def prune(self, below: int) -> None: ...
 
-    def _read(self, path: Path, offset: int, line: int, taken: int) -> Iterator[tuple[Rollout, dict[str, int]]]:
-        decoder = self._processor.decoder
-        with path.open("rb") as file:
+    def _require_unchanged(self, position: Position) -> None:
+        size, end = self._path.stat().st_size, position["end"]
+        if end > 2**30:
+            log.info("looking whether %s is as it was, up to %.1f GiB", self._path, end / 2**30)
+        with self._path.open("rb") as file:
+            while block := file.read(min(2**20, end - file.tell())):
+                self._digest.update(block)
+        if size < end or self._digest.hexdigest() != position["digest"]:
+            found = f"it has {size} bytes, of which {end} were read" if size < end else "those bytes differ"
+            raise UserError(
+                f"data {str(self._path)!r} has changed in the part that this run has read ({found}): put the file back as it "
+                f"was (lines may be appended), or start another run in another output_dir"
+            )
+
+    def _read(self, offset: int, line: int, end: int, taken: int) -> Iterator[tuple[Rollout, Position]]:
+        decoder, read_before = self._processor.decoder, end
+        with self._path.open("rb") as file:
             file.seek(offset)
-            for number, text in enumerate(file, line):
-                start, offset = offset, offset + len(text)
-                text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
-                if not text.strip():
-                    continue
-                try:
-                    group = parse_json(text)
-                except ValueError as error:
-                    decoder.reject("line is not JSON", Origin(text, f"line {number} of {path}", None), str(error))
-                    continue
-                rollouts = decoder.group(group, f"line {number}")
+            while True:
+                sizes = dict(decoder.group_sizes)
+                texts, found, names = self._chunk(file, line, end)
+                if not texts:
+                    return
+                if file.tell() > read_before:
+                    self._digest.update(b"".join(texts))
+                rollouts = decoder.batch(found, names)
                 if taken:
                     decoder.forget()  # it was counted when its first sequences were taken
+                place = {"offset": offset, "line": line, "end": file.tell(), "digest": self._digest.hexdigest()}
                 for i in range(taken, len(rollouts)):
-                    yield rollouts[i], {"offset": start, "line": number, "taken": i + 1}
-                taken = 0
+                    yield rollouts[i], place | {"taken": i + 1, "group_sizes": sizes}
+                offset, line, end, taken = file.tell(), line + len(texts), 0, 0
+
+    def _chunk(self, file: BinaryIO, line: int, end: int) -> tuple[list[bytes], list[Any], list[str]]:
+        """Lines up to the byte `end`, or where that is 0 as many as hold a batch; the records in them, and their names."""
+        texts, found, names, sequences = [], [], [], 0
+        while (file.tell() < end if end else sequences < self._batch_size) and (text := file.readline()):
+            number = line + len(texts)
+            texts.append(text)
+            text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
+            if not text.strip():
+                continue
+            try:
+                record = parse_json(text)
+            except ValueError as error:
+                origin = Origin(text, f"line {number} of {self._path}", None)
+                self._processor.decoder.reject("line is not JSON", origin, str(error))
+                continue
+            found.append(record)
+            names.append(f"line {number}")
+            sequences += len(record["tokens"]) if is_group(record) else 0
+        return texts, found, names
 
 
 class AtroposSource:
@@ -131,13 +179,17 @@ class AtroposSource:
     def journal_bytes(self) -> int:
         return self._journal.size
 
-    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, None]:
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
+        batch = self._batch(number, step, over)
+        return batch, {"group_sizes": dict(self._processor.decoder.group_sizes)}
+
+    def _batch(self, number: int, step: int, over: threading.Event) -> Batch:
         if number in self._journal:
-            return self._decoded(self._journal.read(number)), None
+            return self._decoded(self._journal.read(number))
         elsewhere = [journal for journal in self._others if number in journal]
         if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
             parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
-            return Batch.joined([Batch.empty(), *parts]), None
+            return Batch.joined([Batch.empty(), *parts])
         self._client.step = step  # a server that restarts is told where the run is
         while not over.is_set():
             self._journal.require_room(2 * self._largest)  # before the server hands it out
@@ -145,7 +197,7 @@ class AtroposSource:
             if body is not None:
                 self._largest = max(self._largest, len(body))
                 self._journal.append(number, body)
-                return self._decoded(body), None
+                return self._decoded(body)
         raise EndOfData
 
     def _decoded(self, body: bytes) -> Batch:
@@ -188,12 +240,14 @@ class _Ahead:
 
 
 def open_source(
-    config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: dict[str, int] | None
+    config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: Position | None
 ) -> Source | None:
-    """This rank's source; None on a rank that only listens. `position` is where a file was left."""
+    """This rank's source; None on a rank that only listens. `position` is where a resumed run goes on."""
     fetching = fetching_ranks(config, world.size)
     if world.rank >= fetching:
         return None
+    if position:
+        processor.decoder.group_sizes |= {int(env_id): size for env_id, size in position["group_sizes"].items()}
     if config.data is not None:
         return FileSource(config.data, config.batch_size, processor, position)
     client = client_of(config, fetching, registers=world.rank == 0)
@@ -230,9 +284,8 @@ def client_of(config: WeightedSFTConfig, fetching: int, registers: bool) -> Atro
     )
 
 
-def processor_of(config: WeightedSFTConfig, pad_token_id: int, vocab_size: int) -> AtroposBatchProcessor:
+def processor_of(config: WeightedSFTConfig, vocab_size: int) -> AtroposBatchProcessor:
     return AtroposBatchProcessor(
-        pad_token_id,
         advantage_normalization=config.advantage_normalization,
         advantage_clip=config.advantage_clip,
         negative_advantage_scale=config.negative_advantage_scale,
@@ -263,7 +316,7 @@ class Feed:
         batches: how many the run has taken so far; the number of the next one in the journal.
         stopped: why the run should stop, as any rank was asked to (stopping.py); 0 if it should not.
         possibly_lost: batches that may have been lost between server and trainer, over all ranks and restarts.
-        position: where in the file the next one begins; None with a server.
+        position: of the source on rank 0, behind the last batch taken.
     """
 
     def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, facts: dict[str, Any]):
@@ -323,7 +376,7 @@ class Feed:
         self.possibly_lost = self._lost_before + sum(world.words(self._source.possibly_lost if self._source else 0))
         return batch
 
-    def _take(self, step: int) -> tuple[Batch, dict[str, int] | None] | None:
+    def _take(self, step: int) -> tuple[Batch, Position] | None:
         """The next batch if it is there within a second, while those behind it come; none beyond the last step's."""
         ahead = min(self._config.prefetch_batches, self._config.training_steps - step - 1)
         for number in range(self.batches, self.batches + ahead + 1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ class Decoder:
         vocab_size: token ids must be below it; None for no limit.
         record_temperature: take a record's own temperature.
         reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
+        group_sizes: what the run has seen before, see `_groups`.
     """
 
     max_token_len: int | None = None
@@ -107,6 +108,7 @@ class Decoder:
     record_temperature: bool = True
     reads_reference: bool = False
     reads_teacher: bool = False
+    group_sizes: dict[int, int] = field(default_factory=dict)  # env_id -> sequences of its largest record so far
     rejected: Counter = field(default_factory=Counter, init=False)  # reason -> sequences, since it was last taken
     faults: dict[str, list[Fault]] = field(default_factory=dict, init=False)  # reason -> the first of them
 
@@ -117,16 +119,13 @@ class Decoder:
         if self.max_token_len is not None and self.max_token_len < 2:
             raise ValueError(f"max_token_len is {self.max_token_len}, expected at least 2, or None for any length")
 
-    def batch(self, found: list[Any], whose: str = "") -> list[Rollout]:
-        """The good sequences of the records of one batch, some of which may be parts of one group."""
+    def batch(self, found: list[Any], names: Sequence[str] | None = None) -> list[Rollout]:
+        """The good sequences of the records of one batch, some of which may be parts of one group. `names` are for messages."""
         advantages = {}
-        for numbers in _parts(found):
+        for numbers in self._groups(found):
             advantages |= zip(numbers, self._score_advantages([found[n] for n in numbers]), strict=True)
-        return [r for n, record in enumerate(found) for r in self._record(record, advantages[n], f"{whose}group {n}")]
-
-    def group(self, record: Any, name: str) -> list[Rollout]:
-        """The good sequences of one record, by its name in messages."""
-        return self._record(record, self._score_advantages([record])[0], name)
+        names = names or [f"group {n}" for n in range(len(found))]
+        return [r for n, record in enumerate(found) for r in self._record(record, advantages[n], names[n])]
 
     def reject(self, reason: str, origin: Origin, detail: str) -> None:
         assert reason in REASONS, reason
@@ -148,6 +147,40 @@ class Decoder:
     def forget(self) -> None:
         self.rejected.clear()
         self.faults.clear()
+
+    def _groups(self, found: list[Any]) -> list[list[int]]:
+        """The numbers of the records of a batch, those that are parts of one group together.
+
+        The server keeps a record that is smaller than its environment's group size back until others of that environment fill
+        it up, then releases them together, in the order in which they came. What fills up may be another prompt's: parts of one
+        group have one env_id and one prompt, each is smaller than a group, and together they are no larger than one. So large
+        is what the record's group_overrides say, else the largest record of the environment that was seen so far. Where that is
+        one sequence, which nothing could be compared with, no size is known, and those of one prompt in a batch are one group.
+        """
+        sizes = [len(record["tokens"]) if is_group(record) else 0 for record in found]
+        for record, size in zip(found, sizes, strict=True):
+            if size:
+                env_id = records.env_id(record)
+                self.group_sizes[env_id] = max(size, self.group_sizes.get(env_id, 0))
+        groups: list[list[int]] = []
+        incomplete: dict[Any, list[int]] = {}  # prompt -> the last of `groups` that is of it, while it lacks sequences
+        for number, (record, size) in enumerate(zip(found, sizes, strict=True)):
+            prompt = records.prompt(record)
+            whole = self._group_size(record) if prompt else 0
+            if size >= whole:  # or of no prompt
+                groups.append([number])
+                continue
+            group = incomplete.get(prompt, [])
+            if group and sum(sizes[i] for i in group) + size <= whole:
+                group.append(number)
+            else:
+                incomplete[prompt] = [number]
+                groups.append(incomplete[prompt])
+        return groups
+
+    def _group_size(self, record: dict) -> float:
+        said, largest = records.group_size(record), self.group_sizes[records.env_id(record)]
+        return said or (largest if largest > 1 else math.inf)
 
     def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
         """For each of the records, which are one group, the advantages of its sequences from the scores of all."""
@@ -221,17 +254,3 @@ class Decoder:
 
 
 _NO_TEACHER = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)
-
-
-def _parts(found: list[Any]) -> list[list[int]]:
-    """The numbers of the records of a batch, those that are parts of one group together.
-
-    The server keeps a record that is smaller than its environment's group size back until others of that environment fill it
-    up, then releases them together, in the order in which they came. What fills up may be another prompt's: parts of one group
-    have one env_id and one prompt.
-    """
-    parts: dict[Any, list[int]] = {}
-    for number, record in enumerate(found):
-        prompt = records.prompt(record)
-        parts.setdefault(number if prompt is None else prompt, []).append(number)
-    return list(parts.values())

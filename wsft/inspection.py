@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from wsft.atropos import decode
 from wsft.batching import AtroposBatchProcessor, Batch, pad, token_terms
 from wsft.config import UserError, WeightedSFTConfig, without_password
+from wsft.device import device_type
 from wsft.feed import FileSource, client_of, processor_of
 from wsft.findings import Finding, Sight, Words, look
 from wsft.groups import Fault, Rollout
@@ -73,7 +74,9 @@ def _from_journal(run: Path, number: int | None, processor: AtroposBatchProcesso
     bodies = [(journal, journal.read(number)) for journal in journals if number in journal]
     rollouts = []
     for n, (_, body) in enumerate(bodies):
-        rollouts += processor.decoder.batch(decode(body), f"rank {n}, " if len(bodies) > 1 else "")
+        records = decode(body)
+        names = [f"rank {n}, group {i}" if len(bodies) > 1 else f"group {i}" for i in range(len(records))]
+        rollouts += processor.decoder.batch(records, names)
     return rollouts, f"{run}, batch {number}"
 
 
@@ -96,7 +99,7 @@ class Inspected:
 def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: str | None) -> Inspected:
     """The batch as training would have it; `policy` is the folder of the model whose logps are compared."""
     tokenizer = load_tokenizer(config)
-    processor = processor_of(config, tokenizer.pad_token_id, vocab_size_of(config, tokenizer))
+    processor = processor_of(config, vocab_size_of(config, tokenizer))
     taken = take(source, number, config, processor)
     sight = sight_of(taken, config, processor, tokenizer)
     batch = sight.batch
@@ -173,7 +176,7 @@ def terms_of(config: WeightedSFTConfig, batch: Batch, rows: list[int]) -> TokenT
 
 
 def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type(config.device))
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers loads DeepSpeed, which would warn that it looks for one
     ds = {"bf16": {"enabled": device.type == "cuda"}, "zero_optimization": {"stage": 0}}
     model = load_model(policy, config, ds).to(device).eval()

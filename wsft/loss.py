@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from wsft.advantages import EPS, NORMALIZATIONS
+from wsft.advantages import NORMALIZATIONS, Shaping
 
 REDUCTIONS = ("mean", "sequence_mean", "constant", "sum", "none")
 
@@ -27,8 +28,7 @@ class WeightedSFTInterface:
         reduction: "mean" is the sum over the number of trained tokens (one of advantage 0 counts; 0 without any);
             "sequence_mean" the mean over sequences of their means (those with trained tokens count); "constant" the same of
             their sums over `max_token_len`; "sum"; "none" gives [B, T], 0 where nothing is trained.
-        advantage_normalization: "batch" replaces the advantages A of the trained tokens by
-            (A - mean) / max(population deviation, 1e-8), "batch_center" by A - mean; "none" leaves them.
+        advantage_normalization: of the advantages of the trained tokens, in float64: see `advantages.Shaping`.
         temperature: one number, or one per sequence [B].
         ignore_index: a token that is never trained.
         max_token_len: the divisor of "constant".
@@ -92,7 +92,9 @@ class WeightedSFTInterface:
         weights = advantages.expand(B, T)[at]
         _require(weights.to(dtype).isfinite(), "advantages", weights, at, f"a finite {dtype} on every trained token")
         if self.advantage_normalization != "none":
-            weights = _normalize(weights, self.advantage_normalization)
+            values_N = weights.double().cpu().numpy()
+            shaped_N = Shaping(self.advantage_normalization).apply(values_N, np.ones(len(values_N), dtype=bool))
+            weights = torch.from_numpy(shaped_N).to(weights.device)
         temperature = self.temperature.to(logits.device, dtype).expand(B)[rows]
 
         # The one shift. Only what is trained is computed: a NaN elsewhere would reach the gradient as 0 * NaN.
@@ -116,15 +118,6 @@ class WeightedSFTInterface:
             case "constant":
                 return (sequences * self.max_token_len).expand(len(trained))
         return torch.ones_like(tokens_B)
-
-
-def _normalize(advantages_N: torch.Tensor, how: str) -> torch.Tensor:
-    """A - mean, with "batch" over max(population deviation, 1e-8).
-
-    In float64: in float32 the rounding of the mean of equal advantages would be blown up to advantages of order 1.
-    """
-    centred = advantages_N.double() - advantages_N.double().mean()
-    return centred if how == "batch_center" else centred / centred.square().mean().sqrt().clamp(min=EPS)
 
 
 def _check(

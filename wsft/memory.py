@@ -133,6 +133,7 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     state = STATE_BYTES.get(kind, 8) + (4 if kind == "sgd" and options.get("momentum") else 0)
     master = 4 if width == 2 or stage else 0  # DeepSpeed keeps it beside parameters that are float32 themselves, too
     accumulated = 4 if stage and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
+    sent = 4 if ds.get("communication_data_type") == "fp32" else width
     out = Needs(checkpoint=whole * (state + (4 if stage == 3 else master + width)), model=whole * width)
 
     out.states["parameters"] = (share if stage == 3 else whole) * width
@@ -144,7 +145,8 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     buffers, filled, alone = _reduction(zero, sizes, on_gpu)
     out.states["reduction buckets"] = buffers * width
     # when the first bucket is full, the backward pass has let go of what its layers held
-    rearranged = max(0, filled * width - int(work.held * filled / whole))
+    converted = filled * sent if sent != width else 0
+    rearranged = max(0, filled * width + converted - int(work.held * filled / whole))
     out.passes["gradients being reduced"] = max(alone * width, rearranged)
     if stage == 3 and (num_ranks > 1 or _offloads(zero, "param")):  # alone, a rank uses its share as it is
         out.passes["gathered layers"] = _gathered(model, zero) * width

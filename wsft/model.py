@@ -5,9 +5,12 @@ Knows nothing of Atropos, advantages or objectives: it is given weights.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import logging
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wsft.attention import PACKED, kernel, keywords, register
+from wsft.attention import PACKED, kernel, keywords, learn_masks, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import fuses
 from wsft.ds_config import for_reference
@@ -31,6 +35,9 @@ from wsft.loss_head import HeadOutput, LossHead, TokenLoss
 from wsft.shares import Cost
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they keep packed sequences apart themselves
+
+# of a model that looks its positions up, instead of computing rotations or distances
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +51,33 @@ class WeightedSFTModel(torch.nn.Module):
         self.logit_options = _logit_options(model.config.get_text_config())
         # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
         model.get_output_embeddings().__class__ = LossHead
-        self.packs = self.shares = False  # until `check_packing` saw it
+        # how sequences may be laid out, until `check_layouts` saw it: in one row, with a piece that several share, in rows of
+        # one batch
+        self.packs = self.shares = self.pads = False
+        self._recomputing: list[torch.nn.Module] = []  # the modules that recompute activations, where they train
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # asks the device for values, to warn that there is no attention mask
+                module.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+    def train(self, mode: bool = True) -> WeightedSFTModel:
+        """The model stays in evaluation mode: no dropout, router noise or layer drop, so that its logps are those of the policy
+        that samples, and do not depend on how a batch is split. Only modules that recompute activations ask whether they
+        train."""
+        super().train(False)
+        self.training = mode
+        for module in self._recomputing:
+            module.training = mode
+        return self
+
+    def recompute_activations(self) -> None:
+        """In the backward pass, of each layer, where its code knows how to."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        asking = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
+        layers = [module for module in asking if isinstance(module, GradientCheckpointingLayer)]
+        self._recomputing = layers or asking
+        for layer in layers:
+            layer._gradient_checkpointing_func = functools.partial(_recompute, layer, layer._gradient_checkpointing_func)
+        self.train(self.training)
 
     def forward(
         self,
@@ -64,7 +97,7 @@ class WeightedSFTModel(torch.nn.Module):
             weights, options: as there, for the N tokens.
         """
         packing = keywords(layout, tokens_BT.device) if layout else {}
-        hidden_BTH = self.model.base_model(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
+        hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
         targets_N = tokens_BT.flatten()[trained_N]
         return self.model.get_output_embeddings()(hidden_NH, targets_N, weights, **options, **self.logit_options)
@@ -76,11 +109,15 @@ class WeightedSFTModel(torch.nn.Module):
             log.info("making the kernels of the head (the first time on a machine: up to a minute)")
         vocab = self.model.config.get_text_config().vocab_size
         tokens = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
-        trained = torch.arange(1, 8, device=device)
+        trained, mode = torch.arange(1, 8, device=device), self.training
+        self.eval()
         logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1]
         theirs = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
-        ours = self(tokens, trained, torch.zeros(7, device=device)).logp_N
-        tolerance = 1e-3 if logits.dtype == next(self.model.parameters()).dtype else 0.1
+        options = {"temperature": torch.ones(7, device=device)}  # as in training, whose kernels are made here
+        ours = self(tokens, trained, torch.zeros(7, device=device), **options).logp_N
+        self.train(mode)
+        # products of hidden states may differ by roundings of their size; what a model does with logits is far more
+        tolerance = max(1e-3, 2 * torch.finfo(next(self.model.parameters()).dtype).eps * float(logits.abs().max()))
         if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
             raise UserError(
                 f"{type(self.model).__name__} does something between its hidden states and its logits that wsft does not know: "
@@ -95,15 +132,38 @@ class WeightedSFTModel(torch.nn.Module):
         return kernel(param.device, param.dtype) if name == PACKED else name
 
     @torch.no_grad()
-    def check_packing(self, device: torch.device) -> bool:
-        """Try packed rows: sequences in one row must get the logps that each has alone, with the model's own attention.
+    def check_layouts(
+        self, device: torch.device, max_token_len: int, packing: bool = True, all_say: Callable[[bool], bool] = bool
+    ) -> None:
+        """Try packed and padded rows: sequences must get the logps that each has alone, with the model's own attention.
 
-        Where they do, `packs` is set, and packed attention stays; else the model's own, and rows are to be padded. `shares` is
-        set where the same holds of sequences that share the piece in which they begin.
+        Where they do in one row, `packs` is set, and packed attention stays; else the model's own. `shares` is set where the
+        same holds of sequences that share the piece in which they begin, `pads` where it does of rows of one batch. One of the
+        sequences is longer than any window of the model's masks, and than what its position encodings treat alike.
+
+        Args:
+            max_token_len: of the longest sequence in training.
+            packing: whether to try packed rows.
+            all_say: whether all ranks say so: forward passes are collectives, and what is found decides which come next.
+        Raises:
+            UserError: the logps of a sequence depend on those that were run before it.
         """
         own, mode = self.model.config._attn_implementation, self.training
-        vocab = self.model.config.get_text_config().vocab_size
-        pieces = begun, first, other, second = (torch.arange(22, device=device) * 7919 % vocab).split([6, 5, 8, 3])
+        self.eval()
+        vocab, config = self.model.config.get_text_config().vocab_size, self.model.config.get_text_config()
+        reaches = [reach for reach in _position_reaches(config) if reach < max_token_len]
+        # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
+        takes_packed = packing and self._takes_positions() and self.attend_by(PACKED if own not in FLASH else own)
+        if takes_packed and own not in FLASH:
+            few = torch.arange(8, device=device)
+            run = functools.partial(self, few.unsqueeze(0) % vocab, few[1:], torch.zeros(7, device=device))
+            reaches += learn_masks(self.model, run, max_token_len, device)
+            self.attend_by(own)
+        elif own in FLASH and getattr(config, "sliding_window", None):
+            reaches.append(min(config.sliding_window, max_token_len))
+        longest = max(11, min(max(reaches, default=0) + 9, max_token_len))
+        sizes = [6, longest - 6, 8, 3]
+        pieces = begun, first, other, second = (torch.arange(sum(sizes), device=device) * 7919 % vocab).split(sizes)
         sequences = [torch.cat([begun, first]), other, torch.cat([begun, second])]
 
         def logps(row: list[torch.Tensor], layout: Layout | None = None, scored: slice = slice(None)) -> torch.Tensor:
@@ -114,27 +174,41 @@ class WeightedSFTModel(torch.nn.Module):
             )
             return self(torch.cat(row).unsqueeze(0), at.to(device), torch.zeros(len(at), device=device), layout).logp_N
 
-        self.eval()
-        alone = [logps([sequence]) for sequence in sequences]
+        shorter = sequences[0][:-4]
+        at_first = logps([shorter])
+        alone = [logps([sequence]) for sequence in reversed(sequences)][::-1]  # the longest last
         # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
         tolerance = torch.cat(alone).std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
 
         def fits(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-            return bool((found - torch.cat(wanted)).abs().max() < tolerance)  # not where one is NaN
+            return all_say(bool((found - torch.cat(wanted)).abs().max() < tolerance))  # not where one is NaN
 
-        # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
-        if self._takes_positions() and self.attend_by(PACKED if own not in FLASH else own):
-            self.packs = fits(logps(sequences, Layout.of([11, 8, 9])), alone)
+        if not fits(logps([shorter]), [at_first]):
+            raise UserError(
+                f"what {type(self.model).__name__} makes of a sequence depends on those that it was given before, as where "
+                f"rotary embeddings grow with the longest: set max_token_len to {min(reaches, default=0)}, where they begin to"
+            )
+        self.pads = fits(self._padded_logps(sequences), alone)
+        if takes_packed:
+            self.attend_by(PACKED if own not in FLASH else own)
+            self.packs = fits(logps(sequences, Layout.of(list(map(len, sequences)))), alone)
         if self.packs and own not in FLASH:
-            found = logps(list(pieces), Layout((6, 5, 8, 3), (-1, 0, -1, 0)), slice(1, None))
-            self.shares = fits(found, [alone[0][-4:], alone[1], alone[2][-2:]])
+            found = logps(list(pieces), Layout(tuple(sizes), (-1, 0, -1, 0)), slice(1, None))
+            self.shares = fits(found, [alone[0][-len(first) + 1 :], alone[1], alone[2][-2:]])
         if not self.packs:
             self.attend_by(own)
         self.train(mode)
-        return self.packs
+
+    def _padded_logps(self, sequences: list[torch.Tensor]) -> torch.Tensor:
+        rows = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        trained = torch.zeros_like(rows, dtype=torch.bool)
+        for row, sequence in zip(trained, sequences, strict=True):
+            row[1 : len(sequence)] = True
+        at = trained.flatten().nonzero().squeeze(1)
+        return self(rows, at, torch.zeros(len(at), device=rows.device)).logp_N
 
     def _takes_positions(self) -> bool:
-        parameters = inspect.signature(self.model.base_model.forward).parameters
+        parameters = inspect.signature(body_of(self.model).forward).parameters
         return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def attend_by(self, name: str) -> bool:
@@ -143,6 +217,48 @@ class WeightedSFTModel(torch.nn.Module):
         except ValueError:  # a model whose attention cannot be chosen
             return False
         return True
+
+
+def body_of(model: PreTrainedModel) -> torch.nn.Module:
+    """What makes the hidden states that the head is given."""
+    if model.base_model is not model:
+        return model.base_model
+    embedding = model.get_input_embeddings()  # Llama 4's text model has the name that its multimodal one is known by
+    return next(child for child in model.children() if any(module is embedding for module in child.modules()))
+
+
+def _recompute(layer: torch.nn.Module, checkpoint: Callable, function: Callable, *args: Any) -> Any:
+    """Checkpoint the layer's forward pass, in which the layer itself is in evaluation mode, too."""
+
+    def evaluate(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(evaluate, *args)
+
+
+def noise_in(config: dict[str, Any]) -> dict[str, float]:
+    """What a model's config says of randomness in training: the names that transformers gives it, and their values."""
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= noise_in(value)
+        elif ("drop" in str(name) or "jitter" in str(name)) and isinstance(value, float) and value > 0:
+            found[name] = value
+    return found
+
+
+def _position_reaches(config: PretrainedConfig) -> list[int]:
+    """The lengths from which on rotary embeddings of a kind that looks at the longest position are others."""
+    said = getattr(config, "rope_parameters", None) or {}
+    kinds = [said, *(value for value in said.values() if isinstance(value, dict))]  # one of all layers, or one of each type
+    grows = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    found = [[place.get(name) for name in names for place in (kind, config.to_dict())] for kind in grows]
+    return [next(filter(None, reaches), 0) for reaches in found]
 
 
 def _logit_options(config: Any) -> dict[str, float | None]:
@@ -163,11 +279,6 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
         raise UserError(
             f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
         ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"the tokenizer of {name!r} has neither a pad nor an eos token: add one of them to it")
-        tokenizer.pad_token = tokenizer.eos_token
-        log.info("the tokenizer has no pad token: eos (%r) pads instead; padding is never trained", tokenizer.eos_token)
     return tokenizer
 
 
@@ -195,7 +306,7 @@ def cost_of(model: PreTrainedModel) -> tuple[Cost, float]:
     config, used = model.config.get_text_config(), 0.0
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     experts = getattr(config, "num_experts_per_tok", None)
-    for param in model.base_model.parameters():
+    for param in body_of(model).parameters():
         if param.ndim > 1 and id(param) not in embeddings:
             used += param.numel() * (experts / len(param) if experts and param.ndim == 3 else 1)
     heads = getattr(config, "num_attention_heads", None) or 0
@@ -203,8 +314,78 @@ def cost_of(model: PreTrainedModel) -> tuple[Cost, float]:
     return Cost(6.0 * used, 6.0 * config.num_hidden_layers * width), 6.0 * model.get_output_embeddings().weight.numel()
 
 
+def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
+    """UserError if it is no model that the run can train, by its classes and shapes: it may be on the meta device."""
+    name = type(model).__name__
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise UserError(f"{name} has no linear lm_head: wsft trains decoder-only language models")
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    has_table = any(_POSITION_TABLE.search(key) and tensor.ndim == 2 for key, tensor in tables)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if has_table and positions and config.max_token_len > positions:
+        raise UserError(
+            f"{name} has embeddings for {positions} positions, and max_token_len is {config.max_token_len}: set max_token_len "
+            f"to {positions} at most"
+        )
+
+
+def unreached(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters of an empty model that no text reaches, such as a vision tower.
+
+    They are those without a gradient after a pass over the meta device; where a model's code looks at values, and so cannot run
+    there, those of a multimodal model that are not of its text decoder.
+    """
+    run = WeightedSFTModel(model).train()
+    run.attend_by(PACKED)  # which looks at no positions
+    try:
+        tokens, trained = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.arange(1, 8, device="meta")
+        run(tokens, trained, torch.ones(7, device="meta")).loss.backward()
+        return {name for name, param in model.named_parameters() if param.grad is None}
+    except (RuntimeError, NotImplementedError, ValueError):
+        if model.config.get_text_config() is model.config:
+            return set()
+    reached = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    kept = {id(param) for module in reached for param in module.parameters()}
+    return {name for name, param in model.named_parameters() if id(param) not in kept}
+
+
+def require_complete(name: str, config: WeightedSFTConfig) -> None:
+    """UserError if the checkpoint lacks parameters of the model, which transformers would give random values, or has them in
+    other shapes. Reads names and shapes only."""
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            trust_remote_code=config.trust_remote_code,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    there = f"{len(others)} that are none of the model's ({_some(others)})"
+    if missing:
+        raise UserError(
+            f"the checkpoint in {name!r} lacks {len(missing)} of the parameters of {type(model).__name__} ({_some(missing)}), "
+            f"which would be random{f'; it has {there}' if others else ''}: save it whole, under the model's own names"
+        )
+    if info["mismatched_keys"]:
+        shapes = [f"{key}: {list(found)}, expected {list(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"])]
+        raise UserError(f"the checkpoint in {name!r} has {len(shapes)} parameters of other shapes ({_some(shapes)})")
+    if others:
+        log.info("not used of the checkpoint in %s: %s", name, there)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
     """A model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
+    register()
+    empty = empty_model(load_model_config(name, config), config.trust_remote_code)
+    require_trainable(empty, config)
+    require_complete(name, config)
     # from_pretrained looks for this object (a weak global reference) to partition while it loads
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:
@@ -217,13 +398,18 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
-    register()
-    model.train()
+    frozen = unreached(empty)
+    for key, param in model.named_parameters():
+        param.requires_grad_(key not in frozen)
+    if frozen:
+        log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), _some(sorted(frozen)))
+    noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
+    if noise:
+        log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
+    wrapped = WeightedSFTModel(model)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        raise UserError(f"{type(model).__name__} has no linear lm_head: wsft trains decoder-only language models")
-    return WeightedSFTModel(model)
+        wrapped.recompute_activations()
+    return wrapped.train()
 
 
 def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: int) -> WeightedSFTModel:

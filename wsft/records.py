@@ -17,6 +17,10 @@ IGNORED = -100  # the label of an untrained token in Atropos masks
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _COLDEST = 0.01  # temperature: below it sampling is greedy in effect, and the gradient that much larger
 _LOGP_ROUNDING = 1e-3  # of a logp above 0, as bf16 samplers make them
+# What lies below is no logp but a sentinel for one that is not known: vLLM writes -9999.0 for -inf and NaN in its JSON. The
+# smallest float32 has the logarithm -103.3, and no sampler draws a token of a probability that it rounds to 0. A reference
+# model scores tokens that it did not draw.
+_LOWEST_LOGP = {"inference_logprobs": -103.5, "ref_logprobs": -1000.0}
 
 
 class Malformed(Exception):
@@ -44,6 +48,13 @@ def env_id(group: dict) -> int:
     """-1 where there is none."""
     value = group.get("env_id")
     return value if type(value) is int and 0 <= value < 2**63 else -1
+
+
+def group_size(record: dict) -> int | None:
+    """The completions that its environment samples for one prompt, where its group_overrides say it."""
+    overrides = record.get("group_overrides")
+    value = overrides.get("group_size") if isinstance(overrides, dict) else None
+    return value if type(value) is int and value > 0 else None
 
 
 def prompt(record: Any) -> tuple[int, bytes] | None:
@@ -155,7 +166,7 @@ def weight_version(group: dict, i: int) -> float:
 
 def logps(group: dict, i: int, name: str, trained: np.ndarray) -> np.ndarray:
     """`inference_logprobs` or `ref_logprobs` [T] float32 of the trained tokens. NaN where there is none: at placeholders, which
-    are 1.0, and whatever else is no logp."""
+    are 1.0, and whatever else is no logp (`_LOWEST_LOGP`)."""
     row = _row(group, name, i)
     if _absent(row):
         return np.full(len(trained), np.nan, dtype=np.float32)
@@ -163,7 +174,7 @@ def logps(group: dict, i: int, name: str, trained: np.ndarray) -> np.ndarray:
     if values is None or len(values) != len(trained):
         found = f"found {short(row)}, expected {len(trained)} numbers"
         raise Malformed(f"trained without {name}: they do not fit the tokens", found)
-    known = trained & (values <= _LOGP_ROUNDING) & _finite(values)
+    known = trained & (values <= _LOGP_ROUNDING) & (values >= _LOWEST_LOGP[name])
     return np.where(known, values.clip(max=0), np.nan).astype(np.float32)
 
 

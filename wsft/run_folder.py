@@ -6,6 +6,7 @@ leaves `running`. Knows nothing of ranks, and of a checkpoint only what checkpoi
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -30,6 +31,7 @@ RESULTS = (
 LOGS = "logs"  # of the launchers, which write there before there is a run
 LOCK_WAIT_S = 20.0  # a run that was killed may need seconds to be gone
 SAY_S = 10.0
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of Lustre without -o flock, of NFS without lockd
 SHARED_WAIT_S = 30.0  # a network file system may show a new folder late
 
 
@@ -44,15 +46,16 @@ class RunFolder:
         self._ours = config.resume is True and state.exists()
         self.step = json.loads(state.read_text())["step"] if self._ours else 0
 
-    def open(self, config: WeightedSFTConfig) -> Checkpoint | None:
+    def open(self, config: WeightedSFTConfig, contents: dict[str, str | None]) -> Checkpoint | None:
         """Take the folder for this run: refuse or remove another run's results, or find what to go on from, None for step 0.
 
-        UserError if it belongs to a run still at work, holds results that nobody asked to replace, or holds another run.
+        UserError if it belongs to a run still at work, holds results that nobody asked to replace, or holds another run: by its
+        settings, and by what they name (contents.py).
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            start = self._resumed(config) if config.resume else self._make_empty(config)
+            start = self._resumed(config, contents) if config.resume else self._make_empty(config)
             self.checkpoints.mkdir(exist_ok=True)
             self.step = start.step if start else 0
             write_last(self.path / "config.yaml", config.to_yaml())
@@ -94,7 +97,16 @@ class RunFolder:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    log.warning(
+                        "the file system of output_dir %s has no locks (%s): see to it that no other run is at work there",
+                        self.path,
+                        error.strerror,
+                    )
+                    return
+                if not isinstance(error, BlockingIOError):
+                    raise
                 self._lock.seek(0)
                 holder, waited = self._lock.read().strip(), time.monotonic() - start
                 if waited > LOCK_WAIT_S:
@@ -118,12 +130,12 @@ class RunFolder:
         for old in (self.path / name for name in RESULTS):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
-    def _resumed(self, config: WeightedSFTConfig) -> Checkpoint | None:
+    def _resumed(self, config: WeightedSFTConfig, contents: dict[str, str | None]) -> Checkpoint | None:
         if config.resume is not True:
-            self._go_back_to(Checkpoint.at(Path(config.resume)), config)
+            self._go_back_to(Checkpoint.at(Path(config.resume)), config, contents)
         start, settings = next(reversed(all_in(self.checkpoints)), None), self.path / "config.yaml"
-        was = start.facts["config"] if start else yaml.safe_load(settings.read_text()) if settings.exists() else {}
-        require_same_run(was, config, start.folder if start else self.path)
+        was = start.facts if start else {"config": yaml.safe_load(settings.read_text()) if settings.exists() else {}}
+        require_same_run(was, config, contents, start.folder if start else self.path)
         if start:
             log.info("resuming from %s", start.folder)
         else:
@@ -131,9 +143,9 @@ class RunFolder:
             log.info("no checkpoint in %s yet: starting at step 0%s", self.path, replayed)
         return start
 
-    def _go_back_to(self, wanted: Checkpoint, config: WeightedSFTConfig) -> None:
+    def _go_back_to(self, wanted: Checkpoint, config: WeightedSFTConfig, contents: dict[str, str | None]) -> None:
         """Make the named checkpoint the newest of this folder; bring it here, with its journal, if it is another run's."""
-        require_same_run(wanted.facts["config"], config, wanted.folder)
+        require_same_run(wanted.facts, config, contents, wanted.folder)
         if wanted.folder.resolve().parent != self.checkpoints.resolve():
             if not all_in(self.checkpoints):
                 self._make_empty(config)

@@ -119,6 +119,10 @@ class TokenTerms:
         highest = ratio_N.where(known_N, 0).amax() if N else logp_N.new_zeros(())
         return {name: x.double().sum() for name, x in sums.items()}, {"ratio": highest.double()}
 
+    def has_signal(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whether any token adds to the gradient, by what `sums` found; also where that is not a number."""
+        return sums["tokens" if self.coefficients.concern_every_token else "weight_abs"] != 0
+
     def _to_reference(self, logp: torch.Tensor, rows: slice) -> torch.Tensor:
         """log(reference / policy) of some tokens; 0 where the reference is not known."""
         log_ratio = self.ref_logp_N[rows].to(logp.dtype) - logp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import os
@@ -19,9 +20,11 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from wsft import ds_config
+from wsft.base_files import base_files, read_files
 from wsft.batching import Batch, pack, pad, token_terms
-from wsft.checkpoint import Checkpoint, load_random, prune, resumable, save
+from wsft.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
 from wsft.config import UserError, WeightedSFTConfig
+from wsft.contents import contents_of
 from wsft.device import multiplies, rated_flops
 from wsft.engine import Engine, MicroBatch, Reference, StepResult, start_ranks
 from wsft.export import export
@@ -74,17 +77,19 @@ class WeightedSFTTrainer:
         speak(rank)
         if rank != 0 or not sys.stderr.isatty():
             disable_progress_bar()  # of transformers: loading weights, writing shards
-        with _private_files(), contextlib.closing(self.folder), Stop() as self.stop:
+        with contextlib.closing(self.folder), Stop() as self.stop:
             world = start_ranks(self.config)
             with world.ending_together(self.folder.failed):
                 try:
-                    self._set_up(world)
+                    with world.taking_its_time():  # models may be downloaded
+                        self._set_up(world)
                 except _AskedToStop:  # nothing is trained yet that could be saved
                     world.on_rank_0(lambda: self.folder.write_state("preempted", "asked to stop before the first step"))
                     return None
                 try:
-                    self._loop()
-                    return self._end()
+                    with _private_files():
+                        self._loop()
+                        return self._end()
                 except BaseException:
                     self.metrics.close(failed=True)
                     raise
@@ -96,18 +101,26 @@ class WeightedSFTTrainer:
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = multiplies(world.device, torch.bfloat16)
         self.config, ds = ds_config.resolve(self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16)
-        start = world.on_rank_0(lambda: self.folder.open(self.config))
+        contents = contents_of(self.config, model_config, self.tokenizer)
+        with _private_files():
+            start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
         world.together(self.folder.require_shared)
-        step = world.words(start.step if start else 0)[0]
-        self.saved = start = Checkpoint.at(self.folder.checkpoints / f"step_{step}") if step else None
-        facts = start.facts if start else {"step": 0, "not_finite": 0, "bad": 0, "feed": {}}
-        self.processor = processor_of(self.config, self.tokenizer.pad_token_id, shape.vocab_size)
-        source = open_source(self.config, self.processor, world, facts["feed"].get("position"))
+        saved = json.loads(world.text_of_rank_0(json.dumps(start.facts if start else None)))  # which rank 0 has verified
+        self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
+        facts = start.facts if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
+        self.processor = processor_of(self.config, shape.vocab_size)
+        with _private_files():
+            source = open_source(self.config, self.processor, world, facts["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
         if precision == "bf16" and not native_bf16:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
         self.facts = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
+        self.facts |= {"contents": contents, "deepspeed": ds_config.what_learns(ds)}
+        dtype = "bfloat16" if precision == "bf16" else "float32"
+        self.base_files = world.on_rank_0(
+            lambda: read_files(start.folder / HUGGING_FACE) if start else base_files(self.config, dtype)
+        )
         self._stop_if_asked()
         self.model = load_model(self.config.model_name, self.config, ds)
         self._stop_if_asked()
@@ -117,31 +130,39 @@ class WeightedSFTTrainer:
             self.model.check_head(world.device)
             if saved:
                 self.engine.load(saved)
-        self.packs, self.shares = self._check_packing()
+        self.packs, self.shares, self.micro_batch_tokens = self._check_layouts()
         self.cost, self.flops_of_trained = cost_of(empty_model(model_config, self.config.trust_remote_code))
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
         self.said_missing = set()
         self.step, self.not_finite, self.bad = facts["step"], facts["not_finite"], facts["bad"]
+        self.without_signal = facts["without_signal"]
         self.feed = Feed(self.config, source, world, self.stop, facts["feed"])
-        self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
+        with _private_files():
+            self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
 
-    def _check_packing(self) -> tuple[bool, bool]:
-        """Whether rows are packed, and prefixes shared in them: as all models and all ranks can."""
-        if not self.config.packing:
-            return False, False
+    def _check_layouts(self) -> tuple[bool, bool, int]:
+        """Whether rows are packed, whether prefixes are shared in them, and the tokens of a micro-batch: as all models and all
+        ranks can."""
         models = [self.model, *([self.reference.model] if self.reference else [])]
-        packs = min(self.world.words(int(all([model.check_packing(self.world.device) for model in models])))) == 1
-        shares = min(self.world.words(int(self.config.share_prefixes and all(model.shares for model in models)))) == 1
+        for model in models:
+            model.check_layouts(self.world.device, self.config.max_token_len, self.config.packing, self.world.all_say)
+        packs, pads = all(model.packs for model in models), all(model.pads for model in models)
+        shares = packs and self.config.share_prefixes and all(model.shares for model in models)
         if packs:
             begun = ", those that begin alike share a piece" if shares else ""
             log.info("sequences are packed%s; attention: %s", begun, self.model.attention)
-        else:
+        elif self.config.packing and pads:
             log.info("%s cannot keep packed sequences apart: they are padded instead", type(self.model.model).__name__)
-        return packs, packs and shares
+        elif not pads:
+            name = type(self.model.model).__name__
+            log.info(
+                "what %s makes of a sequence depends on others of its micro-batch: each sequence is one, which is slow", name
+            )
+        return packs, shares, self.config.micro_batch_tokens if packs or pads else 1
 
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
         if self.config.ref_model_name is None:
@@ -220,10 +241,12 @@ class WeightedSFTTrainer:
         self.metrics.doing("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
-        facts = self.facts | {"step": self.step, "not_finite": self.not_finite, "bad": self.bad, "feed": self.feed.facts}
+        counts = {"not_finite": self.not_finite, "without_signal": self.without_signal, "bad": self.bad}
+        facts = self.facts | {"step": self.step, "feed": self.feed.facts} | counts
         facts["config"] = self.config.public()
         facts["versions"] = {name: version(name) for name in PACKAGES}
-        self.saved = save(self.folder.checkpoints, facts, self.engine, self.model.model, self.tokenizer, self.world)
+        with self.world.taking_its_time():
+            self.saved = save(self.folder.checkpoints, facts, self.engine, self.base_files, self.world)
         self.folder.step = self.step
         self.world.on_rank_0(lambda: self.folder.write_state("running", ""))
         kept = self.world.on_rank_0(lambda: prune(self.folder.checkpoints, self.config.keep_checkpoints))
@@ -243,7 +266,7 @@ class WeightedSFTTrainer:
         rows = np.flatnonzero(batch.trained_tokens if self.config.skip_weightless else batch.lengths).tolist()
         prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
         load = Load(batch.lengths, self.cost, prefixes)
-        shares = plan_shares(load, rows, self.world.size, self.config.micro_batch_tokens, self.packs)
+        shares = plan_shares(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
         values |= of_plan(shares, load, self.packs)
         micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in shares[self.world.rank]]
         flops = sum(load.of(rows) for share in shares for rows in share) + self.flops_of_trained * batch.num_trained
@@ -252,9 +275,9 @@ class WeightedSFTTrainer:
     def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes) -> MicroBatch:
         terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
         if self.packs:
-            tokens_1T, trained_N, layout = pack(batch, rows, self.tokenizer.pad_token_id, prefixes)
+            tokens_1T, trained_N, layout = pack(batch, rows, self.processor.pad_token_id, prefixes)
             return MicroBatch(tokens_1T, trained_N, terms, layout)
-        padded = pad(batch, rows, self.tokenizer.pad_token_id)
+        padded = pad(batch, rows, self.processor.pad_token_id)
         trained_N = padded["loss_masks"].flatten().nonzero().squeeze(1)
         return MicroBatch(padded["tokens"], trained_N, terms, None)
 
@@ -272,18 +295,24 @@ class WeightedSFTTrainer:
     def _account(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
         """Write down what a step came to. A collective."""
         result = read()
-        self.bad = 0 if result.applied and math.isfinite(result.loss) else self.bad + 1
-        self.not_finite += self.bad > 0
+        finite = math.isfinite(result.loss) and (result.applied or not result.signal)
+        self.bad = 0 if finite else self.bad + 1
+        self.not_finite += not finite
+        self.without_signal += not result.signal
         of_step = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-        of_run = {"steps/not_finite": self.not_finite, "memory/peak_gib": result.peak_gib}
+        of_run = {"steps/not_finite": self.not_finite, "steps/without_signal": self.without_signal}
+        of_run["memory/peak_gib"] = result.peak_gib
         of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
         self.metrics.step({"step": values["step"], **of_step, **values, **of_all, **of_run})
         self._shout(values["step"], result)
 
     def _shout(self, step: int, result: StepResult) -> None:
+        if not result.signal:
+            self.metrics.warn(f"step {step}: no token has a weight: parameters, optimizer and schedule stay as they are")
         if not self.bad:
             return
-        what = "gradients are not finite, the step was skipped" if not result.applied else "the loss is not finite"
+        skipped = result.signal and not result.applied
+        what = "gradients are not finite, the step was skipped" if skipped else "the loss is not finite"
         self.metrics.warn(f"step {step}: {what} (loss {result.loss}, grad_norm {result.grad_norm}); {self.bad} in a row")
         if self.bad >= BAD_STEPS_ALLOWED:
             raise TrainingDiverged(
@@ -294,7 +323,8 @@ class WeightedSFTTrainer:
 
 @contextlib.contextmanager
 def _private_files() -> Iterator[None]:
-    """What a run writes is its user's alone: rollouts may hold anything."""
+    """What is written to output_dir is its user's alone: rollouts may hold anything. Not so what is downloaded or compiled into
+    caches that others share."""
     before = os.umask(0o077)
     try:
         yield

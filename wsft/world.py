@@ -10,14 +10,15 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
+import secrets
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -31,8 +32,10 @@ from wsft.watchdog import Watchdog
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_FAILURE = "wsft/failure"  # key in the rendezvous store: the message of the rank that failed first
+_FAILURE = "wsft/failure"  # key in the rendezvous store, of an attempt: the message of the rank that failed first
+_SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # the shell that salloc gives; those of scripts and externs lie above
 _LOOK_S = 1.0  # between two looks at it
+FILES_PATIENCE = 10.0  # times step_timeout: to download, load, save or export a model
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo says it
 _RANK_0_GONE = "rank 0: gone without a message (killed, or out of memory?)"  # the store lives there
 
@@ -46,17 +49,35 @@ def ranks_from_environment() -> int:
     from SLURM_* under `srun`, and to one rank for a plain `python train.py`. This process's rank."""
     env = os.environ
     if "RANK" not in env:
-        _take_ranks_from_slurm(env) if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env else _be_alone(env)
+        _take_ranks_from_slurm(env) if _is_of_a_step(env) else _be_alone(env)
     env.setdefault("LOCAL_RANK", "0")
     return int(env["RANK"])
 
 
+def _is_of_a_step(env: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process beside others: the shell of an allocation has the names of a step, too, but is one
+    task of it, whatever the job is for."""
+    step = int(env.get("SLURM_STEP_ID", _SLURM_INTERACTIVE_STEP))
+    return step < _SLURM_INTERACTIVE_STEP and int(_tasks(env)) > 1
+
+
+def _tasks(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+
+
 def _take_ranks_from_slurm(env: MutableMapping[str, str]) -> None:
-    env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": env["SLURM_NTASKS"], "LOCAL_RANK": env["SLURM_LOCALID"]}
+    env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": _tasks(env), "LOCAL_RANK": env["SLURM_LOCALID"]}
     if "MASTER_ADDR" not in env:
-        hosts = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
-        env["MASTER_ADDR"] = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    # steps of one job may run side by side
+    port = 20000 + (int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])) % 20000
+    env.setdefault("MASTER_PORT", str(port))
+
+
+def first_host(nodelist: str) -> str:
+    """Of SLURM's "gpu[03-05,9]-ib,login1". Without scontrol, which containers do not have."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _be_alone(env: MutableMapping[str, str]) -> None:
@@ -120,6 +141,10 @@ class World:
         dist.all_reduce(gathered, group=self._hosts)
         return gathered.tolist()
 
+    def all_say(self, yes: bool) -> bool:
+        """Whether every rank does."""
+        return min(self.words(int(yes))) == 1
+
     def sums(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Each scalar's sum over ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
@@ -132,6 +157,11 @@ class World:
         reduced = torch.stack([x.detach().double() for x in values.values()]).cpu()
         dist.all_reduce(reduced, how, group=self._hosts)
         return dict(zip(values, reduced.tolist(), strict=True))
+
+    def text_of_rank_0(self, text: str) -> str:
+        """Rank 0's, on every rank."""
+        mine = _Text(np.frombuffer(text.encode(), dtype=np.uint8).copy()) if self.rank == 0 else None
+        return bytes(self.broadcast(mine, _Text, 0).text).decode()
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""
@@ -157,13 +187,13 @@ class World:
 
     @contextlib.contextmanager
     def taking_its_time(self) -> Iterator[None]:
-        """Around work on the files of a whole model, which may take longer than any step: ten times step_timeout pass before
-        it counts as hanging. A collective."""
+        """Around work on the files of a whole model, which may take longer than any step: so many times step_timeout pass
+        before it counts as hanging. A collective."""
         self.words(0)
-        self._watchdog.patience = 10.0
+        before, self._watchdog.patience = self._watchdog.patience, FILES_PATIENCE
         yield
         self.words(0)
-        self._watchdog.patience = 1.0
+        self._watchdog.patience = before
 
     @contextlib.contextmanager
     def ending_together(self, failed: Callable[[str], None]) -> Iterator[None]:
@@ -192,6 +222,8 @@ class World:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # a rank 0 that is merely stopped is the watchdog's to notice, not a store that does not answer
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._step_timeout + 60))
+        # torchrun keeps its store when it starts ranks again: what an attempt that failed has left is not for the next
+        store = dist.PrefixStore(str(self.words(secrets.randbits(62))[0]), store)
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(store, over), daemon=True)
         watch.start()

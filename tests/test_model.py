@@ -1,0 +1,232 @@
+"""What a model does in training: nothing random, the same for a sequence in any layout; and which model is no start."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import RANK_VARIABLES, VOCAB, make_group, make_model, save_model, write_groups
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from wsft import WeightedSFTConfig, WeightedSFTTrainer
+from wsft.attention import PACKED, register
+from wsft.config import UserError
+from wsft.dry_run import dry_run
+from wsft.model import WeightedSFTModel
+
+CPU = torch.device("cpu")
+FP32 = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
+SMALL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = SMALL | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+NOISY = {  # as transformers makes them by default, but for their size
+    "gpt2": SMALL | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5},
+    "phimoe": SHAPE | MOE | {"attention_dropout": 0.3, "input_jitter_noise": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """One rank, and the group of an earlier test gone."""
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if torch.distributed.is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
+def train(model, tmp_path, groups, **changes):
+    settings = dict(model_name=model, batch_size=len(groups[0]["tokens"]), device="cpu", deepspeed=FP32, learning_rate=0.1)
+    settings |= dict(output_dir=str(tmp_path / "run"), overwrite_output_dir=True, max_token_len=64)
+    data = write_groups(tmp_path / "data.jsonl", groups)
+    trainer = WeightedSFTTrainer(WeightedSFTConfig(**settings | {"data": data} | changes))
+    trainer.train()
+    return [json.loads(line) for line in (trainer.folder.path / "metrics.jsonl").open()]
+
+
+def logps(folder, rows):
+    """Of each token but the first, by the model in evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logp = [model(torch.tensor([row])).logits[0, :-1].log_softmax(-1) for row in rows]
+    return [x.gather(1, torch.tensor(row[1:])[:, None]).squeeze(1) for x, row in zip(logp, rows, strict=True)]
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize("kind", NOISY)
+def test_nothing_random_happens_in_training(kind, recomputed, tmp_path, rng, capfd):
+    folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **NOISY[kind]))
+    group = make_group(rng, [10, 14, 7])
+    group["inference_logprobs"] = [[1.0, *row.tolist()] for row in logps(folder, group["tokens"])]
+    found = {}
+    for seed in (1, 2):
+        capfd.readouterr()
+        (found[seed],) = train(folder, tmp_path, [group], seed=seed, gradient_checkpointing=recomputed)
+        assert capfd.readouterr().err.count("no dropout") == 1
+    for step in found.values():
+        assert step["ratio/mean"] == pytest.approx(1, abs=1e-5) and step["ratio/max"] == pytest.approx(1, abs=1e-5)
+    assert found[1]["loss"] == found[2]["loss"] and found[1]["grad_norm"] == found[2]["grad_norm"]
+
+
+def test_recomputed_layers_are_recomputed(tmp_path):
+    """In evaluation mode, too: the layer runs once forward, once in the backward pass."""
+    folder = save_model(tmp_path / "model", AutoConfig.for_model("opt", **NOISY["opt"]))
+    model, calls = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(folder)), []
+    model.recompute_activations()
+    model.train()
+    layer = model.model.model.decoder.layers[0]
+    layer.fc1.register_forward_hook(lambda *_: calls.append(layer.training))
+    tokens, trained = torch.arange(8).unsqueeze(0), torch.arange(1, 8)
+    model(tokens, trained, torch.ones(7)).loss.backward()
+    assert calls == [False, False] and layer.training
+    model.eval()
+    model(tokens, trained, torch.ones(7)).loss.backward()
+    assert calls == [False] * 3
+
+
+STRONG = 8.0  # so that it matters what attends to what: a random model's attention is nearly uniform
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 2, 3, 4.0]}
+LONGROPE |= {"original_max_position_embeddings": 24}
+LLAMA4 = {"head_dim": 8, "attention_chunk_size": 8, "intermediate_size_mlp": 48, "no_rope_layers": [1, 0]}
+LLAMA4 |= {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+MASKED = {  # kind -> config, and whether rows can be packed, or at least padded
+    "phimoe": (SHAPE | MOE | {"sliding_window": 8}, True, True),
+    "mistral": (SHAPE | {"sliding_window": 8}, True, True),
+    "llama4_text": (
+        SHAPE | LLAMA4 | {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2},
+        True,
+        True,
+    ),
+    "gpt_oss": (SHAPE | MOE | {"head_dim": 8, "sliding_window": 8}, False, True),  # attention sinks
+    "phi3": (SHAPE | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24}, False, False),
+}
+
+
+@pytest.mark.parametrize("kind", MASKED)
+def test_what_restricts_attention_holds_in_every_layout(kind, tmp_path, rng):
+    """Windows, chunks and sinks, and rotary embeddings that look at the longest position: beyond 24 tokens all matter."""
+    config, packs, pads = MASKED[kind]
+    folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **config), scale=STRONG)
+    rows = make_group(rng, [40, 14, 31, 7])
+    wanted = [logps(folder, [row])[0][1:] for row in rows["tokens"]]
+    wanted = sum(-(torch.tensor(a[2:]) * logp).sum() for a, logp in zip(rows["advantages"], wanted, strict=True)).item()
+    register()
+    for packing in (True, False):
+        (step,) = train(folder, tmp_path, [rows], reduction="sum", packing=packing)
+        assert step["loss"] == pytest.approx(wanted, rel=1e-4)
+        model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(folder))
+        model.check_layouts(CPU, 64, packing)
+        assert (model.packs, model.pads) == (packs and packing, pads)
+        assert (model.model.config._attn_implementation == PACKED) == model.packs
+
+
+def test_a_window_that_no_sequence_reaches_restricts_nothing(tmp_path):
+    folder = save_model(tmp_path / "model", AutoConfig.for_model("mistral", **MASKED["mistral"][0] | {"sliding_window": 64}))
+    register()
+    model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(folder))
+    for longest, window in ((64, None), (65, 64)):
+        model.check_layouts(CPU, longest)
+        assert {layer.self_attn.wsft_mask.window for layer in model.model.model.layers} == {window}
+
+
+def test_rotary_embeddings_that_remember_the_longest_sequence_are_refused(tmp_path, rng):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = SHAPE | {"max_position_embeddings": 16, "rope_parameters": rope}
+    folder = save_model(tmp_path / "model", AutoConfig.for_model("llama", **config), scale=STRONG)
+    with pytest.raises(UserError, match=r"depends on those that it was given before.*set max_token_len to 16"):
+        train(folder, tmp_path, [make_group(rng, [10, 14])])
+    (step,) = train(folder, tmp_path, [make_group(rng, [10, 14])], max_token_len=16)
+    assert step["tokens/trained"] == 20
+
+
+def test_parts_of_a_model_that_text_never_reaches_stay_as_they_are(tmp_path, rng, capfd):
+    """A vision tower is not decayed, and is saved with the rest."""
+    text = SHAPE | {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    folder = save_model(tmp_path / "model", config)
+    adam = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    ds = {"optimizer": adam, "zero_optimization": {"stage": 3}}
+    train(folder, tmp_path, [make_group(rng, [10, 14])] * 2, deepspeed=ds, weight_decay=1.0, learning_rate=1e-2)
+    start, trained = (load_file(f"{path}/model.safetensors") for path in (folder, tmp_path / "run" / "final"))
+    assert start.keys() == trained.keys()
+    kept = {name for name in start if torch.equal(start[name], trained[name])}
+    assert kept == {name for name in start if "vision" in name or "multi_modal" in name} and len(kept) > 10
+    assert f"no text reaches {len(kept)} parameters" in capfd.readouterr().err
+
+
+def tensors_of(folder):
+    return load_file(f"{folder}/model.safetensors")
+
+
+def write_tensors(folder, tensors):
+    save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+
+
+def without_a_layer(tensors):
+    return {name: value for name, value in tensors.items() if ".layers.1." not in name}
+
+
+def without_a_head(tensors):
+    return {name: value for name, value in tensors.items() if name != "lm_head.weight"}
+
+
+def compiled(tensors):
+    return {f"_orig_mod.{name}": value for name, value in tensors.items()}
+
+
+def narrower(tensors):
+    return tensors | {"model.norm.weight": torch.ones(16)}
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (without_a_layer, r"lacks 9 of the parameters of LlamaForCausalLM \(model.layers.1.input_layernorm.weight, .*\.\.\.\)"),
+        (without_a_head, r"lacks 1 of the parameters of LlamaForCausalLM \(lm_head.weight\)"),
+        (compiled, r"lacks 21 of the parameters .*it has 21 that are none of the model's \(_orig_mod\."),
+        (narrower, r"has 1 parameters of other shapes \(model\.norm\.weight: \[16\], expected \[32\]\)"),
+    ],
+)
+def test_a_checkpoint_that_lacks_parameters_is_refused_by_run_and_dry_run(change, said, tmp_path, rng, capfd):
+    folder = make_model(tmp_path / "model", tied=False)
+    write_tensors(folder, change(tensors_of(folder)))
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        train(folder, tmp_path, [make_group(rng, [10])])
+    with pytest.raises(UserError, match=f"(?s){said}"):
+        dry_run(WeightedSFTConfig(model_name=folder, device="cpu", output_dir=str(tmp_path / "run")))
+
+
+def test_what_a_checkpoint_has_beside_is_said(tmp_path, rng, capfd):
+    folder = make_model(tmp_path / "model")
+    write_tensors(folder, tensors_of(folder) | {"model.extra.weight": torch.ones(2)})
+    train(folder, tmp_path, [make_group(rng, [10])])
+    assert "1 that are none of the model's (model.extra.weight)" in capfd.readouterr().err
+
+
+def test_sequences_beyond_a_table_of_positions_are_refused_by_run_and_dry_run(tmp_path, rng):
+    folder = save_model(tmp_path / "model", AutoConfig.for_model("gpt2", **NOISY["gpt2"]))
+    said = "GPT2LMHeadModel has embeddings for 128 positions, and max_token_len is 129: set max_token_len to 128 at most"
+    with pytest.raises(UserError, match=said):
+        train(folder, tmp_path, [make_group(rng, [10])], max_token_len=129)
+    with pytest.raises(UserError, match=said):
+        dry_run(WeightedSFTConfig(model_name=folder, device="cpu", max_token_len=129, output_dir=str(tmp_path / "run")))
+    (step,) = train(folder, tmp_path, [make_group(rng, [10, 128, 129])], max_token_len=128)
+    assert step["data/rejected"] == 1 and step["tokens/total"] == 138
+
+
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+MLA |= {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MLA |= {"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2}
+
+
+@pytest.mark.parametrize("kind, config", [("gpt2", NOISY["gpt2"]), ("deepseek_v3", SHAPE | MLA)])
+def test_a_dry_run_tells_of_learned_positions_and_of_values_narrower_than_queries(kind, config, tmp_path, rng, capfd):
+    folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **config))
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10])])
+    asked = dict(model_name=folder, device="cpu", max_token_len=128, data=data, output_dir=str(tmp_path / "run"))
+    assert dry_run(WeightedSFTConfig(**asked)) and "It fits" in capfd.readouterr().out

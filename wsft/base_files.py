@@ -1,0 +1,67 @@
+"""The files that stand beside the weights of the base model: config, tokenizer, chat template, remote code.
+
+What a run writes has them byte for byte. Written anew by another version of transformers they would say the same in other
+words, which readers of today (inference servers, transformers 4) take for something else: a class of tokenizer that they do
+not have, a pad token that was none, a base of the rotary embeddings where they do not look for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from wsft.config import WeightedSFTConfig
+
+_OF_TOKENIZER = re.compile(
+    r"(.*token.*|vocab.*|merges.*|spiece.*|sentencepiece.*|chat_template.*|tekken.*)\.(json|txt|model|jinja|py)|.*\.(tiktoken|jinja)"
+)
+_OF_MODEL = re.compile(r"(config|generation_config|(pre)?processor_config|video_preprocessor_config)\.json|.*\.py|LICENSE.*")
+_TEMPLATES = "additional_chat_templates"
+_WEIGHTS = ["*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def base_files(config: WeightedSFTConfig, dtype: str) -> dict[str, bytes]:
+    """Path in the folder -> bytes, of the model's and of the tokenizer's own; config.json says the type of the weights."""
+    files = {}
+    for name, is_tokenizer in ((config.model_name, False), (config.tokenizer_name or config.model_name, True)):
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(name, ignore_patterns=_WEIGHTS))
+        for path in [*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*.jinja")]:
+            of_tokenizer = _OF_TOKENIZER.fullmatch(path.name)
+            wanted = of_tokenizer if is_tokenizer else _OF_MODEL.fullmatch(path.name) and not of_tokenizer
+            if wanted and path.is_file():
+                files[str(path.relative_to(folder))] = path.read_bytes()
+    return files | {"config.json": _with_dtype(files["config.json"], dtype)}
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """All that stands in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_files(folder: Path, files: dict[str, bytes]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text)
+
+
+def _with_dtype(text: bytes, dtype: str) -> bytes:
+    """The same bytes, unless they say another type."""
+    config, changed = json.loads(text), []
+
+    def correct(node: Any) -> None:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            if name in ("dtype", "torch_dtype") and value in _DTYPES and value != dtype:
+                changed.append(name)
+                node[name] = dtype
+            correct(value)
+
+    correct(config)
+    return (json.dumps(config, indent=2) + "\n").encode() if changed else text
