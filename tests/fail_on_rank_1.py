@@ -11,14 +11,14 @@ how, argv = sys.argv[1], sys.argv[2:]
 forward, calls = WeightedSFTModel.forward, 0
 
 
-def fail_late(self, *args):
+def fail_late(self, *args, **options):
     global calls
-    calls += 1
-    if os.environ["RANK"] == "1" and calls == 3:  # the first was the look at the head
+    calls += self.training  # the others are looks at the model before the first step
+    if os.environ["RANK"] == "1" and calls == 2:
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("ran out of luck")
-    return forward(self, *args)
+    return forward(self, *args, **options)
 
 
 WeightedSFTModel.forward = fail_late

@@ -37,7 +37,9 @@ def reference(model_name, batches, normalize):
             [a for (_, _, adv), on in zip(rows, trained, strict=True) for a, o in zip(adv, on, strict=True) if o],
             dtype=torch.float64,
         )
-        mean, std = (known.mean(), known.std(correction=0).clamp(min=1e-8)) if normalize and len(known) else (0.0, 1.0)
+        if not len(known):
+            continue  # no token has a weight: momentum must not move anything either
+        mean, std = (known.mean(), known.std(correction=0).clamp(min=1e-8)) if normalize else (0.0, 1.0)
         loss = 0.0
         for (tokens, _, advantages), on in zip(rows, trained, strict=True):
             logp = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
@@ -45,8 +47,7 @@ def reference(model_name, batches, normalize):
                 if on[t]:
                     loss = loss - (advantages[t] - mean) / std * logp[t - 1, tokens[t]] / len(known)
         model.zero_grad()
-        if len(known):
-            loss.backward()
+        loss.backward()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 gradient = p.grad if p.grad is not None else torch.zeros_like(p)

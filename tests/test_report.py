@@ -294,6 +294,6 @@ def test_an_overwritten_run_takes_its_pages_with_it(tmp_path):
     (folder / "inspect.html").write_text("page")
     config = WeightedSFTConfig(**yaml.safe_load((folder / "config.yaml").read_text()) | {"overwrite_output_dir": True})
     opened = RunFolder(config)
-    opened.open(config)
+    opened.open(config, {})
     opened.close()
     assert not list(folder.glob("*.html"))
