@@ -175,7 +175,7 @@ class WeightedSFTModel(torch.nn.Module):
             return self(torch.cat(row).unsqueeze(0), at.to(device), torch.zeros(len(at), device=device), layout).logp_N
 
         shorter = sequences[0][:-4]
-        at_first = logps([shorter])
+        at_first = logps([shorter]) if reaches else None
         alone = [logps([sequence]) for sequence in reversed(sequences)][::-1]  # the longest last
         # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
         tolerance = torch.cat(alone).std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
@@ -183,12 +183,11 @@ class WeightedSFTModel(torch.nn.Module):
         def fits(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
             return all_say(bool((found - torch.cat(wanted)).abs().max() < tolerance))  # not where one is NaN
 
-        if not fits(logps([shorter]), [at_first]):
+        if reaches and not fits(logps([shorter]), [at_first]):
             raise UserError(
                 f"what {type(self.model).__name__} makes of a sequence depends on those that it was given before, as where "
                 f"rotary embeddings grow with the longest: set max_token_len to {min(reaches, default=0)}, where they begin to"
             )
-        self.pads = fits(self._padded_logps(sequences), alone)
         if takes_packed:
             self.attend_by(PACKED if own not in FLASH else own)
             self.packs = fits(logps(sequences, Layout.of(list(map(len, sequences)))), alone)
@@ -197,6 +196,7 @@ class WeightedSFTModel(torch.nn.Module):
             self.shares = fits(found, [alone[0][-len(first) + 1 :], alone[1], alone[2][-2:]])
         if not self.packs:
             self.attend_by(own)
+        self.pads = self.packs or fits(self._padded_logps(sequences), alone)
         self.train(mode)
 
     def _padded_logps(self, sequences: list[torch.Tensor]) -> torch.Tensor:
