@@ -21,6 +21,7 @@ from wsft import checkpoint, engine, journal, trainer  # noqa: E402
 place, count, *flags = sys.argv[1:]
 left, _, only = count.partition("@")
 left = int(left)
+FIRST_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # what torchrun starts again lives
 
 
 def killing(function, last=lambda *args: None):
@@ -29,7 +30,7 @@ def killing(function, last=lambda *args: None):
     def wrapped(*args, **kwargs):
         global left
         left -= 1
-        if left == 0 and only in ("", os.environ.get("RANK", "0")):
+        if left == 0 and only in ("", os.environ.get("RANK", "0")) and FIRST_ATTEMPT:
             last(*args)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)

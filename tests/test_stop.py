@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 from atropos_server import free_port
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, run_together
 from fed_run import (
     PATIENCE_S,
     STEPS,
@@ -159,3 +159,13 @@ def test_a_launcher_that_is_gone_stops_its_ranks(settings, groups, tmp_path):
             process.kill()
     assert not alive
     assert state_of(tmp_path / "run")["state"] == "preempted" and "launcher" in state_of(tmp_path / "run")["reason"]
+
+
+@pytest.mark.slow  # two starts of two real ranks
+def test_torchrun_starts_a_run_again(settings, groups, tmp_path):
+    with fed(tmp_path / "run", groups) as (server, _):
+        command = ["torchrun", "--nproc_per_node", "2", "--max_restarts", "1", "--master_port", str(free_port())]
+        command += ["tests/kill_at.py", "step", "4@1", *flags(settings | {"resume": True}, atropos_url=server.url)]
+        ((code, output),) = run_together([command], [clean_environment()])
+    assert code == 0, output
+    assert_bitwise_equal(tmp_path / "run", untouched(settings, groups, tmp_path / "untouched"))

@@ -69,9 +69,22 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), _compiling_ops():
         backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(config)
+        _meet_anew(backend, timeout)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     set_seed(config.seed)
     return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"), config.step_timeout)
+
+
+def _meet_anew(backend: str, timeout: timedelta) -> None:
+    """Ranks that torchrun has started again (--max_restarts) meet in the store of those before them: under a name of their own
+    they do not find addresses of processes that are gone."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"attempt_{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def gpu_of_this_rank(env: Mapping[str, str], num_gpus: int) -> int:
