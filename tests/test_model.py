@@ -208,6 +208,12 @@ def test_what_a_checkpoint_has_beside_is_said(tmp_path, rng, capfd):
     assert "1 that are none of the model's (model.extra.weight)" in capfd.readouterr().err
 
 
+def test_a_load_balancing_loss_that_is_not_added_is_said(tmp_path, rng, capfd):
+    config = AutoConfig.for_model("mixtral", **SHAPE | MOE, output_router_logits=True, router_aux_loss_coef=0.5)
+    train(save_model(tmp_path / "model", config), tmp_path, [make_group(rng, [10])])
+    assert "(router_aux_loss_coef 0.5) is not added" in capfd.readouterr().err
+
+
 def test_sequences_beyond_a_table_of_positions_are_refused_by_run_and_dry_run(tmp_path, rng):
     folder = save_model(tmp_path / "model", AutoConfig.for_model("gpt2", **NOISY["gpt2"]))
     said = "GPT2LMHeadModel has embeddings for 128 positions, and max_token_len is 129: set max_token_len to 128 at most"

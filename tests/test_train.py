@@ -129,3 +129,17 @@ def test_rank_0_alone_reads_a_missing_file_and_all_end(tiny_model, tmp_path):
     command = ["train.py", *flags(model_name=tiny_model, data="absent.jsonl", output_dir=tmp_path / "run")]
     results = run_ranks(command, 2)
     assert all(code != 0 and "absent.jsonl" in output and "Traceback" not in output for code, output in results)
+
+
+def test_a_machine_without_a_compiler_trains_with_what_needs_none(tiny_model, tmp_path, rng):
+    """DeepSpeed's Adam and its op for shared memory are compiled at the first start."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3}}))
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14])])
+    flags = dict(model_name=tiny_model, data=data, batch_size=2, device="cpu", deepspeed=tmp_path / "ds.json")
+    command = [sys.executable, "train.py", *(f"--{k}={v}" for k, v in flags.items()), f"--output_dir={tmp_path / 'run'}"]
+    env = clean_environment() | {"PATH": str(tmp_path / "bin"), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    ((code, output),) = run_together([command], [env])
+    assert code == 0 and (tmp_path / "run" / "final").exists(), output
+    assert "op for shared memory cannot be compiled" in output and "Adam cannot be compiled here" in output
+    assert "Traceback" not in output

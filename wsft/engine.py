@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import io
 import logging
 import math
@@ -63,6 +64,7 @@ def start_ranks(config: WeightedSFTConfig) -> World:
 
     deepspeed.logger.setLevel(logging.WARNING)
     _use_zero_at_stage_1()
+    _do_without_shared_memory_where_it_cannot_be_built()
     trust_no_pickle()
     # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
     # that a user can mend
@@ -115,6 +117,23 @@ def _use_zero_at_stage_1() -> None:
         return engine.ZERO_OPTIMIZATION if chosen == engine.BFLOAT16 else chosen
 
     engine.DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+
+
+def _do_without_shared_memory_where_it_cannot_be_built() -> None:
+    """DeepSpeed compiles an op by which ranks on one CPU reduce through shared memory; gloo does as well, and slower."""
+    backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm` has torch itself by that name
+    build = backend.build_shm_op
+
+    def build_if_possible() -> Any:
+        try:
+            return build()
+        except Exception as error:  # of many kinds: no compiler, no ninja, no Python headers
+            log.info(
+                "DeepSpeed's op for shared memory cannot be compiled (%s): gloo is used, which is slower", _last_line(error)
+            )
+            return None
+
+    backend.build_shm_op = build_if_possible
 
 
 def trust_no_pickle() -> None:

@@ -406,6 +406,10 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
         log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False) and getattr(text_config, "router_aux_loss_coef", 0):
+        coefficient = text_config.router_aux_loss_coef
+        log.info("the load-balancing loss that the model's config asks for (router_aux_loss_coef %s) is not added", coefficient)
     wrapped = WeightedSFTModel(model)
     if config.gradient_checkpointing:
         wrapped.recompute_activations()
