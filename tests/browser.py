@@ -35,6 +35,7 @@ def opened(browser):
     def open_file(path, **context):
         contexts.append(browser.new_context(**context))
         page = contexts[-1].new_page()
+        page.set_default_timeout(300_000)  # ms: what is waited for is an event, on a machine however busy
         address = path.resolve().as_uri()
         page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
         page.on("pageerror", lambda error: wrong.append(str(error)))
