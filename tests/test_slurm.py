@@ -43,6 +43,7 @@ class Job:
     def control(self, *words):
         code, said = self.slurm.on("node1", "scontrol", *words)
         assert code == 0, said
+        return said
 
     def state(self):
         """Of the job, as SLURM has it."""
@@ -99,6 +100,7 @@ def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_u
     """Preempted without a signal to the batch script: only its ranks get one."""
     job = Job(slurm, fed_settings, "--signal=B:USR1@600")
     job.train(feeder, 4)
+    assert "CPUs=4 Tasks=2" in job.control("show", "step", f"{job.id}.0")  # and not a core for each
     job.control("requeue", job.id)
     job.until_it_comes_back(1)
     job.train(feeder, 8)
@@ -160,8 +162,9 @@ def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
 
 
 def test_a_look_at_a_job_before_it_is_submitted(settings):
-    ((code, said),) = run_together([["bash", "launch/slurm.sbatch", "--dry-run", *flags(settings)]], [clean_environment()])
-    assert code == 0 and "#SBATCH --signal=B:USR1@600" in said and "'srun' '--kill-on-bad-exit=1'" in said
+    env = clean_environment(SLURM_CPUS_PER_TASK="8")
+    ((code, said),) = run_together([["bash", "launch/slurm.sbatch", "--dry-run", *flags(settings)]], [env])
+    assert code == 0 and "#SBATCH --signal=B:USR1@600" in said and "'srun' '--kill-on-bad-exit=1' '--cpus-per-task=8'" in said
     assert not Path(settings["output_dir"]).exists()
     ((code, said),) = run_together([["bash", "launch/slurm.sbatch", *flags(settings)]], [clean_environment()])
     assert code == 1 and "this is no job: sbatch launch/slurm.sbatch" in said
