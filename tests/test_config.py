@@ -80,6 +80,12 @@ def test_only_rank_0_says_it(monkeypatch, capsys):
     assert said(["--nonsense"], capsys) == ""
 
 
+def test_a_user_without_a_home_is_told_to_have_one(monkeypatch, capsys):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # of a container's /etc/passwd
+    assert "there is no HOME, and user" in said(["--model_name=m"], capsys)
+
+
 def test_help_explains_every_setting(capsys):
     with pytest.raises(SystemExit):
         WeightedSFTConfig.from_args(["--help"])

@@ -216,6 +216,7 @@ class WeightedSFTConfig(BaseModel):
         given.pop("local_rank")  # the deepspeed launcher passes it; LOCAL_RANK says the same
         path = given.pop("config")
         try:
+            _require_home()
             if strangers:
                 name = strangers[0].split("=")[0]
                 known = name.startswith("--")
@@ -265,6 +266,14 @@ def _sentence(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{error['loc'][0]} is not set: give --{error['loc'][0]}"
     return f"{error['loc'][0]} is {error['input']!r}: {message}"
+
+
+def _require_home() -> None:
+    if os.path.expanduser("~") == "~":  # else packages would make a folder of that name, here
+        raise ValueError(
+            f"there is no HOME, and user {os.getuid()} has no entry in /etc/passwd: set HOME to a folder that may be written, "
+            f"where packages keep what they download and compile"
+        )
 
 
 def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
