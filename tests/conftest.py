@@ -134,6 +134,18 @@ def rng():
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """This process is one rank, and what an earlier test left of ranks is gone."""
+    import torch
+
+    for name in RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    if torch.distributed.is_initialized():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+
+
 def clean_environment(**more):
     """This process's environment, without what a run in this process left of ranks, and with the tools of its Python."""
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}

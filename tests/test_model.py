@@ -1,11 +1,10 @@
 """What a model does in training: nothing random, the same for a sequence in any layout; and which model is no start."""
 
 import json
-import os
 
 import pytest
 import torch
-from conftest import RANK_VARIABLES, VOCAB, make_group, make_model, save_model, write_groups
+from conftest import VOCAB, make_group, make_model, save_model, write_groups
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,6 +14,7 @@ from wsft.config import UserError
 from wsft.dry_run import dry_run
 from wsft.model import WeightedSFTModel
 
+pytestmark = pytest.mark.usefixtures("alone")
 CPU = torch.device("cpu")
 FP32 = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
 SMALL = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -26,16 +26,6 @@ NOISY = {  # as transformers makes them by default, but for their size
     "opt": SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5},
     "phimoe": SHAPE | MOE | {"attention_dropout": 0.3, "input_jitter_noise": 0.1},
 }
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """One rank, and the group of an earlier test gone."""
-    for name in RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if torch.distributed.is_initialized():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
 def train(model, tmp_path, groups, **changes):
@@ -157,6 +147,70 @@ def test_parts_of_a_model_that_text_never_reaches_stay_as_they_are(tmp_path, rng
     kept = {name for name in start if torch.equal(start[name], trained[name])}
     assert kept == {name for name in start if "vision" in name or "multi_modal" in name} and len(kept) > 10
     assert f"no text reaches {len(kept)} parameters" in capfd.readouterr().err
+
+
+REMOTE = """
+import torch
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+
+class Mlp(LlamaMLP):
+    def forward(self, x):
+        {looks}
+        with torch.set_grad_enabled(self.training):
+            return super().forward(x)
+
+
+class Kept(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].mlp.__class__ = Mlp
+"""
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_code_that_keeps_gradients_from_parameters_is_found(looks, tmp_path, rng, capfd):
+    """As some mixtures of experts do in evaluation mode. Where code looks at values, it is known after a step."""
+    folder = make_model(tmp_path / "model")
+    (tmp_path / "model" / "kept.py").write_text(REMOTE.format(looks="x.sum().item()" if looks else ""))
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "kept.Kept"}}))
+    if looks:
+        train(folder, tmp_path, [make_group(rng, [10])] * 2, trust_remote_code=True)
+        words, names = capfd.readouterr().err, [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        assert words.count(f"3 parameters ({', '.join(names)}) had no gradient on any rank") == 1
+        return
+    said = r"Kept keeps gradients from 3 parameters \(model.layers.1.mlp.down_proj.weight, .*\) in evaluation mode"
+    with pytest.raises(UserError, match=said):
+        train(folder, tmp_path, [make_group(rng, [10])], trust_remote_code=True)
+    with pytest.raises(UserError, match=said):
+        dry_run(WeightedSFTConfig(model_name=folder, trust_remote_code=True, device="cpu", output_dir=str(tmp_path / "run")))
+
+
+def test_logits_that_bf16_rounds_are_no_reason_to_refuse_a_model(tmp_path):
+    """A unit in the last place of a logit of 20 is 0.125."""
+    model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", tied=False)).bfloat16())
+    model.model.lm_head.weight.data.mul_(100)
+    model.check_head(CPU)
+    assert float(model.model(torch.arange(8).unsqueeze(0)).logits.abs().max()) > 20
+    model.logit_options["final_logit_softcapping"] = 30.0
+    with pytest.raises(UserError, match="does something between its hidden states and its logits"):
+        model.check_head(CPU)
+
+
+def test_what_one_rank_finds_wrong_of_a_layout_no_rank_takes(tmp_path):
+    """Each decides what is run next, which is a collective."""
+    register()
+    model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model")))
+    asked = []
+
+    def all_say(mine):
+        asked.append(mine)
+        return len(asked) > 1  # to the first question another rank says no
+
+    model.check_layouts(CPU, 64, all_say=all_say)
+    assert asked == [True, True] and (model.packs, model.shares, model.pads) == (False, False, True)
 
 
 def tensors_of(folder):

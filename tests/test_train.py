@@ -125,6 +125,14 @@ def test_a_rank_that_fails_ends_all_with_its_message(how, run_flags, tmp_path):
         assert "gone without a message" in results[0][1] and "Traceback" not in results[0][1]
 
 
+def test_rank_0_alone_verifies_the_checkpoint(run_flags, tmp_path):
+    """All its files: hundreds of ranks would ask the file system for the size of hundreds."""
+    for more in (["--training_steps=2"], ["--resume"]):
+        for code, output in run_ranks(["tests/fail_on_rank_1.py", "verify", *run_flags, *more], 2):
+            assert code == 0, output
+    assert [values["step"] for values in steps_of(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_rank_0_alone_reads_a_missing_file_and_all_end(tiny_model, tmp_path):
     command = ["train.py", *flags(model_name=tiny_model, data="absent.jsonl", output_dir=tmp_path / "run")]
     results = run_ranks(command, 2)

@@ -1,14 +1,13 @@
 """One rank in this process: what a run writes, and what it says when something is wrong."""
 
 import json
-import os
 import sys
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import RANK_VARIABLES, VOCAB, clean_environment, make_group, make_model, run_together, write_groups
+from conftest import VOCAB, clean_environment, make_group, make_model, run_together, write_groups
 from fed_run import wait_until
 from safetensors.torch import load_file
 
@@ -17,21 +16,12 @@ from wsft.config import UserError
 from wsft.engine import Engine
 from wsft.trainer import TrainingDiverged
 
+pytestmark = pytest.mark.usefixtures("alone")
 FP32 = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
 KEYS = (
     "step", "loss", "grad_norm", "learning_rate", "tokens/trained", "tokens/total", "advantage/mean", "advantage/std",
     "logp/positive", "logp/negative", "entropy", "data/rejected", "time/step", "time/wait",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """One rank, and the group of an earlier test gone."""
-    for name in RANK_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    yield
-    if torch.distributed.is_initialized():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
 @pytest.fixture

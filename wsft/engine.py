@@ -181,6 +181,7 @@ class StepResult:
     learning_rate: float
     applied: bool  # False: parameters, optimizer and schedule are as before
     signal: bool  # whether any token had a weight: if not, no step was applied, with one gradients were not finite
+    without_gradient: list[str]  # parameters that no rank had a gradient of; told of the first step with a signal alone
     sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
     maxima: dict[str, float]
     peak_gib: float  # of memory, on the rank that took most, since the step before
@@ -210,6 +211,7 @@ class Engine:
             dist.distributed_c10d._set_pg_timeout(collective_timeout(config), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
+        self._without_gradient = _note_gradients(model)
         self._unwritten: Exception | None = None
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None  # no code among the data
@@ -243,12 +245,22 @@ class Engine:
         sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
 
         def result() -> StepResult:
+            unreached = self._parameters_without_gradient() if signal else []
             all_sums = self.world.sums({name: x.sum() for name, x in sums.items()})
             highest = self.world.highest({name: x.amax() for name, x in maxima.items()})
             norm, peak_gib = float(grad_norm) if applied or not signal else math.nan, self.world.highest(peak)["gib"]
-            return StepResult(all_sums.pop("loss"), norm, learning_rate, applied, signal, all_sums, highest, peak_gib)
+            return StepResult(
+                all_sums.pop("loss"), norm, learning_rate, applied, signal, unreached, all_sums, highest, peak_gib
+            )
 
         return result
+
+    def _parameters_without_gradient(self) -> list[str]:
+        if not self._without_gradient:
+            return []
+        found, self._without_gradient = self._without_gradient, {}
+        had = self.world.highest({name: torch.tensor(not missing) for name, missing in found.items()})
+        return [name for name in found if not had[name]]
 
     def _apply(self, signal: bool) -> tuple[float | torch.Tensor, bool]:
         """The optimizer step; the norm of the gradient before clipping, and whether there was a step: there is none where the
@@ -418,6 +430,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
     }
     decayed, others = ([p for p in trained if (id(p) in kept) == keep] for keep in (False, True))
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def _note_gradients(model: torch.nn.Module) -> dict[str, bool]:
+    """Name -> whether it has had no gradient yet, of each trained parameter."""
+    missing = {}
+
+    def note(name: str, param: torch.nn.Parameter) -> None:
+        def noted(_: torch.Tensor) -> None:
+            missing[name] = False
+            hook.remove()
+
+        hook = param.register_post_accumulate_grad_hook(noted)
+
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            missing[name] = True
+            note(name, param)
+    return missing
 
 
 @contextlib.contextmanager

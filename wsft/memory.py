@@ -128,13 +128,17 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     zero, sizes = ds["zero_optimization"], [p.numel() for p in model.parameters()]
     stage, width = zero["stage"], next(model.parameters()).element_size()
     whole, share = sum(sizes), sum(-(-n // num_ranks) for n in sizes)
-    updated, summed = share if stage else whole, share if stage >= 2 else whole
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    of_rank = sum(-(-n // num_ranks) for n in trained)
+    updated, summed = of_rank if stage else sum(trained), of_rank if stage >= 2 else sum(trained)
     kind, options = ds["optimizer"]["type"].lower(), ds["optimizer"].get("params", {})
     state = STATE_BYTES.get(kind, 8) + (4 if kind == "sgd" and options.get("momentum") else 0)
     master = 4 if width == 2 or stage else 0  # DeepSpeed keeps it beside parameters that are float32 themselves, too
     accumulated = 4 if stage and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
     sent = 4 if ds.get("communication_data_type") == "fp32" else width
-    out = Needs(checkpoint=whole * (state + (4 if stage == 3 else master + width)), model=whole * width)
+    as_they_are = whole - (sum(trained) if stage == 3 else 0)  # its masters stand for them
+    saved = sum(trained) * (state + (4 if stage == 3 else master)) + as_they_are * width
+    out = Needs(checkpoint=saved, model=whole * width)
 
     out.states["parameters"] = (share if stage == 3 else whole) * width
     second = zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1
@@ -142,7 +146,7 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
         out.states["second shares, within a host"] = sum(-(-n // second) for n in sizes) * width
     out.states["gradients"] = summed * accumulated
     out.states["master copy and optimizer"] = updated * (master + state)
-    buffers, filled, alone = _reduction(zero, sizes, on_gpu)
+    buffers, filled, alone = _reduction(zero, trained, on_gpu)
     out.states["reduction buckets"] = buffers * width
     # when the first bucket is full, the backward pass has let go of what its layers held
     converted = filled * sent if sent != width else 0

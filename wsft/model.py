@@ -329,21 +329,48 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
         )
 
 
-def unreached(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters of an empty model that no text reaches, such as a vision tower.
+def freeze_unreached(model: PreTrainedModel, empty: PreTrainedModel) -> None:
+    """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are."""
+    frozen = _unreached(empty)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in frozen)
+    if frozen:
+        log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), some(sorted(frozen)))
+
+
+def _unreached(model: PreTrainedModel) -> set[str]:
+    """Their names, of an empty model, which is used up.
 
     They are those without a gradient after a pass over the meta device; where a model's code looks at values, and so cannot run
     there, those of a multimodal model that are not of its text decoder.
+
+    Raises:
+        UserError: the model's code keeps gradients from parameters in evaluation mode, in which it is trained.
     """
-    run = WeightedSFTModel(model).train()
+    run = WeightedSFTModel(model)
     run.attend_by(PACKED)  # which looks at no positions
-    try:
-        tokens, trained = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.arange(1, 8, device="meta")
+    tokens, trained = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.arange(1, 8, device="meta")
+
+    def without_gradient() -> set[str]:
+        run.zero_grad()
         run(tokens, trained, torch.ones(7, device="meta")).loss.backward()
         return {name for name, param in model.named_parameters() if param.grad is None}
+
+    try:
+        run.train()
+        found = without_gradient()
+        model.train()  # as the model's own code has it
+        kept = sorted(found - without_gradient()) if found else []
     except (RuntimeError, NotImplementedError, ValueError):
         if model.config.get_text_config() is model.config:
             return set()
+    else:
+        if kept:
+            raise UserError(
+                f"{type(model).__name__} keeps gradients from {len(kept)} parameters ({some(kept)}) in evaluation mode, in "
+                f"which wsft trains so that nothing is random: they would learn nothing; change the model's code"
+            )
+        return found
     reached = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     kept = {id(param) for module in reached for param in module.parameters()}
     return {name for name, param in model.named_parameters() if id(param) not in kept}
@@ -363,20 +390,21 @@ def require_complete(name: str, config: WeightedSFTConfig) -> None:
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    there = f"{len(others)} that are none of the model's ({_some(others)})"
+    there = f"{len(others)} that are none of the model's ({some(others)})"
     if missing:
         raise UserError(
-            f"the checkpoint in {name!r} lacks {len(missing)} of the parameters of {type(model).__name__} ({_some(missing)}), "
+            f"the checkpoint in {name!r} lacks {len(missing)} of the parameters of {type(model).__name__} ({some(missing)}), "
             f"which would be random{f'; it has {there}' if others else ''}: save it whole, under the model's own names"
         )
     if info["mismatched_keys"]:
         shapes = [f"{key}: {list(found)}, expected {list(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"])]
-        raise UserError(f"the checkpoint in {name!r} has {len(shapes)} parameters of other shapes ({_some(shapes)})")
+        raise UserError(f"the checkpoint in {name!r} has {len(shapes)} parameters of other shapes ({some(shapes)})")
     if others:
         log.info("not used of the checkpoint in %s: %s", name, there)
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first few, as a sentence names them."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -398,11 +426,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
-    frozen = unreached(empty)
-    for key, param in model.named_parameters():
-        param.requires_grad_(key not in frozen)
-    if frozen:
-        log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), _some(sorted(frozen)))
+    freeze_unreached(model, empty)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
         log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)

@@ -32,7 +32,7 @@ from wsft.feed import Feed, open_source, processor_of
 from wsft.layout import Prefixes
 from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
 from wsft.metrics import Metrics, Silence, speak
-from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer
+from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
 from wsft.shares import Load, plan_shares
@@ -309,6 +309,12 @@ class WeightedSFTTrainer:
     def _shout(self, step: int, result: StepResult) -> None:
         if not result.signal:
             self.metrics.warn(f"step {step}: no token has a weight: parameters, optimizer and schedule stay as they are")
+        if result.without_gradient:
+            names = result.without_gradient
+            self.metrics.warn(
+                f"step {step}: {len(names)} parameters ({some(names)}) had no gradient on any rank: experts may have got no "
+                f"token yet; else the model's own code keeps gradients from them, and they learn nothing"
+            )
         if not self.bad:
             return
         skipped = result.signal and not result.applied
