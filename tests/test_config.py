@@ -62,6 +62,9 @@ def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, cap
         (["--model_name="], "model_name is ''"),
         (["--model_name=m", "--output_dir="], "output_dir is ''"),
         (["--model_name=m", "--seed=99999999999999999999"], "seed is"),
+        (["--model_name=m", "--data=$NO_SUCH/x"], "data is '$NO_SUCH/x': there is no NO_SUCH in the environment"),
+        (["--model_name=m", "--output_dir=~nobody_here/x"], "there is no user 'nobody_here' with a home folder"),
+        (["--config=$NO_SUCH/run.yaml"], "there is no NO_SUCH in the environment"),
     ],
 )
 def test_wrong_settings_are_said_in_a_sentence(flags, sentence, capsys):
@@ -73,6 +76,33 @@ def test_a_config_that_is_no_mapping_is_said(text, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text)
     message = said(["--config", str(tmp_path / "run.yaml")], capsys)
     assert "run.yaml" in message or "batch_size is True: expected a number" in message
+
+
+def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path):
+    """Which does not see ~ behind an equals sign, nor what stands in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    (tmp_path / "run.yaml").write_text("model_name: ~/model\ndata: ${SCRATCH}/data.jsonl\noutput_dir: $SCRATCH/run\n")
+    more = ["--deepspeed=~/ds.json", "--resume=~/x", "--tokenizer_name=~", "--ref_model_name=$SCRATCH/ref", "--kl_coef=1"]
+    config = WeightedSFTConfig.from_args(["--config=~/run.yaml", *more])
+    assert (config.model_name, config.data, config.output_dir) == (f"{tmp_path}/model", "/scratch/data.jsonl", "/scratch/run")
+    assert (config.deepspeed, config.resume, config.tokenizer_name) == (f"{tmp_path}/ds.json", f"{tmp_path}/x", str(tmp_path))
+    assert config.ref_model_name == "/scratch/ref"
+
+
+def test_a_name_that_stands_twice_is_refused_with_its_line(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name: m\nseed: 1\nobjective_args: {a: 1}\nseed: 2\n")
+    assert "run.yaml: seed stands there twice, the second time on line 4" in said(["--config", str(path)], capsys)
+    path.write_text("model_name: m\nobjective_args:\n  a: 1\n  b: 2\n  a: 3\n")
+    assert "a stands there twice, the second time on line 5" in said(["--config", str(path)], capsys)
+    assert "a stands there twice" in said(["--model_name=m", "--objective_args={a: 1, a: 2}"], capsys)
+    ds = tmp_path / "ds.json"
+    ds.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": [1, {"x": ":"}],\n"type": 1}},\n "bf16": {}, "bf16": {}}')
+    with pytest.raises(UserError, match=r"ds\.json: bf16 stands there twice, the second time on line 3"):
+        resolved(str(ds))
+    ds.write_text('{"optimizer": {"type": "AdamW",\n "params": {"lr": 1e-3}}, "bf16": {"enabled": "auto"}}')
+    assert resolved(str(ds))[0].learning_rate == 1e-3
 
 
 def test_only_rank_0_says_it(monkeypatch, capsys):
@@ -136,6 +166,12 @@ def test_a_value_of_the_json_stands_where_the_run_says_nothing():
         ({"train_batch_size": 64}, dict(batch_size=128), ("train_batch_size", "64", "batch_size", "128")),
         ({"gradient_accumulation_steps": 4}, {}, ("gradient_accumulation_steps", "micro_batch_tokens")),
         ({"train_micro_batch_size_per_gpu": 4}, {}, ("train_micro_batch_size_per_gpu", "micro_batch_tokens")),
+        *(({"scheduler": {"type": kind}}, {}, (kind, "WarmupDecayLR")) for kind in ("LRRangeTest", "CyclicLR", "OneCycleLR")),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 1}}},
+            dict(learning_rate=2),
+            ("warmup_max_lr", "2"),
+        ),
         ({"scheduler": {"type": "WarmupLR"}}, dict(lr_scheduler="cosine"), ("scheduler", "WarmupLR", "lr_scheduler", "cosine")),
         ({"fp16": {"enabled": True}}, {}, ("fp16", "bf16")),
         ({"zero_optimization": {"stage": 4}}, {}, ("stage", "4")),
@@ -204,11 +240,24 @@ def test_weight_decay_is_the_runs_where_the_json_has_none(optimizer, decay):
     assert out["optimizer"]["params"].get("weight_decay") == decay
 
 
-def test_a_scheduler_gets_only_what_it_names():
-    _, out = resolved(
-        {"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}}}, training_steps=6, learning_rate=1.0
-    )
-    assert out["scheduler"]["params"] == {"warmup_max_lr": 1.0}
+@pytest.mark.parametrize(
+    "kind, wanted",
+    [
+        ("WarmupLR", {"warmup_max_lr": 0.5, "warmup_num_steps": 1}),
+        ("WarmupDecayLR", {"warmup_max_lr": 0.5, "warmup_num_steps": 1, "total_num_steps": 6}),
+        ("WarmupCosineLR", {"warmup_num_steps": 1, "total_num_steps": 6}),  # whose peak is the optimizer's rate
+        ("OneCycle", {"cycle_max_lr": 0.5}),
+        ("ExponentialLR", {}),  # torch's, likewise
+    ],
+)
+def test_the_peak_of_any_scheduler_is_the_runs_learning_rate(kind, wanted):
+    """And the run's own steps are its steps: DeepSpeed would take 0.001 and 1,000."""
+    _, out = resolved({"scheduler": {"type": kind}}, training_steps=6, learning_rate=0.5)
+    assert out["scheduler"]["params"] == wanted and out["optimizer"]["params"]["lr"] == 0.5
+
+
+def test_an_empty_section_of_bf16_is_none():
+    assert resolved({"bf16": {}})[1]["bf16"] == {"enabled": False}
 
 
 def test_resolving_leaves_the_users_dict_alone():

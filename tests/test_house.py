@@ -22,7 +22,7 @@ weighted_texts terms
 loss loss_head attention atropos groups
 records device
 config advantages
-objectives parser layout inspect_page
+objectives parser layout inspect_page settings_files
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
@@ -37,6 +37,7 @@ NEVER_KNOWS = {
     "layout": {"torch", "requests"},
     "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
     "config": {"torch", "requests", "deepspeed"},
+    "settings_files": {"torch", "requests", "deepspeed"},
     "ds_config": {"torch", "requests", "deepspeed"},
     "loss": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
     "loss_head": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from wsft.objectives import OBJECTIVES, Objective
+from wsft.settings_files import expand_path, parse_yaml
 
 _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 
@@ -28,6 +29,9 @@ RESUME_MAY_CHANGE = {
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
+
+# settings that name a file or folder, or may
+PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume")
 
 # questions about a run, which are no part of it: not in config.yaml, and of no account to a resumed run
 QUESTIONS = {"dry_run", "ranks", "gpu_memory_gib"}
@@ -141,7 +145,9 @@ class WeightedSFTConfig(BaseModel):
 
     # output
     output_dir: str = Field("runs/wsft", description="Folder of the run; with several hosts, one that all of them see.")
-    overwrite_output_dir: bool = Field(False, description="Replace the results of an earlier run in output_dir.")
+    overwrite_output_dir: bool = Field(
+        False, description="Replace the results of an earlier run in output_dir, unless the run goes on from them (resume)."
+    )
     save_steps: int = Field(100, ge=1, description="Steps between two checkpoints; there is one at the end, too.")
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
     resume: bool | str = Field(
@@ -186,11 +192,16 @@ class WeightedSFTConfig(BaseModel):
     def _read_switch(cls, value: Any) -> Any:
         return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
+    @field_validator(*PATHS)
+    @classmethod
+    def _expand_path(cls, value: Any) -> Any:
+        return expand_path(value) if isinstance(value, str) else value
+
     @field_validator("objective_args", mode="before")
     @classmethod
     def _read_mapping(cls, value: Any) -> Any:
         try:
-            return yaml.safe_load(value) if isinstance(value, str) else value
+            return parse_yaml(value) if isinstance(value, str) else value
         except yaml.YAMLError as error:
             raise ValueError("expected a mapping as YAML or JSON") from error
 
@@ -198,8 +209,6 @@ class WeightedSFTConfig(BaseModel):
     def _check_together(self) -> WeightedSFTConfig:
         if self.data is not None and self.fetch_mode == "per_rank":
             raise ValueError("fetch_mode per_rank fetches from a server, but data names a file: drop one of the two")
-        if self.resume is True and self.overwrite_output_dir:
-            raise ValueError("resume goes on with the run in output_dir, overwrite_output_dir replaces it: drop one of the two")
         Objective(self.objective, self.objective_args)
         if self.ref_model_name and not self.kl_coef:
             raise ValueError("ref_model_name is set, but kl_coef is 0: set kl_coef, or drop the reference model")
@@ -299,9 +308,11 @@ def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(Path(path).read_text())
+        settings = parse_yaml(Path(expand_path(path)).read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds {type(settings).__name__}, expected lines of `setting: value`")
     strange = [key for key in settings if not isinstance(key, str)]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wsft.config import UserError, WeightedSFTConfig
+from wsft.settings_files import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,19 @@ _SECTIONS = (
 
 _IMPLEMENTATION = ("torch_adam", "fused", "foreach")  # of an optimizer's parameters
 _WITHOUT_WEIGHT_DECAY = ("rprop", "lbfgs", "sparseadam")  # they know no such parameter
+
+# scheduler -> its parameters that the run's settings name, too. Those of torch scale the optimizer's own rate.
+_SCHEDULERS = {
+    "WarmupLR": {"warmup_max_lr": "learning_rate", "warmup_num_steps": "warmup_steps"},
+    "WarmupDecayLR": {
+        "warmup_max_lr": "learning_rate",
+        "warmup_num_steps": "warmup_steps",
+        "total_num_steps": "training_steps",
+    },
+    "WarmupCosineLR": {"warmup_num_steps": "warmup_steps", "total_num_steps": "training_steps"},
+    "OneCycle": {"cycle_max_lr": "learning_rate"},
+}
+_OF_OTHER_RATES = ("LRRangeTest", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau")
 
 # The model gives these sizes; H is its hidden size (the formulas are those of the DeepSpeed guide of transformers).
 _SIZED_BY_HIDDEN = {
@@ -99,11 +113,13 @@ def for_reference(ds: dict[str, Any]) -> dict[str, Any]:
 def _load(source: str | dict | None) -> dict[str, Any]:
     try:
         text = json.dumps(DEFAULT if source is None else source) if not isinstance(source, str) else Path(source).read_text()
-        ds = json.loads(text)
+        ds = parse_json(text)
     except OSError as error:
         raise UserError(f"the DeepSpeed JSON {source} cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"the DeepSpeed JSON {source} is not JSON: {error}") from error
+    except ValueError as error:
+        raise UserError(f"the DeepSpeed JSON {source}: {error}") from error
     if not isinstance(ds, dict):
         raise UserError(f"the DeepSpeed JSON {source} holds a {type(ds).__name__}, expected an object")
     for key in ds:  # DeepSpeed passes over a section that it does not know
@@ -159,7 +175,7 @@ def _precision(ds: dict, native_bf16: bool) -> None:
     if "bfloat16" in ds:  # DeepSpeed's older name for it, which it reads only where "bf16" is absent
         ds.setdefault("bf16", ds.pop("bfloat16"))
     bf16 = _section(ds, "bf16", {"enabled": False})
-    if bf16.get("enabled") == "auto":
+    if bf16.setdefault("enabled", False) == "auto":
         bf16["enabled"] = native_bf16
 
 
@@ -218,10 +234,17 @@ def _scheduler(ds: dict, agree: _Agreement) -> None:
             f"the DeepSpeed JSON has a scheduler ({ds['scheduler'].get('type')}) and the run sets lr_scheduler "
             f"{agree.run.lr_scheduler}: keep one of the two"
         )
-    params = _section(_section(ds, "scheduler", {}), "params", {})
-    agree.on(params, "warmup_max_lr", "scheduler.params.warmup_max_lr", "learning_rate")
-    agree.on(params, "warmup_num_steps", "scheduler.params.warmup_num_steps", "warmup_steps")
-    agree.on(params, "total_num_steps", "scheduler.params.total_num_steps", "training_steps")
+    scheduler = _section(ds, "scheduler", {})
+    kind, params = scheduler.get("type"), _section(scheduler, "params", {})
+    if kind in _OF_OTHER_RATES:
+        raise UserError(
+            f"scheduler.type in the DeepSpeed JSON is {kind!r}, whose rates are not those of the run: write one of "
+            f"{', '.join(_SCHEDULERS)} or leave the scheduler out, and set lr_scheduler and learning_rate"
+        )
+    for name, setting in _SCHEDULERS.get(kind, {}).items():  # filled in where they are absent: DeepSpeed has values of its own
+        agree.on(params, name, f"scheduler.params.{name}", setting, fill=True)
+    if params.get("warmup_num_steps") == 0:  # which DeepSpeed does not take
+        params["warmup_num_steps"] = 1
     if params.get("warmup_min_lr") == "auto":
         params["warmup_min_lr"] = 0
 
