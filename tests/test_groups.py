@@ -303,12 +303,20 @@ def test_overrides_of_any_length_and_form(overrides, group_overrides, wanted):
         (dict(scores=[float("nan")]), "no finite score and no advantages"),
         (dict(scores=[10**400]), "no finite score and no advantages"),
         (dict(scores=["high"]), "no finite score and no advantages"),
+        (dict(images=[["a.png"]]), "has images"),
+        (dict(images="a.png"), "has images"),
         (dict(tokens=5), "record is not a group"),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_left_out_with_its_reason(fields, reason):
     rollouts, rejected = decode(one(**fields), vocab_size=96)
     assert rollouts == [] and rejected == {reason: 1}
+
+
+@pytest.mark.parametrize("images", [None, [], [None, None], [[], None]])
+def test_fields_of_images_without_any_are_fields_of_none(images):
+    rollouts, rejected = decode(one(tokens=[TOKENS] * 2, masks=[LABELS] * 2, scores=[True, False], images=images))
+    assert [r.advantages[3] for r in rollouts] == [1, -1] and not rejected  # and scores that are true or false are 1 or 0
 
 
 @pytest.mark.parametrize("group", [None, 3, "text", [], {}, {"tokens": None}])

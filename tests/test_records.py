@@ -169,7 +169,7 @@ def test_every_field_comes_through_the_real_server_as_it_was_posted():
         group_overrides=[None, {}, {"temperature": 0.5, "group_size": 2}, {"sft": True, "weight_version": "7"}],
         generation_params=[None, {"temperature": 2.0}],
         messages=[None, [], [said, said]],
-        images=[None, [], ["a.png", None]],
+        images=[None, [], [None, []]],
     )
     environments = (0, None, 1)
     absent = ("ref_logprobs", "inference_logprobs", "overrides", "distill_token_ids", "distill_logprobs")

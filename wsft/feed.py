@@ -16,15 +16,18 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from enum import IntEnum
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import numpy as np
+
 from wsft.atropos import AtroposClient, decode
 from wsft.batching import AtroposBatchProcessor, Batch
 from wsft.config import UserError, WeightedSFTConfig
-from wsft.groups import Origin, Rollout
+from wsft.groups import REASONS, Origin, Rollout
 from wsft.journal import Journal
 from wsft.parser import parse_json
 from wsft.records import is_group
@@ -335,16 +338,26 @@ class Feed:
         return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
 
     def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
-        """The next batch with something in it; None at the end of the data or if the run should stop. `waiting` is told of
-        every fruitless second."""
+        """The next batch with a trained token in it; None at the end of the data or if the run should stop. What was passed
+        over on the way counts in it as left out. `waiting` is told of every fruitless second."""
+        left_out = np.zeros(len(REASONS), dtype=np.int64)
         for _ in range(EMPTY_BATCHES_ALLOWED):
             batch = self._exchange(step, waiting)
-            if batch is None or len(batch.lengths):
+            if batch is None:
+                return None
+            if not batch.num_trained:
+                left_out[REASONS.index("no token is trained")] += len(batch.lengths)
+            batch = replace(batch, counts=batch.counts + left_out)
+            if batch.num_trained:
                 return batch
-            log.info("a batch held no usable sequence (%s): passed over", batch.rejected or "it was empty")
+            left_out = batch.counts
+            log.info(
+                "a batch held no usable sequence (left out since the last step: %s): passed over", batch.rejected or "none"
+            )
         raise UserError(
-            f"{EMPTY_BATCHES_ALLOWED} batches in a row held no usable sequence (the last: {batch.rejected or 'empty'}): "
-            f"do the environments use the tokenizer of the model, and a max_token_len no larger than the trainer's?"
+            f"{EMPTY_BATCHES_ALLOWED} batches in a row held no usable sequence (left out: {batch.rejected or 'none'}): do the "
+            f"environments use the tokenizer of the model, a max_token_len no larger than the trainer's, and masks that train "
+            f"any token?"
         )
 
     def _exchange(self, step: int, waiting: Callable[[str], None]) -> Batch | None:

@@ -35,6 +35,8 @@ REJECTED = (
     "no finite score and no advantages",
     "teacher does not fit the tokens",
     "longer than max_token_len",
+    "has images",
+    "no token is trained",  # of a batch that has no other sequences
     "line is not JSON",
 )
 # What was made of a sequence that is trained all the same.
@@ -208,6 +210,8 @@ class Decoder:
         group, _, i = origin
         tokens = records.tokens(group, i, self.vocab_size)
         trained = records.loss_mask(group, i, tokens)
+        if records.has_images(group, i):
+            raise Malformed("has images", "wsft trains on text: their placeholder tokens alone would be trained on")
         override = records.override(group, i)
         if override is None:
             raise Malformed("override is neither true nor false", "set_advantage_to_zero and sft must be true, false or null")

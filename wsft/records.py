@@ -109,9 +109,9 @@ def loss_mask(group: dict, i: int, ids: np.ndarray) -> np.ndarray:
 
 
 def score(group: dict, i: int) -> float:
-    """NaN where there is no finite number."""
+    """NaN where there is no finite number; true and false are 1 and 0."""
     value = _row(group, "scores", i)
-    return float(value) if _is_number(value) and _finite(value) else math.nan
+    return float(value) if isinstance(value, int | float) and _finite(value) else math.nan
 
 
 def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> np.ndarray:
@@ -129,6 +129,12 @@ def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> n
     if not _finite(values[trained]).all():
         raise Malformed("advantage of a trained token is not finite", f"found {values[trained & ~_finite(values)][0]}")
     return np.where(trained, values, 0.0)
+
+
+def has_images(group: dict, i: int) -> bool:
+    """Its own entry, or what is no list and so stands for all."""
+    images = group.get("images")
+    return not _absent(_row(group, "images", i) if isinstance(images, list) else images)
 
 
 def override(group: dict, i: int) -> Override | None:
