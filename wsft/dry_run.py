@@ -27,7 +27,7 @@ from wsft.findings import look
 from wsft.inspection import sight_of, take
 from wsft.loss_head import tokens_of_chunk
 from wsft.memory import Needs, Work, needs, with_reference, work_of
-from wsft.metrics import speak
+from wsft.metrics import require_wandb, speak
 from wsft.model import (
     WeightedSFTModel,
     empty_model,
@@ -88,6 +88,7 @@ class _Run:
 
     def __init__(self, config: WeightedSFTConfig, machine: Machine):
         self.config, self.machine = config, machine
+        require_wandb(config)
         self.shape = load_model_config(config.model_name, config)
         native = config.device != "cpu" if machine.gpu_bytes else multiplies(torch.device("cpu"), torch.bfloat16)
         hidden = self.shape.get_text_config().hidden_size

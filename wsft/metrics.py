@@ -12,10 +12,13 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from requests.utils import get_netrc_auth
 from tqdm import tqdm
 
 from wsft.config import UserError, WeightedSFTConfig, without_password
@@ -24,6 +27,8 @@ log = logging.getLogger(__name__)
 
 QUIET_S = 10.0  # without a terminal, a wait is said after this long, then every WAIT_S
 WAIT_S = 60.0
+WANDB_S = 60.0  # to begin, and to take what is left at the end
+FAILED_S = 5.0  # of a run that failed, whose other ranks wait to hear why
 
 
 def speak(rank: int) -> None:
@@ -48,17 +53,23 @@ def _say(text: str) -> None:
 
 
 class Metrics:
-    """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again."""
+    """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again.
+
+    They only report: what goes wrong in one is said once, and never reaches the run.
+    """
 
     def __init__(self, config: WeightedSFTConfig, folder: Path, step: int):
         self._starts = 1 + _forget_after(step, folder / "metrics.jsonl")
         self._file = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._wandb = _open_wandb(config, folder) if config.wandb_project else None
         self._line = (_TerminalLine if sys.stderr.isatty() else _LogLines)(config.training_steps, step)
+        self._wandb, self._said = None, set()
+        if config.wandb_project:
+            log.info("logging to the W&B project %s, too", config.wandb_project)
+            self._try("W&B", self._open_wandb, config, folder)
 
     def doing(self, what: str) -> None:
         """What the run is at: "waiting for a batch", "training"."""
-        self._line.doing(what)
+        self._try("the progress line", self._line.doing, what)
 
     def warn(self, text: str) -> None:
         """What is the same on every rank, and said once."""
@@ -68,20 +79,39 @@ class Metrics:
         """One step's values. What is not finite is written as null, which every JSON reader takes."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         clean |= {"time/at": round(time.time(), 3), "run/starts": self._starts}
-        self._file.write(json.dumps(clean) + "\n")
+        self._try("metrics.jsonl", self._file.write, json.dumps(clean) + "\n")
         if self._wandb:
-            self._wandb.log({k: v for k, v in clean.items() if v is not None}, step=values["step"])
-        self._line.step(values)
+            finite = {k: v for k, v in clean.items() if v is not None}
+            self._try("W&B", self._wandb.log, finite, step=values["step"])
+        self._try("the progress line", self._line.step, values)
 
     def sync(self) -> None:
         """What was told is on disk, before a checkpoint says that it need not come again."""
-        os.fsync(self._file.fileno())
+        self._try("metrics.jsonl", os.fsync, self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
-        self._line.close()
-        self._file.close()
+        self._try("the progress line", self._line.close)
+        self._try("metrics.jsonl", self._file.close)
         if self._wandb:
-            self._wandb.finish(exit_code=int(failed))
+            self._try("W&B", _finish, self._wandb, failed)
+
+    def _try(self, name: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            action(*args, **kwargs)
+        except Exception as error:
+            if name not in self._said:
+                others = "is given up" if name == "W&B" else "is not whole"
+                log.warning(
+                    "%s fails, and %s; the run goes on (%s: %s)", name, others, type(error).__name__, _first_line(error)
+                )
+            self._said.add(name)
+            if name == "W&B":
+                self._wandb = None
+                # what it would do as Python ends could last, or fail with a traceback
+                threading.Thread(target=_forget_wandb, daemon=True).start()
+
+    def _open_wandb(self, config: WeightedSFTConfig, folder: Path) -> None:
+        self._wandb = _open_wandb(config, folder)
 
 
 class Silence:
@@ -160,11 +190,27 @@ def _forget_after(step: int, path: Path) -> int:
     return max((line.get("run/starts", 1) for line in lines.values()), default=0)
 
 
-def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
+def require_wandb(config: WeightedSFTConfig) -> None:
+    """UserError if W&B is asked for, and is not installed or has no key. Asks nobody over the network."""
+    if not config.wandb_project:
+        return
     try:
         import wandb
     except ImportError as error:
         raise UserError("wandb_project is set, but wandb is not installed: pip install wandb") from error
+    settings = wandb.setup().settings
+    if settings.mode != "online" or settings.api_key or "WANDB_IDENTITY_TOKEN_FILE" in os.environ:
+        return
+    if not get_netrc_auth(settings.base_url):
+        raise UserError(
+            f"wandb_project is set, but there is no key for {settings.base_url}: run `wandb login`, set WANDB_API_KEY, or "
+            f"WANDB_MODE=offline, or leave wandb_project out"
+        )
+
+
+def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
+    import wandb
+
     sys.argv = [without_password(argument) for argument in sys.argv]  # wandb keeps the command line
     identity = folder / "wandb_id"  # a resumed run goes on in the same W&B run
     if not identity.exists():
@@ -177,5 +223,35 @@ def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
         name=config.wandb_run_name,
         dir=folder,
         config=config.public(),
-        settings=wandb.Settings(silent=True),
+        settings=wandb.Settings(silent=True, init_timeout=WANDB_S),
     )
+
+
+def _forget_wandb() -> None:
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+
+
+def _finish(run: Any, failed: bool) -> None:
+    """What is still on its way to W&B may be on it for ever."""
+    errors: list[Exception] = []
+
+    def finish() -> None:
+        try:
+            run.finish(exit_code=int(failed))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=finish, daemon=True)
+    thread.start()
+    thread.join(FAILED_S if failed else WANDB_S)
+    if thread.is_alive():
+        raise TimeoutError("it has not taken the last steps yet")
+    if errors:
+        raise errors[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
