@@ -1,12 +1,12 @@
 """train.py with a rank 1 that fails in the middle of its second step (`raise`, `kill`), or as it verifies a checkpoint
-(`verify`); then train.py's own flags."""
+(`verify`), whose disk is its own (`apart`), or becomes so before the first save (`lost`); then train.py's own flags."""
 
 import os
 import signal
 import sys
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer
-from wsft.checkpoint import Checkpoint
+from wsft import WeightedSFTConfig, WeightedSFTTrainer, checkpoint, run_folder
+from wsft.engine import Engine
 from wsft.model import WeightedSFTModel
 
 how, argv = sys.argv[1], sys.argv[2:]
@@ -16,7 +16,7 @@ forward, calls = WeightedSFTModel.forward, 0
 def fail_late(self, *args, **options):
     global calls
     calls += self.training  # the others are looks at the model before the first step
-    if os.environ["RANK"] == "1" and calls == 2 and how != "verify":
+    if os.environ["RANK"] == "1" and calls == 2 and how in ("raise", "kill"):
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("ran out of luck")
@@ -27,7 +27,20 @@ def verify(folder):
     raise RuntimeError(f"{folder} is rank 0's to look at")
 
 
+write = Engine._write
+
+
+def write_elsewhere(self, state_dict, path):
+    write(self, state_dict, os.path.join(os.environ["OTHER_DISK"], "lost"))
+
+
 WeightedSFTModel.forward = fail_late
-if how == "verify" and os.environ["RANK"] == "1":
-    Checkpoint.at = verify
+checkpoint.SHARED_WAIT_S = run_folder.SHARED_WAIT_S = 1
+if os.environ["RANK"] == "1":
+    if how == "verify":
+        checkpoint.Checkpoint.at = verify
+    elif how == "apart":
+        argv += ["--output_dir", os.environ["OTHER_DISK"]]
+    elif how == "lost":
+        Engine._write = write_elsewhere
 WeightedSFTTrainer(WeightedSFTConfig.from_args(argv)).train()

@@ -177,11 +177,12 @@ def test_code_that_keeps_gradients_from_parameters_is_found(looks, tmp_path, rng
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "kept.Kept"}}))
     if looks:
-        train(folder, tmp_path, [make_group(rng, [10])] * 2, trust_remote_code=True)
+        ds = FP32 | {"zero_optimization": {"stage": 1}}
+        train(folder, tmp_path, [make_group(rng, [10])] * 2, trust_remote_code=True, deepspeed=ds)
         words, names = capfd.readouterr().err, [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
-        assert words.count(f"3 parameters ({', '.join(names)}) had no gradient on any rank") == 1
+        assert words.count(f"4 parameters ({', '.join(names)}, ...) had no gradient on any rank") == 1
         return
-    said = r"Kept keeps gradients from 3 parameters \(model.layers.1.mlp.down_proj.weight, .*\) in evaluation mode"
+    said = r"Kept keeps gradients from 4 parameters \(model.layers.1.mlp.down_proj.weight, .*\) in evaluation mode"
     with pytest.raises(UserError, match=said):
         train(folder, tmp_path, [make_group(rng, [10])], trust_remote_code=True)
     with pytest.raises(UserError, match=said):
@@ -193,7 +194,8 @@ def test_logits_that_bf16_rounds_are_no_reason_to_refuse_a_model(tmp_path):
     model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", tied=False)).bfloat16())
     model.model.lm_head.weight.data.mul_(100)
     model.check_head(CPU)
-    assert float(model.model(torch.arange(8).unsqueeze(0)).logits.abs().max()) > 20
+    with torch.no_grad():
+        assert model.model(torch.arange(8).unsqueeze(0)).logits.abs().max() > 20
     model.logit_options["final_logit_softcapping"] = 30.0
     with pytest.raises(UserError, match="does something between its hidden states and its logits"):
         model.check_head(CPU)

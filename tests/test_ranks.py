@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from wsft.config import UserError, WeightedSFTConfig
+from wsft.config import UserError
 from wsft.engine import collective_timeout, gpu_of_this_rank
-from wsft.world import first_host, ranks_from_environment
+from wsft.world import files_patience_s, first_host, ranks_from_environment
 
 # as SLURM 23.11 sets them
 JOB = {
@@ -89,4 +89,7 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_its_task_sees()
 
 def test_collectives_outlast_the_watchdog():
     """Which can say why a run hangs: NCCL would abort it after ten minutes."""
-    assert collective_timeout(WeightedSFTConfig(model_name="m", step_timeout=1800)).total_seconds() > 10 * 1800
+    for step_timeout, size in ((1800, 0), (10, 0), (10, 2**40)):
+        patience_s = files_patience_s(step_timeout, size)
+        assert collective_timeout(patience_s).total_seconds() > patience_s >= max(600, 10 * step_timeout)
+    assert patience_s > 24 * 3600  # a tebibyte on the slowest of disks

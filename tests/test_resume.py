@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer, run_folder, trainer
 from wsft import export as export_module
-from wsft.checkpoint import Checkpoint
+from wsft.checkpoint import Checkpoint, prune
 from wsft.config import UserError
 from wsft.journal import Journal
 
@@ -151,7 +151,6 @@ def test_what_cannot_be_resumed_is_said(killed, untouched, tmp_path):
         ({"seed": 7}, "seed is 7 and was 42"),
         ({"reduction": "sum"}, "reduction is 'sum' and was 'mean'"),
         ({"deepspeed": ADAM | {"zero_optimization": {"stage": 1}}}, "was saved with stage 3, the DeepSpeed JSON and this"),
-        ({"overwrite_output_dir": True}, "drop one of the two"),
         ({"resume": run / "checkpoints" / "step_2"}, "is newer than .*step_2, where this run was told to begin"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -268,6 +267,100 @@ def test_only_the_newest_checkpoints_are_kept_and_what_a_killed_save_left_is_rem
     (checkpoints / "step_9.partial").mkdir()
     train_here(killed, resume=True)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step_6", "step_8"]
+
+
+def test_what_wsft_did_not_make_stays(killed, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name in ("step_2_hf", "step_2_hf.partial", "step_1_notes", "step_3", "step_best.partial"):
+        (checkpoints / name).mkdir()
+        (checkpoints / name / "kept").write_text("mine")
+    (checkpoints / "step_1.tar").write_text("mine")
+    (checkpoints / "step_best").symlink_to("nowhere")
+    (checkpoints / "step_1").symlink_to(checkpoints / "step_2")
+    others = {path.name for path in checkpoints.iterdir()} - {"step_2", "step_4"}
+    train_here(killed, resume=True)
+    assert {path.name for path in checkpoints.iterdir()} == others | {"step_6", "step_8"}
+    assert (checkpoints / "step_3" / "kept").read_text() == "mine"
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_said_once_and_deleted_later(killed, untouched, tmp_path, monkeypatch, capfd):
+    """A file held open on NFS keeps its folder from being removed."""
+    rmtree, checkpoints = shutil.rmtree, tmp_path / "run" / "checkpoints"
+
+    def refuse(path, *args, **kwargs):
+        if Path(path).name == "step_2.partial":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        rmtree(path, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", refuse)
+        train_here(killed, resume=True)
+    assert capfd.readouterr().err.count("step_2.partial cannot be deleted (Directory not empty)") == 1
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_2.partial", "step_6", "step_8"]
+    assert_same_run(tmp_path / "run", untouched)
+    prune(checkpoints, 2)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_6", "step_8"]
+
+
+@pytest.mark.parametrize("launcher", ["SLURM", "torchrun"])
+def test_a_restart_goes_on_whatever_it_was_submitted_with(launcher, killed, tmp_path, monkeypatch):
+    """overwrite_output_dir is for the first start of a job; a restart that finds another's results begins as submitted."""
+    job, restarts = {"SLURM": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), "torchrun": (None, "TORCHELASTIC_RESTART_COUNT")}[
+        launcher
+    ]
+    if job:
+        monkeypatch.setenv(job, "7")
+    monkeypatch.setenv(restarts, "1")
+    run, submitted = tmp_path / "run", killed | {"overwrite_output_dir": True}
+    train_here(submitted, training_steps=STEPS, save_steps=100)  # what is there is of no job: replaced
+    assert {step["run/starts"] for step in steps_of(run)} == {1}
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS}")
+    train_here(submitted)  # the journal is read, no checkpoint is left: it begins again, but knows of the start before
+    assert [step["step"] for step in steps_of(run)] == list(range(1, STEPS + 1))
+    assert {step["run/starts"] for step in steps_of(run)} == {2}
+    train_here(submitted)  # finished: nothing is left to do
+    assert {step["run/starts"] for step in steps_of(run)} == {2}
+
+
+def test_going_back_gives_wandb_another_run(killed, tmp_path, monkeypatch, capfd):
+    """Of one it takes no step twice."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run = tmp_path / "run"
+    train_here(killed, resume=True, wandb_project="p")
+    first = (run / "wandb_id").read_text()
+    train_here(killed, resume=run / "checkpoints" / "step_6", overwrite_output_dir=True, wandb_project="p")
+    assert (run / "wandb_id").read_text() != first and "W&B gets another run" in capfd.readouterr().err
+
+
+COMBINATIONS = [(stage, *types) for stage in range(4) for types in (("fp32", None), ("bf16", None), ("bf16", "bf16"))]
+
+
+@pytest.mark.parametrize(
+    "stage, precision, accumulated",
+    [pytest.param(*setup, marks=() if setup == (1, "bf16", None) else pytest.mark.slow) for setup in COMBINATIONS],
+)
+def test_every_combination_trains_exports_and_resumes(stage, precision, accumulated, settings, tmp_path):
+    """On the same and on another number of ranks; with a tokenizer of several chat templates."""
+    model = shutil.copytree(settings["model_name"], tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    ds = ADAM | {"zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}}
+    (tmp_path / "ds.json").write_text(
+        json.dumps(ds | ({"data_types": {"grad_accum_dtype": accumulated}} if accumulated else {}))
+    )
+    settings |= {"model_name": model, "deepspeed": tmp_path / "ds.json", "lr_scheduler": "constant", "save_steps": 2}
+    train(settings, 2, output_dir=tmp_path / "run", training_steps=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "same")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for ranks, name in ((2, "same"), (1, "other")):
+        train(settings, ranks, output_dir=tmp_path / name, training_steps=4, resume=True)
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "final")
+        assert len(steps_of(tmp_path / name)) == 4
+        assert (tmp_path / name / "final" / "additional_chat_templates" / "tool_use.jinja").exists()
+    same, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("same", "other"))
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
+    assert all(torch.allclose(same[name].float(), other[name].float(), atol=tolerance, rtol=tolerance) for name in same)
 
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_serves(killed, untouched, tmp_path, capfd):

@@ -11,6 +11,7 @@ import requests
 import torch
 from atropos_server import atropos_server, free_port, post_group, register_env
 from conftest import clean_environment, follow, make_group, make_model, run_ranks, run_together, write_groups
+from fed_run import state_of
 from fork_server import fork_server
 from safetensors.torch import load_file
 
@@ -131,6 +132,19 @@ def test_rank_0_alone_verifies_the_checkpoint(run_flags, tmp_path):
         for code, output in run_ranks(["tests/fail_on_rank_1.py", "verify", *run_flags, *more], 2):
             assert code == 0, output
     assert [values["step"] for values in steps_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_disk_of_its_own_is_found_at_the_start_or_at_the_first_save(run_flags, tmp_path, monkeypatch):
+    """Also where a run was before, on the other host's own disk."""
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setenv("OTHER_DISK", str(tmp_path / "other"))
+    for how, said in (
+        ("apart", f"output_dir {tmp_path}/other on "),
+        ("lost", " bytes that all ranks wrote: output_dir must be"),
+    ):
+        for code, output in run_ranks(["tests/fail_on_rank_1.py", how, *run_flags, "--overwrite_output_dir"], 2):
+            assert code == 1 and said in output and "Traceback" not in output, output
+        assert not list((tmp_path / "run").glob("checkpoints/*")) and state_of(tmp_path / "run")["state"] == "failed"
 
 
 def test_rank_0_alone_reads_a_missing_file_and_all_end(tiny_model, tmp_path):

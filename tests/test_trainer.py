@@ -401,6 +401,60 @@ def test_norms_do_not_decay(settings):
             assert trained[name].norm() < 0.9 * start[name].norm(), name
 
 
+def test_weight_decay_0_does_not_decay(settings):
+    """Where neither the run nor its JSON names it, it is not torch's 0.01. An eps so large leaves nothing of Adam's moves."""
+    adam = {"type": "AdamW", "params": {"torch_adam": True, "eps": 1e6}}
+    ds = {"optimizer": adam, "zero_optimization": {"stage": 3}}
+    final, _ = train(settings, deepspeed=ds, learning_rate=0.5)
+    start, trained = (load_file(f"{folder}/model.safetensors") for folder in (settings["model_name"], final))
+    assert all(torch.allclose(start[name], trained[name], rtol=0, atol=1e-5) for name in start)
+
+
+def test_an_optimizer_with_other_values_than_asked_for_is_refused(settings):
+    """OneCycle takes momentum from parameters of its own."""
+    cycle = {"type": "OneCycle", "params": {"cycle_min_lr": 0}}
+    adam = {"type": "AdamW", "params": {"betas": [0.9, 0.95], "torch_adam": True}}
+    ds = {"optimizer": adam, "scheduler": cycle, "zero_optimization": {"stage": 3}}
+    with pytest.raises(UserError, match=r"optimizer.params.betas .* is \[0.9, 0.95\], but the optimizer has \(0.8, 0.99\)"):
+        train(settings, deepspeed=ds)
+    cycle["params"]["cycle_momentum"] = False
+    assert len(train(settings, deepspeed=ds, overwrite_output_dir=True)[1]) == 3
+
+
+def test_the_rate_of_a_scheduler_in_the_json_peaks_at_the_runs(settings, tmp_path, rng):
+    data = write_groups(tmp_path / "many.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])
+    for kind, params in {"WarmupLR": {}, "WarmupDecayLR": {}, "WarmupCosineLR": {}, "OneCycle": {"cycle_min_lr": 0}}.items():
+        if kind == "OneCycle":
+            params |= {"cycle_first_step_size": 3, "cycle_momentum": False}
+        ds = FP32 | {"scheduler": {"type": kind, "params": params}}
+        _, steps = train(settings, deepspeed=ds, data=data, training_steps=6, learning_rate=1e-4, overwrite_output_dir=True)
+        rates = [step["learning_rate"] for step in steps]
+        assert max(rates) == pytest.approx(1e-4, rel=0.2) and max(rates) <= 1e-4 * (1 + 1e-6), (kind, rates)
+
+
+@pytest.mark.parametrize("truncated", [True, False])
+def test_a_run_that_trains_no_token_ends_with_an_error(truncated, settings, tmp_path, rng):
+    """By its masks, or since it is cut off before the first trained token."""
+    group = make_group(rng, [20, 24], prompt=18)
+    changes = {"max_token_len": 12, "overlong": "truncate"}
+    if not truncated:
+        group["masks"], changes = [[-100] * 20, [-100] * 24], {}
+    data = write_groups(tmp_path / "none.jsonl", [group] * 4)
+    with pytest.raises(UserError, match=r"3 batches in a row held no usable sequence \(left out: .*'no token is trained': 6"):
+        train(settings, data=data, **changes)
+    data = write_groups(tmp_path / "one.jsonl", [group])
+    with pytest.raises(UserError, match="nothing was trained"):
+        train(settings, data=data, **changes, overwrite_output_dir=True)
+
+
+def test_batches_and_sequences_without_a_trained_token_are_passed_over(settings, tmp_path, rng):
+    whole, half, none = (make_group(rng, [10, 14]) for _ in range(3))
+    half["masks"][0], none["masks"] = [-100] * 10, [[-100] * 10, [-100] * 14]
+    _, steps = train(settings, data=write_groups(tmp_path / "some.jsonl", [whole, none, none, half]))
+    assert [step["data/rejected"] for step in steps] == [0, 4]
+    assert [step["tokens/trained"] for step in steps] == [20, 12] and steps[1]["data/sequences"] == 2
+
+
 def test_wandb_gets_the_same_offline(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(settings, wandb_project="tests", wandb_group="g", wandb_run_name="n")

@@ -11,12 +11,14 @@ Knows what the engine saves by its folder only, and nothing of Atropos or of wha
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +35,12 @@ from wsft.world import World
 
 log = logging.getLogger(__name__)
 
+SHARED_WAIT_S = 30.0  # a network file system may show a new file late
 FACTS = "checkpoint.json"
 DEEPSPEED, HUGGING_FACE = "deepspeed", "hugging_face"
 _NAME = re.compile(r"step_(\d+)")
+_PARTIAL, _CONVERTED = ".partial", ".converted"  # behind the name of a checkpoint: what is not, or no longer, one
+_OPEN = ".nfs"  # how the name of a deleted file begins on NFS while a process holds it open
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,8 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
 def all_in(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints in the folder, oldest first. A damaged one is said and passed over."""
     found = []
-    for path in sorted(folder.glob("step_*"), key=_number):
-        if _NAME.fullmatch(path.name) and (path / FACTS).exists():
+    for path in sorted(folders_in(folder), key=lambda path: int(_NAME.fullmatch(path.name)[1])):
+        if (path / FACTS).exists():
             try:
                 found.append(Checkpoint.at(path))
             except (UserError, OSError, ValueError, KeyError) as error:
@@ -103,8 +108,10 @@ def all_in(folder: Path) -> list[Checkpoint]:
     return found
 
 
-def _number(path: Path) -> int:
-    return int(re.sub(r"\D", "", path.name) or 0)
+def folders_in(folder: Path, suffix: str = "") -> list[Path]:
+    """Those whose whole name is step_N and the suffix. What else stands there, and links, are somebody else's."""
+    found = [path for path in folder.glob(f"step_*{suffix}") if _NAME.fullmatch(path.name.removesuffix(suffix))]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
 def save(
@@ -118,15 +125,17 @@ def save(
     model, of rank 0; only there the checkpoint knows all of its own. UserError if it cannot be
     written; then nothing of it is left, and the older checkpoints are as they were."""
     final = folder / f"step_{facts['step']}"
-    aside = folder / f"{final.name}.partial"
+    aside = folder / f"{final.name}{_PARTIAL}"
     try:
         world.on_rank_0(lambda: _make_anew(aside))
-        world.agree(engine.save(aside / DEEPSPEED))
-        world.together(lambda: _save_random(aside / f"random_{world.rank}.pt"))
-        sizes = world.on_rank_0(lambda: _finish(aside, final, facts, files))
+        written, error = engine.save(aside / DEEPSPEED)
+        world.agree(error)
+        written += world.together(lambda: _save_random(aside / f"random_{world.rank}.pt"))
+        written = sum(world.words(written))
+        sizes = world.on_rank_0(lambda: _finish(aside, final, facts, files, written))
     except Exception as error:
         if world.rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
         older = all_in(folder)[-1:]
         raise UserError(
             f"checkpoint {final.name} cannot be saved in {folder} ({_root(error)}). "
@@ -160,7 +169,7 @@ def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any
         yield saved
         return
     log.info("the checkpoint is of %d rank(s): converting it for %d", start.facts["num_ranks"], world.size)
-    converted = start.folder.with_name(f"{start.folder.name}.converted")
+    converted = start.folder.with_name(f"{start.folder.name}{_CONVERTED}")
     with world.taking_its_time():
         world.on_rank_0(lambda: _convert(saved, converted))
     ds["checkpoint"] = ds.get("checkpoint", {}) | {"load_universal": True}
@@ -169,7 +178,7 @@ def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any
         world.words(0)  # all have read it
     finally:
         if world.rank == 0:
-            shutil.rmtree(converted, ignore_errors=True)
+            _remove(converted)
 
 
 def _differences(was: Any, now: Any, path: str = "") -> list[str]:
@@ -185,19 +194,24 @@ def _convert(saved: Path, converted: Path) -> None:
 
 
 def _make_anew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
-def _finish(aside: Path, final: Path, facts: dict, files: dict[str, bytes]) -> dict[str, int]:
-    """The size of each file."""
+def _finish(aside: Path, final: Path, facts: dict, files: dict[str, bytes], written: int) -> dict[str, int]:
+    """The size of each file. `written` is how many bytes all ranks have written into the folder."""
+    deadline = time.monotonic() + SHARED_WAIT_S
+    while (seen := sum(_sizes(aside).values())) != written and time.monotonic() < deadline:
+        time.sleep(1)  # a network file system may show files late
+    if seen != written:
+        raise OSError(f"rank 0 sees {seen} of the {written} bytes that all ranks wrote: output_dir must be one that they share")
     write_files(aside / HUGGING_FACE, files)
-    files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
-    for path in files:
-        sync(path)
-    sizes = {str(path.relative_to(aside)): path.stat().st_size for path in files}
+    sizes = _sizes(aside)
+    for name in sizes:
+        sync(aside / name)
     write_last(aside / FACTS, json.dumps(facts | {"files": sizes}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one, passed over at the start
+    if (final / FACTS).exists():  # a damaged one, passed over at the start
+        _remove(final)
     aside.rename(final)
     sync(final.parent)
     return sizes
@@ -207,15 +221,46 @@ def prune(folder: Path, keep: int) -> list[Checkpoint]:
     """Delete all but the newest `keep` checkpoints, and what a killed save left. Those that are kept, oldest first."""
     checkpoints = all_in(folder)
     for old in checkpoints[:-keep]:
-        (old.folder / FACTS).unlink()  # first: half deleted, it must not look complete
-        shutil.rmtree(old.folder)
-    for path in folder.glob("step_*"):
-        if not (path / FACTS).exists():
-            shutil.rmtree(path)
+        delete(old.folder)
+    for suffix in (_PARTIAL, _CONVERTED):
+        for left in folders_in(folder, suffix):
+            _remove(left)
     return checkpoints[-keep:]
 
 
-def _save_random(path: Path) -> None:
+def delete(folder: Path) -> None:
+    """A checkpoint. Half deleted it does not look complete, and the next `prune` goes on with it."""
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}")
+    _remove(partial)
+    try:
+        folder.rename(partial)
+    except OSError as error:
+        return _say_once(f"{folder} cannot be deleted ({error.strerror}): it stays until it can be")
+    _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a process holds a file open on NFS, or may not write there
+        _say_once(f"{folder} cannot be deleted ({error.strerror}): what is left of it stays until it can be")
+
+
+@functools.cache
+def _say_once(words: str) -> None:
+    log.warning("%s", words)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of each file in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(_OPEN)]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _save_random(path: Path) -> int:
+    """The bytes it took."""
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": [version, internal, gauss]}
@@ -223,6 +268,7 @@ def _save_random(path: Path) -> None:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     torch.save(state, path)
+    return path.stat().st_size
 
 
 def load_random(checkpoint: Checkpoint, rank: int) -> None:

@@ -34,7 +34,7 @@ from wsft.ds_config import for_reference
 from wsft.layout import Layout
 from wsft.model import WeightedSFTModel
 from wsft.terms import TokenTerms
-from wsft.world import FILES_PATIENCE, World, ranks_on_this_host
+from wsft.world import World, files_patience_s, ranks_on_this_host
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     # that a user can mend
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), _compiling_ops():
-        backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(config)
+        backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(files_patience_s(config.step_timeout))
         _meet_anew(backend, timeout)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     set_seed(config.seed)
@@ -100,9 +100,9 @@ def gpu_of_this_rank(env: Mapping[str, str], num_gpus: int) -> int:
     raise UserError(f"local rank {local_rank} has no GPU of its own, {num_gpus} are visible: start fewer ranks")
 
 
-def collective_timeout(config: WeightedSFTConfig) -> timedelta:
+def collective_timeout(patience_s: float) -> timedelta:
     """After which a collective aborts the process: later than the watchdog, which can say why (watchdog.py)."""
-    return timedelta(seconds=FILES_PATIENCE * config.step_timeout + 60)
+    return timedelta(seconds=patience_s + 60)
 
 
 def _use_zero_at_stage_1() -> None:
@@ -111,6 +111,8 @@ def _use_zero_at_stage_1() -> None:
     from deepspeed.runtime import engine
 
     choose = engine.DeepSpeedEngine._do_optimizer_sanity_check
+    if choose.__name__ == "choose_zero":
+        return
 
     def choose_zero(self: Any, basic_optimizer: torch.optim.Optimizer) -> str | None:
         chosen = choose(self, basic_optimizer)
@@ -123,6 +125,8 @@ def _do_without_shared_memory_where_it_cannot_be_built() -> None:
     """DeepSpeed compiles an op by which ranks on one CPU reduce through shared memory; gloo does as well, and slower."""
     backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm` has torch itself by that name
     build = backend.build_shm_op
+    if build.__name__ == "build_if_possible":
+        return
 
     def build_if_possible() -> Any:
         try:
@@ -207,8 +211,9 @@ class Engine:
                 )
         except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
+        _require_rates(self._engine, ds)
         for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with NCCL's timeout, 10 minutes
-            dist.distributed_c10d._set_pg_timeout(collective_timeout(config), group)
+            dist.distributed_c10d._set_pg_timeout(collective_timeout(world.patience_s), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
         self._without_gradient = _note_gradients(model)
@@ -283,12 +288,13 @@ class Engine:
             engine.zero_grad()
         return norm, applied
 
-    def save(self, folder: Path) -> Exception | None:
+    def save(self, folder: Path) -> tuple[int, Exception | None]:
         """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets
-        through; returned is what this rank's disk said."""
+        through; returned are the bytes that this rank wrote, and what its disk said."""
+        self._written = 0
         _quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False)
         failure, self._unwritten = self._unwritten, None
-        return failure
+        return self._written, failure
 
     def _write(self, state_dict: dict, path: str) -> None:
         """DeepSpeed's way to write a file, but durable, and without an exception between its barriers."""
@@ -297,6 +303,7 @@ class Engine:
                 torch.save(state_dict, file)
                 file.flush()
                 os.fsync(file.fileno())
+                self._written += file.tell()
         except Exception as error:
             self._unwritten = self._unwritten or error
 
@@ -432,7 +439,25 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def _note_gradients(model: torch.nn.Module) -> dict[str, bool]:
+def _require_rates(engine: Any, ds: dict[str, Any]) -> None:
+    """UserError if the optimizer or the scheduler as it was made has other values than the resolved JSON."""
+    wanted, schedule = ds["optimizer"].get("params", {}), engine.lr_scheduler
+    peaks = getattr(schedule, "max_lrs", None) or getattr(schedule, "org_lrs", None)
+    for i, group in enumerate(engine.basic_optimizer.param_groups):
+        found = group | {"lr": peaks[i] if peaks else group.get("initial_lr", group["lr"])}
+        for name in wanted.keys() & found.keys() - ({"weight_decay"} if i else set()):  # of norms and biases it is 0
+            if _plain(found[name]) != _plain(wanted[name]):
+                raise UserError(
+                    f"optimizer.params.{name} in the DeepSpeed JSON, or the run's setting of it, is {wanted[name]}, but the "
+                    f"optimizer has {found[name]}: something else in the JSON sets it, as a scheduler may"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else float(value) if isinstance(value, torch.Tensor) else value
+
+
+def _note_gradients(model: WeightedSFTModel) -> dict[str, bool]:
     """Name -> whether it has had no gradient yet, of each trained parameter."""
     missing = {}
 
@@ -443,7 +468,7 @@ def _note_gradients(model: torch.nn.Module) -> dict[str, bool]:
 
         hook = param.register_post_accumulate_grad_hook(noted)
 
-    for name, param in model.named_parameters():
+    for name, param in model.model.named_parameters():
         if param.requires_grad:
             missing[name] = True
             note(name, param)

@@ -118,7 +118,7 @@ class WeightedSFTModel(torch.nn.Module):
         self.train(mode)
         # products of hidden states may differ by roundings of their size; what a model does with logits is far more
         tolerance = max(1e-3, 2 * torch.finfo(next(self.model.parameters()).dtype).eps * float(logits.abs().max()))
-        if not torch.allclose(ours, theirs, atol=tolerance, rtol=tolerance):
+        if not torch.allclose(ours, theirs, atol=tolerance, rtol=1e-3):
             raise UserError(
                 f"{type(self.model).__name__} does something between its hidden states and its logits that wsft does not know: "
                 f"log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model, or add it to "

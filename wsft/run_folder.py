@@ -6,19 +6,22 @@ leaves `running`. Knows nothing of ranks, and of a checkpoint only what checkpoi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
+import secrets
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 import yaml
 
-from wsft.checkpoint import Checkpoint, all_in, require_same_run, write_last
+from wsft.checkpoint import SHARED_WAIT_S, Checkpoint, all_in, delete, require_same_run, write_last
 from wsft.config import UserError, WeightedSFTConfig
 
 log = logging.getLogger(__name__)
@@ -31,20 +34,23 @@ RESULTS = (
 LOGS = "logs"  # of the launchers, which write there before there is a run
 LOCK_WAIT_S = 20.0  # a run that was killed may need seconds to be gone
 SAY_S = 10.0
+TOKEN = ".token"  # of a start: who reads it sees the folder that rank 0 has opened
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of Lustre without -o flock, of NFS without lockd
-SHARED_WAIT_S = 30.0  # a network file system may show a new folder late
 
 
 class RunFolder:
-    """Attributes: path, checkpoints, final: folders. step: the last one saved."""
+    """Attributes: path, checkpoints, final: folders. step: the last one saved. token: once opened, what its file of that name
+    says."""
 
     def __init__(self, config: WeightedSFTConfig):
         self.path = Path(config.output_dir)
         self.checkpoints, self.final = self.path / "checkpoints", self.path / "final"
         self._lock: IO[str] | None = None
         state = self.path / "state.json"
-        self._ours = config.resume is True and state.exists()
-        self.step = json.loads(state.read_text())["step"] if self._ours else 0
+        found = json.loads(state.read_text()) if state.exists() else {}
+        self._restarted = is_restart(os.environ) and found.get("job") == job_of(os.environ)
+        self._ours = bool(found) and (config.resume is True or self._restarted)
+        self.step, self.token = found["step"] if self._ours else 0, ""
 
     def open(self, config: WeightedSFTConfig, contents: dict[str, str | None]) -> Checkpoint | None:
         """Take the folder for this run: refuse or remove another run's results, or find what to go on from, None for step 0.
@@ -55,25 +61,33 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            start = self._resumed(config, contents) if config.resume else self._make_empty(config)
+            goes_on = config.resume or self._restarted
+            start = self._resumed(config, contents) if goes_on else self._make_empty(config)
             self.checkpoints.mkdir(exist_ok=True)
             self.step = start.step if start else 0
+            self.token = secrets.token_hex(8)
+            write_last(self.path / TOKEN, self.token)
             write_last(self.path / "config.yaml", config.to_yaml())
             self.write_state("running", "")
             return start
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from error
 
-    def require_shared(self) -> None:
-        """UserError on a host whose output_dir is not the one that rank 0 opened."""
+    def require_shared(self, told: str | None) -> None:
+        """UserError on a host whose output_dir is not the one that rank 0 opened, by what rank 0 was `told` there."""
         deadline = time.monotonic() + SHARED_WAIT_S
-        while not self.checkpoints.is_dir():
+        while not self._is_told(told):
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"output_dir {self.path} on {os.uname().nodename} is not the one that rank 0 made: with several hosts it "
+                    f"output_dir {self.path} on {os.uname().nodename} is not the one that rank 0 opened: with several hosts it "
                     f"must be on a file system that all of them share"
                 )
             time.sleep(1)
+
+    def _is_told(self, told: str | None) -> bool:
+        with contextlib.suppress(OSError):
+            return (self.path / TOKEN).read_text() == told
+        return False
 
     def close(self) -> None:
         """Another run may use the folder now."""
@@ -83,6 +97,7 @@ class RunFolder:
     def write_state(self, state: str, reason: str) -> None:
         self._ours = True
         facts = {"state": state, "step": self.step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        facts["job"] = job_of(os.environ)
         write_last(self.path / "state.json", json.dumps(facts) + "\n")
 
     def failed(self, reason: str) -> None:
@@ -131,8 +146,10 @@ class RunFolder:
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
     def _resumed(self, config: WeightedSFTConfig, contents: dict[str, str | None]) -> Checkpoint | None:
-        if config.resume is not True:
+        if isinstance(config.resume, str) and not self._restarted:
             self._go_back_to(Checkpoint.at(Path(config.resume)), config, contents)
+        elif config.overwrite_output_dir:
+            log.info("going on with the run in %s: overwrite_output_dir is for one that begins", self.path)
         start, settings = next(reversed(all_in(self.checkpoints)), None), self.path / "config.yaml"
         was = start.facts if start else {"config": yaml.safe_load(settings.read_text()) if settings.exists() else {}}
         require_same_run(was, config, contents, start.folder if start else self.path)
@@ -159,7 +176,22 @@ class RunFolder:
             )
         for checkpoint in newer:
             log.warning("removing %s, newer than %s", checkpoint.folder, wanted.folder.name)
-            shutil.rmtree(checkpoint.folder)
+            delete(checkpoint.folder)
+        if newer and (self.path / "wandb_id").exists():
+            log.info("W&B gets another run: of one, it takes no step twice")
+            (self.path / "wandb_id").unlink()
+
+
+def is_restart(env: Mapping[str, str]) -> bool:
+    """Whether SLURM or torchrun has started the same command before."""
+    return any(int(env.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def job_of(env: Mapping[str, str]) -> str | None:
+    """What all starts by SLURM of one job, or by one torchrun, have in common."""
+    if "SLURM_JOB_ID" in env:
+        return env["SLURM_JOB_ID"]
+    return f"{os.uname().nodename}/{os.getppid()}" if "TORCHELASTIC_RESTART_COUNT" in env else None
 
 
 def _bring(checkpoint: Checkpoint, folder: Path) -> None:

@@ -31,7 +31,7 @@ from wsft.export import export
 from wsft.feed import Feed, open_source, processor_of
 from wsft.layout import Prefixes
 from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
-from wsft.metrics import Metrics, Silence, speak
+from wsft.metrics import Metrics, Silence, require_wandb, speak
 from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
@@ -43,6 +43,7 @@ from wsft.world import World, ranks_from_environment, ranks_on_this_host
 log = logging.getLogger(__name__)
 
 BAD_STEPS_ALLOWED = 3
+CHECKPOINT_BYTES = 16  # of a parameter, with Adam's state, at most
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
@@ -96,15 +97,19 @@ class WeightedSFTTrainer:
 
     def _set_up(self, world: World) -> None:
         self.world = world
+        world.on_rank_0(lambda: require_wandb(self.config))
         model_config = load_model_config(self.config.model_name, self.config)
         shape = model_config.get_text_config()
+        empty = empty_model(model_config, self.config.trust_remote_code)
+        world.expect_files(CHECKPOINT_BYTES * sum(param.numel() for param in empty.parameters()))
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = multiplies(world.device, torch.bfloat16)
         self.config, ds = ds_config.resolve(self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16)
         contents = contents_of(self.config, model_config, self.tokenizer)
         with _private_files():
             start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
-        world.together(self.folder.require_shared)
+        told = world.text_of_rank_0(self.folder.token)
+        world.together(lambda: self.folder.require_shared(told))
         saved = json.loads(world.text_of_rank_0(json.dumps(start.facts if start else None)))  # which rank 0 has verified
         self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
         facts = start.facts if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
@@ -131,7 +136,7 @@ class WeightedSFTTrainer:
             if saved:
                 self.engine.load(saved)
         self.packs, self.shares, self.micro_batch_tokens = self._check_layouts()
-        self.cost, self.flops_of_trained = cost_of(empty_model(model_config, self.config.trust_remote_code))
+        self.cost, self.flops_of_trained = cost_of(empty)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)

@@ -29,7 +29,7 @@ class Watchdog:
 
     def __init__(self, timeout: float):
         self._timeout, self._last, self._off = timeout, time.monotonic(), threading.Event()
-        self.patience = 1.0  # the timeout is so many times as long
+        self.allowed = timeout  # seconds; longer for what is no step
 
     def alive(self) -> None:
         self._last = time.monotonic()
@@ -46,15 +46,18 @@ class Watchdog:
 
         def look() -> None:
             while not self._off.wait(min(1.0, self._timeout / 4)):
-                if time.monotonic() - self._last > self._timeout * self.patience:
+                if time.monotonic() - self._last > self.allowed:
                     break
             if self._off.is_set():
                 return
-            log.error("no progress for %.0f s (--step_timeout). Stacks of this rank:\n%s", self._timeout, _stacks())
+            words = (
+                f"no progress for {self.allowed:.0f} s ({'--step_timeout' if self.allowed == self._timeout else 'on files'})"
+            )
+            log.error("%s. Stacks of this rank:\n%s", words, _stacks())
             for pid in filter(_is_stopped, peers):
                 os.kill(pid, signal.SIGUSR2)
                 os.kill(pid, signal.SIGCONT)
-            end(Hung(f"no progress for {self._timeout:.0f} s (--step_timeout); the stacks of all ranks are in the log"))
+            end(Hung(f"{words}; the stacks of all ranks are in the log"))
 
         self._thread = threading.Thread(target=look, daemon=True)
         self._thread.start()

@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 _FAILURE = "wsft/failure"  # key in the rendezvous store, of an attempt: the message of the rank that failed first
 _SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # the shell that salloc gives; those of scripts and externs lie above
 _LOOK_S = 1.0  # between two looks at it
-FILES_PATIENCE = 10.0  # times step_timeout: to download, load, save or export a model
+# to download, load, save or export a model: seconds, and at least so many times step_timeout; and bytes per second beside them
+FILES_S, FILES_TIMES, SLOWEST_DISK = 600.0, 10.0, 10 * 2**20
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo says it
 _RANK_0_GONE = "rank 0: gone without a message (killed, or out of memory?)"  # the store lives there
 
@@ -97,6 +98,11 @@ def ranks_on_this_host() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
+def files_patience_s(step_timeout: float, size: int = 0) -> float:
+    """Seconds that work on files of so many bytes may take."""
+    return max(FILES_S, FILES_TIMES * step_timeout) + size / SLOWEST_DISK
+
+
 class World:
     """This rank among the others. Made after the process group (engine.py).
 
@@ -109,6 +115,7 @@ class World:
         # what takes too long is for the watchdog to say: it knows the stacks
         self._hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._step_timeout, self._watchdog = step_timeout, Watchdog(step_timeout)
+        self.patience_s = files_patience_s(step_timeout)
         self._failed: Callable[[str], None] = lambda _: None
         self._dying = threading.Lock()
 
@@ -187,13 +194,17 @@ class World:
 
     @contextlib.contextmanager
     def taking_its_time(self) -> Iterator[None]:
-        """Around work on the files of a whole model, which may take longer than any step: so many times step_timeout pass
-        before it counts as hanging. A collective."""
+        """Around work on the files of a whole model, which may take longer than any step: `patience_s` pass before it counts
+        as hanging. A collective."""
         self.words(0)
-        before, self._watchdog.patience = self._watchdog.patience, FILES_PATIENCE
+        before, self._watchdog.allowed = self._watchdog.allowed, self.patience_s
         yield
         self.words(0)
-        self._watchdog.patience = before
+        self._watchdog.allowed = before
+
+    def expect_files(self, size: int) -> None:
+        """From now on, the context around this too, of so many bytes."""
+        self.patience_s = self._watchdog.allowed = files_patience_s(self._step_timeout, size)
 
     @contextlib.contextmanager
     def ending_together(self, failed: Callable[[str], None]) -> Iterator[None]:
