@@ -97,8 +97,9 @@ def preempting(job):
 def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_untouched(
     slurm, fed_settings, feeder, shared, tmp_path
 ):
-    """Preempted without a signal to the batch script: only its ranks get one."""
-    job = Job(slurm, fed_settings, "--signal=B:USR1@600")
+    """Preempted without a signal to the batch script: only its ranks get one. overwrite_output_dir is for its first start."""
+    submitted = {name: value for name, value in fed_settings.items() if name != "resume"} | {"overwrite_output_dir": True}
+    job = Job(slurm, submitted, "--signal=B:USR1@600")
     job.train(feeder, 4)
     assert "CPUs=4 Tasks=2" in job.control("show", "step", f"{job.id}.0")  # and not a core for each
     job.control("requeue", job.id)

@@ -20,9 +20,10 @@ pytestmark = pytest.mark.usefixtures("alone")
 @pytest.fixture
 def settings(tiny_model, tmp_path, rng, monkeypatch):
     wandb.teardown()  # else its settings, and its process, are those of an earlier test
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_SERVICE"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_SERVICE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb_config"))
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{free_port()}")
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(3)])
     settings = dict(model_name=tiny_model, data=data, batch_size=2, device="cpu", wandb_project="tests")

@@ -134,7 +134,8 @@ def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> n
 def has_images(group: dict, i: int) -> bool:
     """Its own entry, or what is no list and so stands for all."""
     images = group.get("images")
-    return not _absent(_row(group, "images", i) if isinstance(images, list) else images)
+    own = _row(group, "images", i) if isinstance(images, list) else images
+    return len(own) > 0 if isinstance(own, np.ndarray) else bool(own)
 
 
 def override(group: dict, i: int) -> Override | None:
