@@ -17,7 +17,7 @@ export run_folder feed
 checkpoint
 engine panels
 model metrics world measurements findings runs
-environment batching shares ds_config journal memory stopping watchdog base_files contents
+environment batching shares ds_config journal memory stopping watchdog base_files contents empty
 weighted_texts terms
 loss loss_head attention atropos groups
 records device

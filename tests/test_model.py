@@ -45,8 +45,7 @@ def logps(folder, rows):
     return [x.gather(1, torch.tensor(row[1:])[:, None]).squeeze(1) for x, row in zip(logp, rows, strict=True)]
 
 
-@pytest.mark.parametrize("recomputed", [True, False])
-@pytest.mark.parametrize("kind", NOISY)
+@pytest.mark.parametrize("kind, recomputed", [("gpt2", True), ("opt", False), ("opt", True), ("phimoe", False)])
 def test_nothing_random_happens_in_training(kind, recomputed, tmp_path, rng, capfd):
     folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **NOISY[kind]))
     group = make_group(rng, [10, 14, 7])
@@ -132,7 +131,8 @@ def test_rotary_embeddings_that_remember_the_longest_sequence_are_refused(tmp_pa
     assert step["tokens/trained"] == 20
 
 
-def test_parts_of_a_model_that_text_never_reaches_stay_as_they_are(tmp_path, rng, capfd):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_parts_of_a_model_that_text_never_reaches_stay_as_they_are(stage, tmp_path, rng, capfd):
     """A vision tower is not decayed, and is saved with the rest."""
     text = SHAPE | {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -140,10 +140,12 @@ def test_parts_of_a_model_that_text_never_reaches_stay_as_they_are(tmp_path, rng
     config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
     folder = save_model(tmp_path / "model", config)
     adam = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
-    ds = {"optimizer": adam, "zero_optimization": {"stage": 3}}
+    ds = {"optimizer": adam, "zero_optimization": {"stage": stage}}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (tmp_path / "model" / name).write_text("{}")
     train(folder, tmp_path, [make_group(rng, [10, 14])] * 2, deepspeed=ds, weight_decay=1.0, learning_rate=1e-2)
     start, trained = (load_file(f"{path}/model.safetensors") for path in (folder, tmp_path / "run" / "final"))
-    assert start.keys() == trained.keys()
+    assert start.keys() == trained.keys() and (tmp_path / "run" / "final" / "processor_config.json").exists()
     kept = {name for name in start if torch.equal(start[name], trained[name])}
     assert kept == {name for name in start if "vision" in name or "multi_modal" in name} and len(kept) > 10
     assert f"no text reaches {len(kept)} parameters" in capfd.readouterr().err

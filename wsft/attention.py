@@ -21,8 +21,8 @@ from wsft.layout import Layout
 
 PACKED = "wsft_packed"
 _PROBED = "wsft_packed_probed"  # the same, while `learn_masks` sees which mask each layer is given
-# what some models add to attention, and this one does not: it must not be passed over
-_UNKNOWN = ("s_aux", "position_bias")
+# tensors that change nothing in attention where a model hands them to it; no other (sinks, biases, blocks) may be passed over
+_UNREAD = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,14 @@ def packed_attention(
     an exception here.
     """
     mask = getattr(module, "wsft_mask", Mask(sliding_window))
-    if any(others.get(name) is not None for name in _UNKNOWN) or not getattr(module, "is_causal", True) or not mask.known:
+    more = [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _UNREAD]
+    if more or others.get("is_causal") is False or not getattr(module, "is_causal", True) or not mask.known:
         return torch.full_like(query, torch.nan).transpose(1, 2), None
     dtype = query.dtype
     if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if wsft_borders is None:
-        return _sequence(query, key, value, scaling, dropout, mask, softcap).transpose(1, 2).to(dtype), None
+        return _sequence(query, key, value, scaling, dropout, mask, softcap).transpose(1, 2).to(dtype).contiguous(), None
     if _is_flash(query.device, dtype) and query.shape[-1] <= 256 and softcap is None and not dropout and not mask.allows:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -180,14 +181,14 @@ def packed_attention(
             q, k, v, wsft_borders.q_starts, wsft_borders.k_starts, wsft_borders.longest_q, wsft_borders.longest_k,
             scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        return found.unsqueeze(0), None
+        return found.unsqueeze(0).contiguous(), None
     # split, not sliced: the gradient of a slice is as large as the row
     qs, ks, vs = (x.split(wsft_borders.layout.lengths, dim=2) for x in (query, key, value))
     parts = []
     for i, after in enumerate(wsft_borders.layout.after):
         k, v = (x[i] if after < 0 else torch.cat([x[after], x[i]], dim=2) for x in (ks, vs))
         parts.append(_sequence(qs[i], k, v, scaling, dropout, mask, softcap))
-    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype), None
+    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype).contiguous(), None
 
 
 def kernel(device: torch.device, dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.cpp_extension import get_default_build_root
+from torch.utils import cpp_extension
 from transformers import set_seed
 
 from wsft.config import UserError, WeightedSFTConfig
@@ -199,6 +199,8 @@ class Engine:
         self.world, self.stage = world, ds["zero_optimization"]["stage"]
         self._peak = PeakMemory(world.device)
         _take_adam_that_can_be_built(ds, world)
+        if self.stage == 3:
+            _gather_as_one(model)
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
         try:
             with _compiling_ops():
@@ -211,6 +213,7 @@ class Engine:
                 )
         except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
+        model.run = self._engine.__call__
         _require_rates(self._engine, ds)
         for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with NCCL's timeout, 10 minutes
             dist.distributed_c10d._set_pg_timeout(collective_timeout(world.patience_s), group)
@@ -329,7 +332,9 @@ class Reference:
 
         self.model = model
         if ds["zero_optimization"]["stage"] == 3:
+            _gather_as_one(model)
             self._model, *_ = deepspeed.initialize(model=model, config=for_reference(ds), dist_init_required=False)
+            model.run = self._model.__call__
         else:
             self._model = model.to(world.device)
         model.check_head(world.device)
@@ -378,6 +383,8 @@ def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
         state = _quietly(
             zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, str(folder.parent), tag=folder.name, lazy_mode=True
         )
+        if whole.exists():  # stages 1 and 2: what is not trained has no masters
+            state = torch.load(whole, map_location="cpu", mmap=True)["module"] | state
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
@@ -439,6 +446,16 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
+def _gather_as_one(model: WeightedSFTModel) -> None:
+    """What is inside of a module that runs its children by what its input is. Where each gathered its own parameters, on those
+    ranks whose tokens want it, the others would not enter that collective."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if type(module) in model.routed:
+            set_z3_leaf_module(module, True)
+
+
 def _require_rates(engine: Any, ds: dict[str, Any]) -> None:
     """UserError if the optimizer or the scheduler as it was made has other values than the resolved JSON."""
     wanted, schedule = ds["optimizer"].get("params", {}), engine.lr_scheduler
@@ -491,21 +508,34 @@ def _without_update(engine: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compiling_ops() -> Iterator[None]:
-    """Around whatever may compile an op of DeepSpeed. A start that is killed meanwhile leaves a lock file on which every later
-    one would wait for ever: here each start also holds a lock that dies with its process, and who gets it alone knows that
-    nobody compiles."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):  # in a cache that cannot be written nothing is compiled
-            root.mkdir(parents=True, exist_ok=True)
-            start = held.enter_context((root / "wsft.lock").open("w"))
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(start, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                for stale in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-                    log.info("removing %s, left by a start that was killed while it compiled", stale)
-                    stale.unlink()
-            fcntl.flock(start, fcntl.LOCK_SH)
+    """Around whatever may compile an op of DeepSpeed. torch takes a file for a lock; a start that is killed leaves it, and all
+    that wait, or come later, would wait for ever. Here it is a lock that dies with its process."""
+    before, cpp_extension.FileBaton = cpp_extension.FileBaton, _Baton
+    try:
         yield
+    finally:
+        cpp_extension.FileBaton = before
+
+
+class _Baton:
+    """In the place of torch's: whoever comes next compiles what is not compiled yet, which is mostly nothing."""
+
+    def __init__(self, path: str, *_: Any, **__: Any):
+        self._path, self._held = f"{path}.held", contextlib.ExitStack()
+
+    def try_acquire(self) -> bool:
+        with contextlib.suppress(OSError):  # no such locks on this file system, or nothing that may be written
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._held.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another start, which compiles an op of DeepSpeed")
+                fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+
+    def release(self) -> None:
+        self._held.close()
 
 
 def _schedule(config: WeightedSFTConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

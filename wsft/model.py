@@ -5,12 +5,13 @@ Knows nothing of Atropos, advantages or objectives: it is given weights.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from wsft.attention import PACKED, kernel, keywords, learn_masks, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import fuses
 from wsft.ds_config import for_reference
+from wsft.empty import Passes
 from wsft.layout import Layout
 from wsft.loss_head import HeadOutput, LossHead, TokenLoss
 from wsft.shares import Cost
@@ -38,6 +40,11 @@ FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they 
 
 # of a model that looks its positions up, instead of computing rotations or distances
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
+
+LARGE_LOGITS = 300.0  # beyond any bound that a model puts on them
+
+# the bound on logits, in a model's config: of Gemma, RecurrentGemma, xLSTM
+_LOGIT_CAP = re.compile(r"((final|output)_)?logits?_soft_?cap(ping)?")
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +61,13 @@ class WeightedSFTModel(torch.nn.Module):
         # how sequences may be laid out, until `check_layouts` saw it: in one row, with a piece that several share, in rows of
         # one batch
         self.packs = self.shares = self.pads = False
+        # what an empty model has told (empty.py): which classes of modules run other modules by what their input is, and
+        # whether a packed row may be tried at all
+        self.routed: set[type[torch.nn.Module]] = set()
+        self.takes_packed_rows = True
+        # what runs `forward` for the looks below: DeepSpeed's engine, once there is one, for it alone gathers a parameter that
+        # is read outside of its own module
+        self.run: Callable[..., Any] = self.__call__
         self._recomputing: list[torch.nn.Module] = []  # the modules that recompute activations, where they train
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # asks the device for values, to warn that there is no attention mask
@@ -83,10 +97,10 @@ class WeightedSFTModel(torch.nn.Module):
         self,
         tokens_BT: torch.Tensor,
         trained_N: torch.Tensor,
-        weights: torch.Tensor | TokenLoss,
+        weights: torch.Tensor | TokenLoss | None,
         layout: Layout | None = None,
         **options: Any,
-    ) -> HeadOutput:
+    ) -> HeadOutput | torch.Tensor:
         """The loss of the trained tokens, as `loss_head.head_loss` has it.
 
         Args:
@@ -94,8 +108,10 @@ class WeightedSFTModel(torch.nn.Module):
             layout: of the sequences that are packed in the one row; None: every row is one sequence.
             trained_N: [N] flat positions in [B, T] of the trained tokens; never the first of a row, or of a piece of the
                 layout. N may be 0.
-            weights, options: as there, for the N tokens.
+            weights, options: as there, for the N tokens. Without weights, the model's own logits [B, T, V] are returned.
         """
+        if weights is None:
+            return self.model(input_ids=tokens_BT, use_cache=False).logits
         packing = keywords(layout, tokens_BT.device) if layout else {}
         hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
@@ -111,19 +127,34 @@ class WeightedSFTModel(torch.nn.Module):
         tokens = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
         trained, mode = torch.arange(1, 8, device=device), self.training
         self.eval()
-        logits = self.model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        theirs = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
         options = {"temperature": torch.ones(7, device=device)}  # as in training, whose kernels are made here
-        ours = self(tokens, trained, torch.zeros(7, device=device), **options).logp_N
+        scale = 1.0
+        for _ in range(2):  # as they are, and so large that a bound on them shows
+            with self._scaled_states(scale):
+                logits = self.run(tokens, trained, None)[0, :-1]
+                ours = self.run(tokens, trained, torch.zeros(7, device=device), **options).logp_N
+            theirs = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+            largest = float(logits.abs().max())
+            # products of hidden states may differ by roundings of their size; what a model does with logits is far more
+            tolerance = max(1e-3, 2 * torch.finfo(next(self.model.parameters()).dtype).eps * largest)
+            if not torch.allclose(ours, theirs, atol=tolerance, rtol=1e-3):
+                raise UserError(
+                    f"{type(self.model).__name__} does something between its hidden states and its logits that wsft does not "
+                    f"know: log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model, or add "
+                    f"it to model._logit_options"
+                )
+            scale = LARGE_LOGITS / max(largest, 1e-6)
         self.train(mode)
-        # products of hidden states may differ by roundings of their size; what a model does with logits is far more
-        tolerance = max(1e-3, 2 * torch.finfo(next(self.model.parameters()).dtype).eps * float(logits.abs().max()))
-        if not torch.allclose(ours, theirs, atol=tolerance, rtol=1e-3):
-            raise UserError(
-                f"{type(self.model).__name__} does something between its hidden states and its logits that wsft does not know: "
-                f"log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model, or add it to "
-                f"model._logit_options"
-            )
+
+    @contextlib.contextmanager
+    def _scaled_states(self, scale: float) -> Iterator[None]:
+        """Inside, the hidden states that the head is given are so many times as large."""
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, given: (given[0] * scale, *given[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @property
     def attention(self) -> str:
@@ -153,10 +184,11 @@ class WeightedSFTModel(torch.nn.Module):
         vocab, config = self.model.config.get_text_config().vocab_size, self.model.config.get_text_config()
         reaches = [reach for reach in _position_reaches(config) if reach < max_token_len]
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
-        takes_packed = packing and self._takes_positions() and self.attend_by(PACKED if own not in FLASH else own)
+        takes_packed = packing and self.takes_packed_rows and self._takes_positions()
+        takes_packed = takes_packed and self.attend_by(PACKED if own not in FLASH else own)
         if takes_packed and own not in FLASH:
             few = torch.arange(8, device=device)
-            run = functools.partial(self, few.unsqueeze(0) % vocab, few[1:], torch.zeros(7, device=device))
+            run = functools.partial(self.run, few.unsqueeze(0) % vocab, few[1:], torch.zeros(7, device=device))
             reaches += learn_masks(self.model, run, max_token_len, device)
             self.attend_by(own)
         elif own in FLASH and getattr(config, "sliding_window", None):
@@ -172,7 +204,7 @@ class WeightedSFTModel(torch.nn.Module):
             at = torch.cat(
                 [torch.arange(end - len(piece) + 1, end) for end, piece in list(zip(ends, row, strict=True))[scored]]
             )
-            return self(torch.cat(row).unsqueeze(0), at.to(device), torch.zeros(len(at), device=device), layout).logp_N
+            return self.run(torch.cat(row).unsqueeze(0), at.to(device), torch.zeros(len(at), device=device), layout).logp_N
 
         shorter = sequences[0][:-4]
         at_first = logps([shorter]) if reaches else None
@@ -205,7 +237,7 @@ class WeightedSFTModel(torch.nn.Module):
         for row, sequence in zip(trained, sequences, strict=True):
             row[1 : len(sequence)] = True
         at = trained.flatten().nonzero().squeeze(1)
-        return self(rows, at, torch.zeros(len(at), device=rows.device)).logp_N
+        return self.run(rows, at, torch.zeros(len(at), device=rows.device)).logp_N
 
     def _takes_positions(self) -> bool:
         parameters = inspect.signature(body_of(self.model).forward).parameters
@@ -263,12 +295,13 @@ def _position_reaches(config: PretrainedConfig) -> list[int]:
 
 def _logit_options(config: Any) -> dict[str, float | None]:
     """What lies between lm_head and softmax, under the names that transformers' model configs give it."""
+    caps = (value for name, value in config.to_dict().items() if _LOGIT_CAP.fullmatch(name))
     multipliers = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse; Falcon-H1
     scale = next((getattr(config, name) for name in multipliers if getattr(config, name, None) is not None), None)
     scaling = getattr(config, "logits_scaling", None)
     if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
         scale = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
-    return {"logit_scale": scale, "final_logit_softcapping": getattr(config, "final_logit_softcapping", None)}
+    return {"logit_scale": scale, "final_logit_softcapping": next(caps, None)}
 
 
 def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
@@ -329,51 +362,26 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
         )
 
 
-def freeze_unreached(model: PreTrainedModel, empty: PreTrainedModel) -> None:
+def passes_of(empty: PreTrainedModel) -> Passes:
+    """What an empty model tells, which is used up."""
+    model = WeightedSFTModel(empty).train()
+    model.attend_by(PACKED)
+    row, meta = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.device("meta")
+
+    def loss(layout: Layout | None = None) -> torch.Tensor:
+        trained = torch.tensor([1, 2, 3, 5, 6, 7]).to(meta)
+        return model(row, trained, torch.ones(6, device=meta), layout).loss
+
+    return Passes(empty, loss, lambda: loss(Layout.of([4, 4])))
+
+
+def freeze_unreached(model: PreTrainedModel, passes: Passes) -> None:
     """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are."""
-    frozen = _unreached(empty)
+    frozen = passes.unreached()
     for name, param in model.named_parameters():
         param.requires_grad_(name not in frozen)
     if frozen:
         log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), some(sorted(frozen)))
-
-
-def _unreached(model: PreTrainedModel) -> set[str]:
-    """Their names, of an empty model, which is used up.
-
-    They are those without a gradient after a pass over the meta device; where a model's code looks at values, and so cannot run
-    there, those of a multimodal model that are not of its text decoder.
-
-    Raises:
-        UserError: the model's code keeps gradients from parameters in evaluation mode, in which it is trained.
-    """
-    run = WeightedSFTModel(model)
-    run.attend_by(PACKED)  # which looks at no positions
-    tokens, trained = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.arange(1, 8, device="meta")
-
-    def without_gradient() -> set[str]:
-        run.zero_grad()
-        run(tokens, trained, torch.ones(7, device="meta")).loss.backward()
-        return {name for name, param in model.named_parameters() if param.grad is None}
-
-    try:
-        run.train()
-        found = without_gradient()
-        model.train()  # as the model's own code has it
-        kept = sorted(found - without_gradient()) if found else []
-    except (RuntimeError, NotImplementedError, ValueError):
-        if model.config.get_text_config() is model.config:
-            return set()
-    else:
-        if kept:
-            raise UserError(
-                f"{type(model).__name__} keeps gradients from {len(kept)} parameters ({some(kept)}) in evaluation mode, in "
-                f"which wsft trains so that nothing is random: they would learn nothing; change the model's code"
-            )
-        return found
-    reached = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-    kept = {id(param) for module in reached for param in module.parameters()}
-    return {name for name, param in model.named_parameters() if id(param) not in kept}
 
 
 def require_complete(name: str, config: WeightedSFTConfig) -> None:
@@ -426,7 +434,8 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
-    freeze_unreached(model, empty)
+    passes = passes_of(empty)
+    freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
         log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
@@ -435,6 +444,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
         coefficient = text_config.router_aux_loss_coef
         log.info("the load-balancing loss that the model's config asks for (router_aux_loss_coef %s) is not added", coefficient)
     wrapped = WeightedSFTModel(model)
+    wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
     if config.gradient_checkpointing:
         wrapped.recompute_activations()
     return wrapped.train()

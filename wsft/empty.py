@@ -1,0 +1,126 @@
+"""What a model without weights tells: on the meta device, where tensors have sizes and no values, its code can be run, before
+anything is loaded, and so be asked what it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from wsft.config import UserError
+
+# what a pass that looks at values ends with, or one that is given what its code does not know
+_STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+
+
+@dataclass
+class Passes:
+    """Forward passes of an empty model, which stay empty: `run()` of one sequence, `run_packed()` of two in one row.
+
+    Attributes:
+        routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
+            with tokens: which of their children are run depends on the data.
+        whole: whether the model runs, but for those.
+    """
+
+    model: PreTrainedModel
+    run: Callable[[], torch.Tensor]
+    run_packed: Callable[[], torch.Tensor]
+    routed: set[type[torch.nn.Module]] = field(default_factory=set)
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        while not self.whole:
+            stopped = self._where_it_stops()
+            if stopped is None:
+                self.whole = True
+            elif type(stopped) in self.routed or self._holds_layers(stopped):
+                return
+            else:
+                self.routed.add(type(stopped))
+
+    def _where_it_stops(self) -> torch.nn.Module | None:
+        """The innermost module with children or parameters of its own; None if the pass gets through."""
+        within: list[torch.nn.Module] = []
+        hooks = []
+        for module in self.model.modules():
+            hooks.append(module.register_forward_pre_hook(lambda module, _: within.append(module)))
+            hooks.append(module.register_forward_hook(lambda *_: within.pop() and None))
+        try:
+            with self._passing_over_routed(), torch.no_grad():
+                self.run()
+            return None
+        except _STOPS:
+            return next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _holds_layers(self, module: torch.nn.Module) -> bool:
+        embedding = self.model.get_input_embeddings()
+        return any(child is embedding for child in module.modules()) or module is self.model
+
+    @contextlib.contextmanager
+    def _passing_over_routed(self) -> Iterator[None]:
+        """Inside, modules of these classes give what they are given."""
+        forwards = {cls: cls.forward for cls in self.routed}
+        for cls in self.routed:
+            cls.forward = lambda _, x, *args, **kwargs: x * 1
+        try:
+            yield
+        finally:
+            for cls, forward in forwards.items():
+                cls.forward = forward
+
+    def takes_packed_rows(self) -> bool:
+        """False if its code refuses them, or cannot run them. Whether what it computes is right is for its logps to show."""
+        if not self.whole:
+            return True  # nothing is known
+        try:
+            with self._passing_over_routed(), torch.no_grad():
+                self.run_packed()
+            return True
+        except _STOPS:
+            return False
+
+    def unreached(self) -> set[str]:
+        """Names of the parameters that no text reaches, such as a vision tower's: those without a gradient after a backward
+        pass; of a model that does not run, those of a multimodal one that are not of its text decoder.
+
+        Raises:
+            UserError: the model's code keeps gradients from parameters in evaluation mode, in which it is trained.
+        """
+        model = self.model
+        if not self.whole:
+            return self._not_of_the_decoder()
+        reached = {id(p) for module in model.modules() if type(module) in self.routed for p in module.parameters()}
+
+        def without_gradient() -> set[str]:
+            model.zero_grad()
+            with self._passing_over_routed():
+                self.run().sum().backward()
+            return {name for name, p in model.named_parameters() if p.grad is None and id(p) not in reached}
+
+        model.eval()
+        found = without_gradient()
+        model.train()  # as the model's own code has it
+        kept = sorted(found - without_gradient()) if found else []
+        model.eval()
+        if kept:
+            raise UserError(
+                f"{type(model).__name__} keeps gradients from {len(kept)} parameters ({', '.join(kept[:3])}, ...) in "
+                f"evaluation mode, in which wsft trains so that nothing is random: they would learn nothing; change its code"
+            )
+        return found
+
+    def _not_of_the_decoder(self) -> set[str]:
+        model = self.model
+        if model.config.get_text_config() is model.config:
+            return set()
+        of_text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+        kept = {id(param) for module in of_text for param in module.parameters()}
+        return {name for name, param in model.named_parameters() if id(param) not in kept}
