@@ -24,11 +24,11 @@ def batches_of_uneven_groups(rng):
     return [make_group(rng, [3, 40, 7]), make_group(rng, [25, 11, 4])], one_trained, nothing, alike, [make_group(rng, [17])]
 
 
-def reference(model_name, batches, normalize):
+def reference(model_name, batches, normalize, **loading):
     """SGD with momentum on the loss as the issue states it: one rollout at a time, no padding, float64."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float64, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float64, attn_implementation="eager", **loading)
     velocity = {}
     for groups in batches:
         rows = [row for g in groups for row in zip(g["tokens"], g["masks"], g["advantages"], strict=True)]
@@ -68,7 +68,7 @@ def setups(every):
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
     every, num_ranks, tiny_model, tiny_untied_model, tmp_path, rng

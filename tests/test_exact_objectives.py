@@ -119,7 +119,7 @@ def trained_by_hand(case, model_name, reference, batches):
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_objectives_and_terms_move_the_parameters_as_their_papers_say(num_ranks, tiny_model, tiny_untied_model, tmp_path, rng):
     from transformers import AutoModelForCausalLM
 

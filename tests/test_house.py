@@ -17,8 +17,8 @@ export run_folder feed
 checkpoint
 engine panels
 model metrics world measurements findings runs
-environment batching shares ds_config journal memory stopping watchdog base_files contents empty
-weighted_texts terms
+environment batching shares ds_config journal memory stopping watchdog base_files contents
+weighted_texts terms empty
 loss loss_head attention atropos groups
 records device
 config advantages

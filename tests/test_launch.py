@@ -69,7 +69,7 @@ def slow(*values):
 
 @pytest.mark.parametrize(
     "name, to", [slow("TERM", "launcher"), ("INT", "terminal"), slow("USR1", "launcher"), slow("INT", "launcher"),
-                 slow("HUP", "launcher"), slow("TERM", 0), ("USR1", 1), slow("INT", 1)],
+                 slow("HUP", "launcher"), slow("TERM", 0), slow("USR1", 1), slow("INT", 1)],
 )  # fmt: skip
 def test_a_signal_to_any_process_ends_with_a_checkpoint(name, to, started, tmp_path):
     number = signal.Signals[f"SIG{name}"]

@@ -148,7 +148,7 @@ def slow(name):
     return pytest.param(name, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [slow("temperature"), slow("temperatures"), slow("softcap"), "all"])
+@pytest.mark.parametrize("name", [slow("temperature"), slow("temperatures"), slow("softcap"), slow("all")])
 def test_one_kernel_computes_what_many_do(name, monkeypatch):
     """As on a GPU, where torch.compile makes it; chunks are of two sizes."""
     monkeypatch.setattr(loss_head, "fuses", lambda device: True)

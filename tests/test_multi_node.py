@@ -104,7 +104,6 @@ def test_what_is_wrong_with_a_host_is_said_before_anything_starts(cluster, hostf
             assert re.search(word, said), said
         assert not (tmp_path / "run" / "state.json").exists()
 
-    refused("node1 cannot listen on port 22 .*: set MASTER_PORT to another", MASTER_PORT="22")
     with mounted(cluster, "node2", "-t", "tmpfs", "tmpfs", venv):
         refused(f"node2 has no {ROOT}, or no {sys.executable}: both must stand there")
     metadata = Path(numpy.__file__).parent.parent / f"numpy-{numpy.__version__}.dist-info" / "METADATA"
@@ -115,7 +114,10 @@ def test_what_is_wrong_with_a_host_is_said_before_anything_starts(cluster, hostf
         mounted(cluster, "node2", "-t", "tmpfs", "tmpfs", tmp_path / "run" / "logs"),
     ):
         same = f"numpy is not the same everywhere: {numpy.__version__} on node1, 1.0.0 on node2; install the same"
-        refused(re.escape(same), "node2 does not see .*: it must be on a file system that all hosts share")
+        port = "node1 cannot listen on port 22 .*: set MASTER_PORT to another"
+        refused(
+            re.escape(same), "node2 does not see .*: it must be on a file system that all hosts share", port, MASTER_PORT="22"
+        )
     hostfile.write_text("node1 slots=1\n10.77.0.9 slots=1\n")
     command += ["--data=", "--atropos_url=http://10.77.0.2:9"]
     command = [word for word in command if not str(word).startswith("--data")]

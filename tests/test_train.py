@@ -48,7 +48,7 @@ def slow(launcher):
     return pytest.param(launcher, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("launcher", [slow("deepspeed"), "torchrun", "python", slow("single_node.sh")])
+@pytest.mark.parametrize("launcher", [slow("deepspeed"), "torchrun", slow("python"), slow("single_node.sh")])
 def test_every_launcher_starts_the_same_train_py(launcher, run_flags, tmp_path):
     command = [*launched(launcher), *run_flags, "--deepspeed=ds_configs/zero3_cpu.json"]
     ((code, output),) = run_together([command], [clean_environment(NUM_GPUS="2")])

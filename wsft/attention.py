@@ -164,7 +164,7 @@ def packed_attention(
     mask = getattr(module, "wsft_mask", Mask(sliding_window))
     more = [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _UNREAD]
     if more or others.get("is_causal") is False or not getattr(module, "is_causal", True) or not mask.known:
-        return torch.full_like(query, torch.nan).transpose(1, 2), None
+        return query.new_full((*query.shape[:-1], value.shape[-1]), torch.nan).transpose(1, 2).contiguous(), None
     dtype = query.dtype
     if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))

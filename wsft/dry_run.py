@@ -100,7 +100,7 @@ class _Run:
         require_trainable(self.model, config)
         if any(Path(config.model_name).glob("*.safetensors*")):  # there may be no weights to tell what a run needs
             require_complete(config.model_name, config)
-        freeze_unreached(self.model, passes_of(empty_model(self.shape, config.trust_remote_code)))
+        freeze_unreached(self.model, passes_of(self.shape, config.trust_remote_code))
         self.reference = None
         if config.ref_model_name:
             reference = load_model_config(config.ref_model_name, config)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from wsft.config import UserError
@@ -17,9 +18,17 @@ from wsft.config import UserError
 _STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError)
 
 
+class OneSequence(TorchFunctionMode):
+    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, it is told yes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return True if function is torch.Tensor.__bool__ and args[0].is_meta else function(*args, **(kwargs or {}))
+
+
 @dataclass
 class Passes:
-    """Forward passes of an empty model, which stay empty: `run()` of one sequence, `run_packed()` of two in one row.
+    """Forward passes of an empty model: `run()` of one sequence, `run_packed()` of two in one row, None where it has attention
+    of its own that packed rows cannot have.
 
     Attributes:
         routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
@@ -29,22 +38,31 @@ class Passes:
 
     model: PreTrainedModel
     run: Callable[[], torch.Tensor]
-    run_packed: Callable[[], torch.Tensor]
+    run_packed: Callable[[], torch.Tensor] | None
     routed: set[type[torch.nn.Module]] = field(default_factory=set)
     whole: bool = False
 
     def __post_init__(self) -> None:
+        self.model.eval()
+        unreached = self._without_gradient()
+        self.whole = unreached is not None
+        if not self.whole:
+            self._find_routed()
+            unreached = self._without_gradient() if self.whole else None
+        self._unreached = self._not_of_the_decoder() if unreached is None else unreached
+
+    def _find_routed(self) -> None:
         while not self.whole:
-            stopped = self._where_it_stops()
+            stopped, looked = self._where_it_stops()
             if stopped is None:
                 self.whole = True
-            elif type(stopped) in self.routed or self._holds_layers(stopped):
+            elif not looked or type(stopped) in self.routed or self._holds_layers(stopped):
                 return
             else:
                 self.routed.add(type(stopped))
 
-    def _where_it_stops(self) -> torch.nn.Module | None:
-        """The innermost module with children or parameters of its own; None if the pass gets through."""
+    def _where_it_stops(self) -> tuple[torch.nn.Module | None, bool]:
+        """The innermost module with parameters, None if the pass gets through; whether it stops since code looks at values."""
         within: list[torch.nn.Module] = []
         hooks = []
         for module in self.model.modules():
@@ -53,9 +71,11 @@ class Passes:
         try:
             with self._passing_over_routed(), torch.no_grad():
                 self.run()
-            return None
-        except _STOPS:
-            return next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model)
+            return None, False
+        except _STOPS as error:
+            # as torch says it of tensors without values
+            looked = isinstance(error, NotImplementedError) or "meta" in str(error)
+            return next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model), looked
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,7 +91,8 @@ class Passes:
         for cls in self.routed:
             cls.forward = lambda _, x, *args, **kwargs: x * 1
         try:
-            yield
+            with OneSequence():
+                yield
         finally:
             for cls, forward in forwards.items():
                 cls.forward = forward
@@ -80,6 +101,8 @@ class Passes:
         """False if its code refuses them, or cannot run them. Whether what it computes is right is for its logps to show."""
         if not self.whole:
             return True  # nothing is known
+        if self.run_packed is None:
+            return False
         try:
             with self._passing_over_routed(), torch.no_grad():
                 self.run_packed()
@@ -94,21 +117,12 @@ class Passes:
         Raises:
             UserError: the model's code keeps gradients from parameters in evaluation mode, in which it is trained.
         """
-        model = self.model
-        if not self.whole:
-            return self._not_of_the_decoder()
-        reached = {id(p) for module in model.modules() if type(module) in self.routed for p in module.parameters()}
-
-        def without_gradient() -> set[str]:
-            model.zero_grad()
-            with self._passing_over_routed():
-                self.run().sum().backward()
-            return {name for name, p in model.named_parameters() if p.grad is None and id(p) not in reached}
-
-        model.eval()
-        found = without_gradient()
+        model, found = self.model, self._unreached
+        if not found:
+            return found
         model.train()  # as the model's own code has it
-        kept = sorted(found - without_gradient()) if found else []
+        in_training = self._without_gradient()
+        kept = sorted(found - in_training) if in_training is not None else []
         model.eval()
         if kept:
             raise UserError(
@@ -116,6 +130,17 @@ class Passes:
                 f"evaluation mode, in which wsft trains so that nothing is random: they would learn nothing; change its code"
             )
         return found
+
+    def _without_gradient(self) -> set[str] | None:
+        """Names of parameters; None if the model does not run forward and backward."""
+        self.model.zero_grad()
+        reached = {id(p) for module in self.model.modules() if type(module) in self.routed for p in module.parameters()}
+        try:
+            with self._passing_over_routed():
+                self.run().sum().backward()
+        except _STOPS:
+            return None
+        return {name for name, p in self.model.named_parameters() if p.grad is None and id(p) not in reached}
 
     def _not_of_the_decoder(self) -> set[str]:
         model = self.model

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from wsft.empty import OneSequence
 
 # bytes of optimizer state a parameter, in float32
 STATE_BYTES = {"adam": 8, "adamw": 8, "lamb": 8, "onebitadam": 8, "sgd": 0, "adagrad": 4, "lion": 4, "muon": 4}
@@ -69,13 +70,6 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-class _OneSequence(TorchFunctionMode):
-    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, it is told yes."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return True if function is torch.Tensor.__bool__ else function(*args, **(kwargs or {}))
-
-
 def work_of(model: torch.nn.Module, tokens: int, chunk_tokens: int) -> Work:
     """Run a `WeightedSFTModel` on the meta device over a row of tokens, all trained, forward and backward.
 
@@ -96,7 +90,7 @@ def work_of(model: torch.nn.Module, tokens: int, chunk_tokens: int) -> Work:
 
     hooks = [model.model.get_output_embeddings().register_forward_pre_hook(at_head)]
     hooks += [p.register_post_accumulate_grad_hook(release) for p in model.parameters() if p.requires_grad]
-    with _OneSequence(), live:
+    with OneSequence(), live:
         loss = model(row, trained, torch.zeros(tokens - 1, device="meta"), chunk_tokens=chunk_tokens).loss
         (held, forward), head = marks[0], live.peak
         live.peak = live.now

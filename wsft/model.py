@@ -362,17 +362,22 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
         )
 
 
-def passes_of(empty: PreTrainedModel) -> Passes:
-    """What an empty model tells, which is used up."""
-    model = WeightedSFTModel(empty).train()
-    model.attend_by(PACKED)
+def passes_of(config: PretrainedConfig, trust_remote_code: bool) -> Passes:
+    """What the model tells without weights; in bf16, for which the products of experts have a form on the meta device."""
+    empty = empty_model(config, trust_remote_code, torch.bfloat16)
+    model, own = WeightedSFTModel(empty), empty.config._attn_implementation
     row, meta = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.device("meta")
 
     def loss(layout: Layout | None = None) -> torch.Tensor:
         trained = torch.tensor([1, 2, 3, 5, 6, 7]).to(meta)
         return model(row, trained, torch.ones(6, device=meta), layout).loss
 
-    return Passes(empty, loss, lambda: loss(Layout.of([4, 4])))
+    if model.attend_by(PACKED):
+        passes = Passes(empty, loss, lambda: loss(Layout.of([4, 4])))
+        if passes.whole:
+            return passes
+    model.attend_by(own)
+    return Passes(empty, loss, None)
 
 
 def freeze_unreached(model: PreTrainedModel, passes: Passes) -> None:
@@ -434,7 +439,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     del zero3
-    passes = passes_of(empty)
+    passes = passes_of(empty.config, config.trust_remote_code)
     freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
