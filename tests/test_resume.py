@@ -8,6 +8,7 @@ import shutil
 import signal
 import stat
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from fed_run import fed, make_groups, make_settings, state_of, steps_of, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer, run_folder, trainer
+from wsft import WeightedSFTConfig, WeightedSFTTrainer, checkpoint, run_folder, trainer
 from wsft import export as export_module
 from wsft.checkpoint import Checkpoint, prune
 from wsft.config import UserError
@@ -361,6 +362,25 @@ def test_every_combination_trains_exports_and_resumes(stage, precision, accumula
     same, other = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("same", "other"))
     tolerance = {"fp32": 1e-5, "bf16": 2e-2}[precision]
     assert all(torch.allclose(same[name].float(), other[name].float(), atol=tolerance, rtol=tolerance) for name in same)
+
+
+@pytest.mark.slow
+def test_a_save_and_a_load_that_take_longer_than_any_step_are_no_hang(killed, untouched, tmp_path, monkeypatch):
+    """As on a file system that is slow: twelve times step_timeout."""
+    slowed = []
+    for module, name in ((checkpoint, "_save_random"), (trainer, "load_random")):
+        action = getattr(module, name)
+
+        def slow(*args, action=action):
+            if len(slowed) < 2:
+                slowed.append(action)
+                time.sleep(24)
+            return action(*args)
+
+        monkeypatch.setattr(module, name, slow)
+    train_here(killed, resume=True, step_timeout=2)
+    assert len(slowed) == 2
+    assert_same_run(tmp_path / "run", untouched)
 
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_serves(killed, untouched, tmp_path, capfd):

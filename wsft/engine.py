@@ -530,7 +530,7 @@ class _Baton:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("waiting for another start, which compiles an op of DeepSpeed")
+                log.info("waiting for another process, which compiles an op of DeepSpeed")
                 fcntl.flock(file, fcntl.LOCK_EX)
         return True
 
