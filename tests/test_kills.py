@@ -99,7 +99,9 @@ def kill_one_of(run, family, whom):
             victim.kill()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(2400)])])
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("kills", [1, 20])
 def test_kills_at_random_moments_change_nothing(kills, settings, groups, tmp_path):
     wanted = untouched(settings, groups, tmp_path / "untouched")
     dice = random.Random(kills)

@@ -1,5 +1,7 @@
 """The page of wsft.report, in a real browser: that it shows what it says, moves together, and asks for nothing."""
 
+import itertools
+
 import pytest
 from made_runs import write_run
 
@@ -82,13 +84,20 @@ def coloured(page):
     )
 
 
-@pytest.mark.parametrize("name, width", [("long", 1280), ("several", 1280), ("short", 400), ("several", 400)])
-@pytest.mark.parametrize("scheme, white", [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 23, 27)")])
-def test_all_panels_are_there_in_light_and_dark(name, width, scheme, white, shown):
+WHITE = {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
+SHOWN = [*itertools.product([("long", 1280), ("several", 1280), ("short", 400), ("several", 400)], WHITE)]
+IN_CI = [(("several", 1280), "light"), (("short", 400), "dark")]
+
+
+@pytest.mark.parametrize(
+    "name, width, scheme",
+    [pytest.param(*run, scheme, marks=[] if (run, scheme) in IN_CI else pytest.mark.slow) for run, scheme in SHOWN],
+)
+def test_all_panels_are_there_in_light_and_dark(name, width, scheme, shown):
     page = shown(name, color_scheme=scheme, viewport={"width": width, "height": 800})
     assert page.locator("section h2").evaluate_all("all => all.map(h2 => h2.firstChild.data.trim())") == TITLES
     assert coloured(page) == [True] * (len(TITLES) + 1)
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == white
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == WHITE[scheme]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 

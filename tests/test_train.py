@@ -44,11 +44,11 @@ def launched(launcher):
 
 
 def slow(launcher):
-    """In CI test_kills.py trains to the end by deepspeed, test_multi_node.py by single_node.sh on each of two hosts."""
+    """In CI test_multi_node.py trains to the end by single_node.sh on each of two hosts, test_resume.py by torchrun."""
     return pytest.param(launcher, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("launcher", [slow("deepspeed"), "torchrun", slow("python"), slow("single_node.sh")])
+@pytest.mark.parametrize("launcher", ["deepspeed", slow("torchrun"), slow("python"), slow("single_node.sh")])
 def test_every_launcher_starts_the_same_train_py(launcher, run_flags, tmp_path):
     command = [*launched(launcher), *run_flags, "--deepspeed=ds_configs/zero3_cpu.json"]
     ((code, output),) = run_together([command], [clean_environment(NUM_GPUS="2")])
