@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wsft import WeightedSFTConfig, ds_config
 from wsft.engine import start_ranks
-from wsft.model import load_model, load_model_config
+from wsft.loading import load_model, load_model_config
 from wsft.world import ranks_from_environment
 
 

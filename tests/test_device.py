@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from wsft import device
 from wsft.config import UserError
 from wsft.device import PeakMemory, device_type, rated_flops
-from wsft.model import cost_of, empty_model
+from wsft.loading import empty_model
+from wsft.model import cost_of
 
 
 def test_the_peak_is_that_since_the_last_look():

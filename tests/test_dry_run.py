@@ -141,7 +141,8 @@ def test_states_are_those_of_deepspeeds_own_estimator_where_that_is_right(tiny_m
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from transformers import AutoConfig
 
-    from wsft.model import WeightedSFTModel, empty_model
+    from wsft.loading import empty_model
+    from wsft.model import WeightedSFTModel
 
     model = WeightedSFTModel(empty_model(AutoConfig.from_pretrained(tiny_model), False, torch.bfloat16))
     ds = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3, "reduce_bucket_size": 0}}

@@ -15,10 +15,10 @@ trainer dry_run inspect report
 inspection
 export run_folder feed
 checkpoint
-engine panels
+engine panels loading
 model metrics world measurements findings runs
 environment batching shares ds_config journal memory stopping watchdog base_files contents
-weighted_texts terms empty
+weighted_texts terms empty weight_files
 loss loss_head attention atropos groups
 records device
 config advantages

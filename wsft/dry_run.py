@@ -25,11 +25,7 @@ from wsft.engine import check_json
 from wsft.feed import client_of, fetching_ranks, processor_of
 from wsft.findings import look
 from wsft.inspection import sight_of, take
-from wsft.loss_head import tokens_of_chunk
-from wsft.memory import Needs, Work, needs, with_reference, work_of
-from wsft.metrics import require_wandb, speak
-from wsft.model import (
-    WeightedSFTModel,
+from wsft.loading import (
     empty_model,
     freeze_unreached,
     load_model_config,
@@ -38,6 +34,10 @@ from wsft.model import (
     require_complete,
     require_trainable,
 )
+from wsft.loss_head import tokens_of_chunk
+from wsft.memory import Needs, Work, needs, with_reference, work_of
+from wsft.metrics import require_wandb, speak
+from wsft.model import WeightedSFTModel
 
 GPUS_A_HOST = 8  # of a machine that is only told of
 # of a GPU's memory, what tensors cannot have: context and libraries, NCCL, and gaps between tensors

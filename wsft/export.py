@@ -27,8 +27,8 @@ from wsft.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
 from wsft.config import UserError
 from wsft.engine import saved_parameters
 from wsft.journal import sync
+from wsft.loading import empty_model
 from wsft.metrics import speak
-from wsft.model import empty_model
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,8 @@ from wsft.feed import FileSource, client_of, processor_of
 from wsft.findings import Finding, Sight, Words, look
 from wsft.groups import Fault, Rollout
 from wsft.journal import Journal
-from wsft.model import WeightedSFTModel, load_model, load_model_config, load_tokenizer
+from wsft.loading import load_model, load_model_config, load_tokenizer
+from wsft.model import WeightedSFTModel
 from wsft.objectives import Objective
 from wsft.terms import Coefficients, TokenTerms
 

@@ -30,9 +30,10 @@ from wsft.engine import Engine, MicroBatch, Reference, StepResult, start_ranks
 from wsft.export import export
 from wsft.feed import Feed, open_source, processor_of
 from wsft.layout import Prefixes
+from wsft.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
 from wsft.metrics import Metrics, Silence, require_wandb, speak
-from wsft.model import cost_of, empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
+from wsft.model import cost_of
 from wsft.objectives import Objective
 from wsft.run_folder import RunFolder
 from wsft.shares import Load, plan_shares

@@ -1,0 +1,225 @@
+"""The tokenizer and the model, loaded (partitioned at once under ZeRO-3); which model is no start."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+
+from wsft.attention import PACKED, register
+from wsft.config import UserError, WeightedSFTConfig
+from wsft.ds_config import for_reference
+from wsft.empty import Passes
+from wsft.layout import Layout
+from wsft.model import WeightedSFTModel, noise_in
+from wsft.weight_files import differing, naming_as_without_zero3
+
+# of a model that looks its positions up, instead of computing rotations or distances
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
+    name = config.tokenizer_name or config.model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
+        ) from error
+    return tokenizer
+
+
+def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
+    """The model's own config: its shape is needed before its weights."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})") from error
+
+
+def class_for(config: PretrainedConfig) -> type:
+    """The auto class of transformers for what the checkpoint was saved as: of a multimodal model the whole, not its text part,
+    so that what is exported can take its place."""
+    saved_as = getattr(config, "architectures", None) or []
+    for mapping, whole in ((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),):
+        if type(config) in mapping and (
+            mapping[type(config)].__name__ in saved_as or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        ):
+            return whole
+    return AutoModelForCausalLM
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """On the meta device: classes, names and shapes, no memory."""
+    with torch.device("meta"):
+        return class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
+    """UserError if it is no model that the run can train, by its classes and shapes: it may be on the meta device."""
+    name = type(model).__name__
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise UserError(f"{name} has no linear lm_head: wsft trains decoder-only language models")
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    has_table = any(_POSITION_TABLE.search(key) and tensor.ndim == 2 for key, tensor in tables)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if has_table and positions and config.max_token_len > positions:
+        raise UserError(
+            f"{name} has embeddings for {positions} positions, and max_token_len is {config.max_token_len}: set max_token_len "
+            f"to {positions} at most"
+        )
+
+
+def passes_of(config: PretrainedConfig, trust_remote_code: bool) -> Passes:
+    """What the model tells without weights; in bf16, for which the products of experts have a form on the meta device."""
+    empty = empty_model(config, trust_remote_code, torch.bfloat16)
+    model, own = WeightedSFTModel(empty), empty.config._attn_implementation
+    row, meta = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.device("meta")
+
+    def loss(layout: Layout | None = None) -> torch.Tensor:
+        trained = torch.tensor([1, 2, 3, 5, 6, 7]).to(meta)
+        return model(row, trained, torch.ones(6, device=meta), layout).loss
+
+    if model.attend_by(PACKED):
+        passes = Passes(empty, loss, lambda: loss(Layout.of([4, 4])))
+        if passes.whole:
+            return passes
+    model.attend_by(own)
+    return Passes(empty, loss, None)
+
+
+def freeze_unreached(model: PreTrainedModel, passes: Passes) -> None:
+    """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are."""
+    frozen = passes.unreached()
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in frozen)
+    if frozen:
+        log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), some(sorted(frozen)))
+
+
+def require_complete(name: str, config: WeightedSFTConfig) -> None:
+    """UserError if the checkpoint lacks parameters of the model, which transformers would give random values, or has them in
+    other shapes. Reads names and shapes only."""
+    try:
+        model, info = class_for(load_model_config(name, config)).from_pretrained(
+            name,
+            trust_remote_code=config.trust_remote_code,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    there = f"{len(others)} that are none of the model's ({some(others)})"
+    if missing:
+        raise UserError(
+            f"the checkpoint in {name!r} lacks {len(missing)} of the parameters of {type(model).__name__} ({some(missing)}), "
+            f"which would be random{f'; it has {there}' if others else ''}: save it whole, under the model's own names"
+        )
+    if info["mismatched_keys"]:
+        shapes = [f"{key}: {list(found)}, expected {list(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"])]
+        raise UserError(f"the checkpoint in {name!r} has {len(shapes)} parameters of other shapes ({some(shapes)})")
+    if others:
+        log.info("not used of the checkpoint in %s: %s", name, there)
+
+
+def some(names: list[str]) -> str:
+    """The first few, as a sentence names them."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
+    """A model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
+    register()
+    empty = empty_model(load_model_config(name, config), config.trust_remote_code)
+    require_trainable(empty, config)
+    require_complete(name, config)
+    # from_pretrained looks for this object (a weak global reference) to partition while it loads
+    zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
+    try:
+        with naming_as_without_zero3(), _keeping_what_is_loaded():
+            model, info = class_for(empty.config).from_pretrained(
+                name,
+                dtype=torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+    lost = sorted(info["missing_keys"]) or (differing(model, name) if zero3 else [])
+    if lost:
+        raise UserError(
+            f"transformers did not load {len(lost)} parameters of {type(model).__name__} as they are in {name!r} "
+            f"({some(lost)}): they would be random; another version of transformers may load them, or another ZeRO stage"
+        )
+    del zero3
+    passes = passes_of(empty.config, config.trust_remote_code)
+    freeze_unreached(model, passes)
+    noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
+    if noise:
+        log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False) and getattr(text_config, "router_aux_loss_coef", 0):
+        coefficient = text_config.router_aux_loss_coef
+        log.info("the load-balancing loss that the model's config asks for (router_aux_loss_coef %s) is not added", coefficient)
+    wrapped = WeightedSFTModel(model)
+    wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
+    if config.gradient_checkpointing:
+        wrapped.recompute_activations()
+    return wrapped.train()
+
+
+@contextlib.contextmanager
+def _keeping_what_is_loaded() -> Iterator[None]:
+    """Inside, transformers passes over modules all of whose tensors were loaded when it initializes others: the code that would
+    do it expects whole parameters (xLSTM's), which under ZeRO-3 are partitioned."""
+    initialize = PreTrainedModel._initialize_missing_keys
+
+    def initialize_others(model: PreTrainedModel, *args: Any) -> None:
+        for module in model.modules():
+            tensors = [*module.parameters(), *module.buffers()]
+            if all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                module._is_hf_initialized = True
+        initialize(model, *args)
+
+    PreTrainedModel._initialize_missing_keys = initialize_others
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_missing_keys = initialize
+
+
+def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: int) -> WeightedSFTModel:
+    """The frozen reference model, which scores the same tokens."""
+    size = load_model_config(config.ref_model_name, config).get_text_config().vocab_size
+    if size < vocab_size:
+        raise UserError(
+            f"the reference model {config.ref_model_name!r} has a vocabulary of {size}, the model one of {vocab_size}: "
+            f"it must know the same tokens"
+        )
+    return load_model(config.ref_model_name, config, for_reference(ds)).requires_grad_(False).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
