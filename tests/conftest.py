@@ -76,14 +76,20 @@ def make_model(folder, family="llama", tied=True, pad_token=True, **changes):
 def save_model(folder, config, pad_token=True, scale=1.0):
     """A random model of the config, in float32, its matrices times `scale`, with the same tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for param in model.parameters():
         param.data.mul_(scale if param.ndim > 1 else 1.0)
     model.save_pretrained(folder)
+    return save_tokenizer(folder, pad_token)
+
+
+def save_tokenizer(folder, pad_token=True):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
     plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import save_tokenizer
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -51,6 +52,7 @@ SIZES = {  # of a config's attributes, wherever it has them
     "n_shared_experts moe_num_shared_experts num_shared_experts",
 }
 SIZE_OF = {name: size for size, names in SIZES.items() for name in names.split()}
+UNSAID = ("head_dim", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "n_group", "topk_group")  # None by default
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 LAYER_TYPES = ("layer_types", "layers_block_type", "block_types", "mlp_layer_types")
 
@@ -62,7 +64,6 @@ NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32},
     },
     "dory": {"num_hidden_layers": 2},
-    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "emu3": {"vocabulary_map": {f"<|extra_{i}|>": i for i in range(201)}},
@@ -98,7 +99,7 @@ def _shrunk(cls: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedC
             given[name] = within if isinstance(within, PreTrainedConfig) else _shrunk(type(value), dict(within))
         elif name in SIZE_OF and isinstance(value, int) and not isinstance(value, bool) and value:
             given[name] = min(value, SIZE_OF[name])
-        elif name == "head_dim" and value is None:
+        elif name in UNSAID and value is None:
             given[name] = SIZE_OF[name]
         elif name in SPECIAL:
             given[name] = SPECIAL[name]
@@ -110,6 +111,8 @@ def _shrunk(cls: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedC
     for name in ("num_hidden_layers", "num_layers"):
         if types and name in given:
             given[name] = len(types)
+    if given.get("kv_lora_rank"):  # latent attention: as many keys as queries
+        given["num_key_value_heads"] = given["num_attention_heads"]
     given |= changes
     return cls(**given)
 
@@ -213,6 +216,7 @@ def config_of(name: str) -> PreTrainedConfig:
 def make(name: str, folder: Path) -> PreTrainedModel:
     """Write the model, in float32, its norms and biases not 1 and 0, its layers no whisper beside the residual stream."""
     torch.manual_seed(0)
+    save_tokenizer(folder)
     if name == REMOTE:
         return _make_remote(folder)
     config = config_of(name)
@@ -254,7 +258,6 @@ def _stir(model: PreTrainedModel) -> None:
 
 def _make_remote(folder: Path) -> PreTrainedModel:
     """Llama's files with code for a list of experts beside them."""
-    folder.mkdir(parents=True)
     (folder / "experts.py").write_text(_EXPERTS)
     config = tiny("llama")
     config.auto_map = {"AutoModelForCausalLM": "experts.ExpertsForCausalLM"}

@@ -105,16 +105,25 @@ def learn_masks(model: PreTrainedModel, run: Callable[[], object], length: int, 
     return [reach for reach in reaches if reach < length]
 
 
+_SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")  # of masks that are not needed: what they are is asked here
+
+
 def _probed_mask(*args: object, mask_function: Callable, local_size: int | None = None, **kwargs: object) -> torch.Tensor:
-    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs | {"allow_is_causal_skip": False})
+    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs | dict.fromkeys(_SKIPS, False))
     _masks[mask.data_ptr()] = mask, mask_function, local_size
     return mask
 
 
-def _probed_attention(module: torch.nn.Module, *args: object, **kwargs: object) -> tuple[torch.Tensor, None]:
-    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[3]
-    _layers.setdefault(module, set()).add(None if mask is None else mask.data_ptr())
-    return packed_attention(module, *args, **kwargs)
+def _probed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    _layers.setdefault(module, set()).add(None if attention_mask is None else attention_mask.data_ptr())
+    return packed_attention(module, query, key, value, None, **kwargs)
 
 
 def keywords(layout: Layout, device: torch.device) -> dict[str, object]:
@@ -159,11 +168,14 @@ def packed_attention(
 
     On a GPU, in half precision, one call of torch's variable-length flash attention; else a call of SDPA per sequence, on a
     CPU in float32. What it does not know gives NaN, at which whoever tries it sees that it will not do: ZeRO-3 does not survive
-    an exception here.
+    an exception here. On the meta device, which has no NaN, it is a ValueError.
     """
     mask = getattr(module, "wsft_mask", Mask(sliding_window))
-    more = [name for name, value in others.items() if isinstance(value, torch.Tensor) and name not in _UNREAD]
-    if more or others.get("is_causal") is False or not getattr(module, "is_causal", True) or not mask.known:
+    more = any(isinstance(value, torch.Tensor) and name not in _UNREAD for name, value in others.items())
+    causal = others.get("is_causal") is not False and getattr(module, "is_causal", True)
+    if more or attention_mask is not None or not causal or not mask.known:
+        if query.device.type == "meta":
+            raise ValueError("attention that packed rows do not know")
         return query.new_full((*query.shape[:-1], value.shape[-1]), torch.nan).transpose(1, 2).contiguous(), None
     dtype = query.dtype
     if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length

@@ -21,6 +21,7 @@ from wsft import ds_config
 from wsft.attention import PACKED, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import device_type, memory_bytes, multiplies
+from wsft.empty import STOPS
 from wsft.engine import check_json
 from wsft.feed import client_of, fetching_ranks, processor_of
 from wsft.findings import look
@@ -100,7 +101,8 @@ class _Run:
         require_trainable(self.model, config)
         if any(Path(config.model_name).glob("*.safetensors*")):  # there may be no weights to tell what a run needs
             require_complete(config.model_name, config)
-        freeze_unreached(self.model, passes_of(self.shape, config.trust_remote_code))
+        self.passes = passes_of(self.shape, config.trust_remote_code)
+        freeze_unreached(self.model, self.passes)
         self.reference = None
         if config.ref_model_name:
             reference = load_model_config(config.ref_model_name, config)
@@ -108,13 +110,23 @@ class _Run:
 
     @functools.cache  # noqa: B019 (one object, which lives as long as the process)
     def work(self, tokens: int, checkpointing: bool) -> Work:
-        model = WeightedSFTModel(empty_model(self.shape, self.config.trust_remote_code, self.dtype)).train()
+        try:
+            return self._work_in(self.dtype, tokens, checkpointing)
+        except (RuntimeError, NotImplementedError):
+            if self.dtype == torch.bfloat16:
+                raise
+            # the products of experts have a form on the meta device in bf16 only
+            return self._work_in(torch.bfloat16, tokens, checkpointing).times(2)
+
+    def _work_in(self, dtype: torch.dtype, tokens: int, checkpointing: bool) -> Work:
+        model = WeightedSFTModel(empty_model(self.shape, self.config.trust_remote_code, dtype)).train()
         if checkpointing:
             model.recompute_activations()
-        if self.config.attn_implementation != "eager":
+        if self.config.attn_implementation != "eager" and self.passes.run_packed is not None:
             model.attend_by(PACKED)
         vocab_size = self.shape.get_text_config().vocab_size
-        return work_of(model, tokens, tokens_of_chunk(vocab_size, self.machine.gpu_bytes))
+        with self.passes.standing_for_routed():
+            return work_of(model, tokens, tokens_of_chunk(vocab_size, self.machine.gpu_bytes))
 
     def needs(self, config: WeightedSFTConfig, ds: dict[str, Any], machine: Machine) -> Needs:
         # a sequence that is longer than micro_batch_tokens goes alone
@@ -179,12 +191,16 @@ def dry_run(config: WeightedSFTConfig) -> bool:
     print(f"data        {found}\n")
     try:
         need = run.needs(run.config, run.ds, run.machine)
-    except (RuntimeError, NotImplementedError) as error:
-        raise UserError(
-            f"what {type(run.model).__name__} holds in its passes cannot be told beforehand: it does not run without values "
-            f"({str(error).splitlines()[0]}); train 2 steps, and read memory/peak_gib in metrics.jsonl"
-        ) from error
-    print(_table(run, need))
+        print(_table(run, need))
+    except STOPS as error:
+        what = str(error).strip() or type(error).__name__
+        print(
+            f"memory      what {type(run.model).__name__} holds in its passes cannot be told beforehand: it does not run "
+            f"without values ({what.splitlines()[0]}); train 2 steps, and read memory/peak_gib in metrics.jsonl"
+        )
+        for sentence in wrong:
+            print(f"wrong: {sentence}")
+        return not wrong
     wrong += _look_at_disk(run, need)
     shortage = run.machine.shortage(need)
     for sentence in wrong:

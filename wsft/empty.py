@@ -5,17 +5,25 @@ anything is loaded, and so be asked what it does.
 from __future__ import annotations
 
 import contextlib
+import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_flatten
+from transformers import PretrainedConfig, PreTrainedModel
 
 from wsft.config import UserError
 
 # what a pass that looks at values ends with, or one that is given what its code does not know
-_STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+
+
+# of a config, how many experts there are, and to how many of them a token is sent
+_EXPERTS = re.compile(r"(n|num|moe_num)_(routed_|local_)?experts")
+_CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts")
 
 
 class OneSequence(TorchFunctionMode):
@@ -44,6 +52,7 @@ class Passes:
 
     def __post_init__(self) -> None:
         self.model.eval()
+        self._share_of_experts = _share_of_experts(self.model.config)
         unreached = self._without_gradient()
         self.whole = unreached is not None
         if not self.whole:
@@ -52,6 +61,7 @@ class Passes:
         self._unreached = self._not_of_the_decoder() if unreached is None else unreached
 
     def _find_routed(self) -> None:
+        """Fill `routed`, unless it is not experts where the code stops."""
         while not self.whole:
             stopped, looked = self._where_it_stops()
             if stopped is None:
@@ -69,10 +79,10 @@ class Passes:
             hooks.append(module.register_forward_pre_hook(lambda module, _: within.append(module)))
             hooks.append(module.register_forward_hook(lambda *_: within.pop() and None))
         try:
-            with self._passing_over_routed(), torch.no_grad():
+            with self.standing_for_routed(), torch.no_grad():
                 self.run()
             return None, False
-        except _STOPS as error:
+        except STOPS as error:
             # as torch says it of tensors without values
             looked = isinstance(error, NotImplementedError) or "meta" in str(error)
             return next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model), looked
@@ -85,11 +95,11 @@ class Passes:
         return any(child is embedding for child in module.modules()) or module is self.model
 
     @contextlib.contextmanager
-    def _passing_over_routed(self) -> Iterator[None]:
-        """Inside, modules of these classes give what they are given."""
+    def standing_for_routed(self) -> Iterator[None]:
+        """Inside, modules of these classes, of any model, do not look at values: they take the memory that they would."""
         forwards = {cls: cls.forward for cls in self.routed}
         for cls in self.routed:
-            cls.forward = lambda _, x, *args, **kwargs: x * 1
+            cls.forward = functools.partialmethod(_stand_in, self._share_of_experts)
         try:
             with OneSequence():
                 yield
@@ -104,10 +114,10 @@ class Passes:
         if self.run_packed is None:
             return False
         try:
-            with self._passing_over_routed(), torch.no_grad():
+            with self.standing_for_routed(), torch.no_grad():
                 self.run_packed()
             return True
-        except _STOPS:
+        except STOPS:
             return False
 
     def unreached(self) -> set[str]:
@@ -134,13 +144,12 @@ class Passes:
     def _without_gradient(self) -> set[str] | None:
         """Names of parameters; None if the model does not run forward and backward."""
         self.model.zero_grad()
-        reached = {id(p) for module in self.model.modules() if type(module) in self.routed for p in module.parameters()}
         try:
-            with self._passing_over_routed():
+            with self.standing_for_routed():
                 self.run().sum().backward()
-        except _STOPS:
+        except STOPS:
             return None
-        return {name for name, p in self.model.named_parameters() if p.grad is None and id(p) not in reached}
+        return {name for name, p in self.model.named_parameters() if p.grad is None}
 
     def _not_of_the_decoder(self) -> set[str]:
         model = self.model
@@ -149,3 +158,37 @@ class Passes:
         of_text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
         kept = {id(param) for module in of_text for param in module.parameters()}
         return {name for name, param in model.named_parameters() if id(param) not in kept}
+
+
+def _share_of_experts(config: PretrainedConfig) -> float:
+    """Of all experts, those that a token is sent to; 1 where the config does not say."""
+    named = {**config.to_dict(), **config.get_text_config().to_dict()}
+    named |= {name: value for within in list(named.values()) if isinstance(within, dict) for name, value in within.items()}
+    chosen, experts = (
+        max((value for name, value in named.items() if pattern.fullmatch(str(name)) and isinstance(value, int)), default=0)
+        for pattern in (_CHOSEN, _EXPERTS)
+    )
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
+
+
+def _stand_in(module: torch.nn.Module, share: float, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """What each token's experts hold for their backward pass: what goes into each of their products, and comes out. All that it
+    is given, such as a router's weights, gets a gradient."""
+    params, others = list(module.parameters()), [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, torch.Tensor)]
+    width = sum(sum(p.shape[-2:]) * (len(p) if p.ndim > 2 else 1) for p in params if p.ndim > 1)
+    return _Holding.apply(x, int(share * width) * (x.numel() // x.shape[-1]), *params, *others)
+
+
+class _Holding(torch.autograd.Function):
+    """As many numbers as its input has, from all that it is given; so many more are held for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, held, *others):
+        ctx.save_for_backward(x.new_empty(held))
+        ctx.others = others
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = (torch.empty_like(other) if other.is_floating_point() else None for other in ctx.others)
+        return torch.empty_like(grad), None, *gradients

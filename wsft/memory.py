@@ -37,6 +37,9 @@ class Work:
     def peak(self) -> int:
         return self.held + max(self.layer, self.head)
 
+    def times(self, factor: int) -> Work:
+        return Work(factor * self.held, factor * self.layer, factor * self.head)
+
 
 class _Live(TorchDispatchMode):
     """Counts the bytes of the storages that operations made and that still exist."""

@@ -71,6 +71,9 @@ class WeightedSFTModel(torch.nn.Module):
 
     def recompute_activations(self) -> None:
         """In the backward pass, of each layer, where its code knows how to."""
+        if not self.model.supports_gradient_checkpointing:
+            log.info("%s knows no recomputing of activations: all are held (gradient_checkpointing)", type(self.model).__name__)
+            return
         self.model.activation_checkpointing_enable({"use_reentrant": False})
         asking = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
         layers = [module for module in asking if isinstance(module, GradientCheckpointingLayer)]
