@@ -86,11 +86,11 @@ def save_model(folder, config, pad_token=True, scale=1.0):
     return save_tokenizer(folder, pad_token)
 
 
-def save_tokenizer(folder, pad_token=True):
+def save_tokenizer(folder, pad_token=True, size=VOCAB):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, VOCAB)}
+    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3} | {f"w{i}": i for i in range(4, size)}
     plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     special = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>") | ({"pad_token": "<pad>"} if pad_token else {})
@@ -119,9 +119,9 @@ def smollm2(tmp_path_factory):
     return str(folder)
 
 
-def make_group(rng, lengths, prompt=2, alike=False, **changes):
+def make_group(rng, lengths, prompt=2, alike=False, words=VOCAB, **changes):
     """One Atropos record of random tokens: label masks, token-level advantages. `alike`: all have the first one's prompt."""
-    tokens = [rng.integers(4, VOCAB, n).tolist() for n in lengths]
+    tokens = [rng.integers(4, words, n).tolist() for n in lengths]
     if alike:
         tokens = [tokens[0][:prompt] + row[prompt:] for row in tokens]
     masks = [[-100] * prompt + row[prompt:] for row in tokens]

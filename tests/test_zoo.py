@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_group, run_ranks, run_script, write_groups
-from zoo import ZOO, make, reading
+from zoo import VOCAB, ZOO, make, reading
 
 LEARNING_RATE, BATCH_SIZE, RANKS = 0.1, 12, 2
 EXACT = 2e-5
@@ -37,7 +37,7 @@ def batches(rng):
         groups = []
         for prompt in prompts:
             lengths = (prompt + rng.integers(3, 30, 4)).tolist() if len(prompts) > 1 else [prompt + 11]
-            group = make_group(rng, lengths, prompt, alike=True)
+            group = make_group(rng, lengths, prompt, alike=True, words=VOCAB - 20)
             for mask in group["masks"]:
                 if len(mask) > prompt + 12:
                     mask[prompt + 5 : prompt + 9] = [-100] * 4

@@ -216,7 +216,7 @@ def config_of(name: str) -> PreTrainedConfig:
 def make(name: str, folder: Path) -> PreTrainedModel:
     """Write the model, in float32, its norms and biases not 1 and 0, its layers no whisper beside the residual stream."""
     torch.manual_seed(0)
-    save_tokenizer(folder)
+    save_tokenizer(folder, size=VOCAB - 20)
     if name == REMOTE:
         return _make_remote(folder)
     config = config_of(name)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from wsft import ds_config
-from wsft.attention import PACKED, register
+from wsft.attention import register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.device import device_type, memory_bytes, multiplies
 from wsft.empty import STOPS
@@ -101,7 +101,7 @@ class _Run:
         require_trainable(self.model, config)
         if any(Path(config.model_name).glob("*.safetensors*")):  # there may be no weights to tell what a run needs
             require_complete(config.model_name, config)
-        self.passes = passes_of(self.shape, config.trust_remote_code)
+        self.passes = passes_of(self.shape, config.trust_remote_code, config.max_token_len)
         freeze_unreached(self.model, self.passes)
         self.reference = None
         if config.ref_model_name:
@@ -122,8 +122,9 @@ class _Run:
         model = WeightedSFTModel(empty_model(self.shape, self.config.trust_remote_code, dtype)).train()
         if checkpointing:
             model.recompute_activations()
-        if self.config.attn_implementation != "eager" and self.passes.run_packed is not None:
-            model.attend_by(PACKED)
+        model.attend_by(
+            self.config.attn_implementation if self.config.attn_implementation == "eager" else self.passes.attention
+        )
         vocab_size = self.shape.get_text_config().vocab_size
         with self.passes.standing_for_routed():
             return work_of(model, tokens, tokens_of_chunk(vocab_size, self.machine.gpu_bytes))

@@ -33,43 +33,88 @@ class OneSequence(TorchFunctionMode):
         return True if function is torch.Tensor.__bool__ and args[0].is_meta else function(*args, **(kwargs or {}))
 
 
+FEW, MANY = 8, 260  # tokens of a sequence; more than compressed attention takes for a block, or a recurrence for a chunk
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Names of the parameters without a gradient after a backward pass, and the modules that were run."""
+
+    unreached: set[str]
+    ran: set[torch.nn.Module]
+
+
 @dataclass
 class Passes:
-    """Forward passes of an empty model: `run()` of one sequence, `run_packed()` of two in one row, None where it has attention
-    of its own that packed rows cannot have.
+    """Forward passes of an empty model: `run(T)` of one sequence of so many tokens, `run_packed()` of two in one row, None
+    where it has attention of its own that packed rows cannot have.
 
     Attributes:
+        longest: tokens of the longest sequence in training.
+        whole: whether the model runs, but for modules of the classes in `routed`.
         routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
             with tokens: which of their children are run depends on the data.
-        whole: whether the model runs, but for those.
+        gathered: these, and classes of modules that run some of their children in sequences of some lengths only.
     """
 
     model: PreTrainedModel
-    run: Callable[[], torch.Tensor]
+    run: Callable[[int], torch.Tensor]
     run_packed: Callable[[], torch.Tensor] | None
-    routed: set[type[torch.nn.Module]] = field(default_factory=set)
+    longest: int
     whole: bool = False
+    routed: set[type[torch.nn.Module]] = field(default_factory=set)
+    gathered: set[type[torch.nn.Module]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.model.eval()
         self._share_of_experts = _share_of_experts(self.model.config)
-        unreached = self._without_gradient()
-        self.whole = unreached is not None
-        if not self.whole:
+        if self._pass(FEW) is None:
             self._find_routed()
-            unreached = self._without_gradient() if self.whole else None
-        self._unreached = self._not_of_the_decoder() if unreached is None else unreached
+        found = [self._pass(length) for length in self._lengths]
+        self.whole = found[0] is not None
+        passes = [each for each in found if each]
+        self._unreached = set.intersection(*(each.unreached for each in passes)) if self.whole else self._not_of_the_decoder()
+        self.gathered |= self.routed
+        if self.whole:
+            self._find_gathered(set.intersection(*(each.ran for each in passes)), set.union(*(each.ran for each in passes)))
+
+    @property
+    def attention(self) -> str:
+        """What it attends by."""
+        return self.model.config._attn_implementation
+
+    @property
+    def _lengths(self) -> tuple[int, ...]:
+        return FEW, 2, min(MANY, self.longest)
+
+    def _pass(self, length: int) -> _Pass | None:
+        """Forward and backward; None if the model does not run."""
+        ran: set[torch.nn.Module] = set()
+        hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in self.model.modules()]
+        self.model.zero_grad()
+        try:
+            with self.standing_for_routed():
+                self.run(length).sum().backward()
+        except STOPS:
+            return None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return _Pass({name for name, param in self.model.named_parameters() if param.grad is None}, ran)
+
+    def _find_gathered(self, always: set[torch.nn.Module], ever: set[torch.nn.Module]) -> None:
+        for module in always:
+            sometimes = [child for child in module.children() if child in ever - always]
+            if any(True for child in sometimes for _ in child.parameters()) and not self._holds_layers(module):
+                self.gathered.add(type(module))
 
     def _find_routed(self) -> None:
-        """Fill `routed`, unless it is not experts where the code stops."""
-        while not self.whole:
+        """Fill `routed`, until the model runs or it is not experts where its code stops."""
+        while True:
             stopped, looked = self._where_it_stops()
-            if stopped is None:
-                self.whole = True
-            elif not looked or type(stopped) in self.routed or self._holds_layers(stopped):
+            if stopped is None or not looked or type(stopped) in self.routed or self._holds_layers(stopped):
                 return
-            else:
-                self.routed.add(type(stopped))
+            self.routed.add(type(stopped))
 
     def _where_it_stops(self) -> tuple[torch.nn.Module | None, bool]:
         """The innermost module with parameters, None if the pass gets through; whether it stops since code looks at values."""
@@ -80,7 +125,7 @@ class Passes:
             hooks.append(module.register_forward_hook(lambda *_: within.pop() and None))
         try:
             with self.standing_for_routed(), torch.no_grad():
-                self.run()
+                self.run(FEW)
             return None, False
         except STOPS as error:
             # as torch says it of tensors without values
@@ -108,10 +153,9 @@ class Passes:
                 cls.forward = forward
 
     def takes_packed_rows(self) -> bool:
-        """False if its code refuses them, or cannot run them. Whether what it computes is right is for its logps to show."""
-        if not self.whole:
-            return True  # nothing is known
-        if self.run_packed is None:
+        """False if its code refuses them, or cannot run them, or nothing is known of it: ZeRO-3 does not survive an exception.
+        Whether what it computes is right is for its logps to show."""
+        if not self.whole or self.run_packed is None:
             return False
         try:
             with self.standing_for_routed(), torch.no_grad():
@@ -131,8 +175,8 @@ class Passes:
         if not found:
             return found
         model.train()  # as the model's own code has it
-        in_training = self._without_gradient()
-        kept = sorted(found - in_training) if in_training is not None else []
+        in_training = [each.unreached for each in map(self._pass, self._lengths) if each]
+        kept = sorted(found - set.intersection(*in_training)) if in_training else []
         model.eval()
         if kept:
             raise UserError(
@@ -140,16 +184,6 @@ class Passes:
                 f"evaluation mode, in which wsft trains so that nothing is random: they would learn nothing; change its code"
             )
         return found
-
-    def _without_gradient(self) -> set[str] | None:
-        """Names of parameters; None if the model does not run forward and backward."""
-        self.model.zero_grad()
-        try:
-            with self.standing_for_routed():
-                self.run().sum().backward()
-        except STOPS:
-            return None
-        return {name for name, p in self.model.named_parameters() if p.grad is None}
 
     def _not_of_the_decoder(self) -> set[str]:
         model = self.model

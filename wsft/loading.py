@@ -26,7 +26,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from wsft.attention import PACKED, register
 from wsft.config import UserError, WeightedSFTConfig
 from wsft.ds_config import for_reference
-from wsft.empty import Passes
+from wsft.empty import FEW, Passes
 from wsft.layout import Layout
 from wsft.model import WeightedSFTModel, noise_in
 from wsft.weight_files import differing, naming_as_without_zero3
@@ -89,22 +89,23 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
         )
 
 
-def passes_of(config: PretrainedConfig, trust_remote_code: bool) -> Passes:
-    """What the model tells without weights; in bf16, for which the products of experts have a form on the meta device."""
-    empty = empty_model(config, trust_remote_code, torch.bfloat16)
+def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -> Passes:
+    """What the model tells without weights, in sequences of up to that length; in bf16, for which the products of experts have
+    a form on the meta device. By packed attention, else by its own, else by the one that is given a mask: as it runs first."""
+    empty = empty_model(config, trust_remote_code).to(torch.bfloat16)
     model, own = WeightedSFTModel(empty), empty.config._attn_implementation
-    row, meta = torch.zeros(1, 8, dtype=torch.int64, device="meta"), torch.device("meta")
 
-    def loss(layout: Layout | None = None) -> torch.Tensor:
-        trained = torch.tensor([1, 2, 3, 5, 6, 7]).to(meta)
-        return model(row, trained, torch.ones(6, device=meta), layout).loss
+    def loss(tokens: int, layout: Layout | None = None) -> torch.Tensor:
+        row, trained = torch.zeros(1, tokens, dtype=torch.int64, device="meta"), torch.arange(1, tokens, device="meta")
+        return model(row, trained, torch.ones(tokens - 1, device="meta"), layout).loss
 
-    if model.attend_by(PACKED):
-        passes = Passes(empty, loss, lambda: loss(Layout.of([4, 4])))
-        if passes.whole:
-            return passes
+    for attention in (PACKED, own, "eager"):
+        if model.attend_by(attention):
+            passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if attention == PACKED else None, longest)
+            if passes.whole:
+                return passes
     model.attend_by(own)
-    return Passes(empty, loss, None)
+    return Passes(empty, loss, None, longest)
 
 
 def freeze_unreached(model: PreTrainedModel, passes: Passes) -> None:
@@ -174,7 +175,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
             f"({some(lost)}): they would be random; another version of transformers may load them, or another ZeRO stage"
         )
     del zero3
-    passes = passes_of(empty.config, config.trust_remote_code)
+    passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len)
     freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
@@ -184,7 +185,9 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
         coefficient = text_config.router_aux_loss_coef
         log.info("the load-balancing loss that the model's config asks for (router_aux_loss_coef %s) is not added", coefficient)
     wrapped = WeightedSFTModel(model)
-    wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
+    if passes.attention == "eager" and not config.attn_implementation:
+        wrapped.attend_by("eager")  # its own code does not run without a mask
+    wrapped.gathered, wrapped.takes_packed_rows = passes.gathered, passes.takes_packed_rows()
     if config.gradient_checkpointing:
         wrapped.recompute_activations()
     return wrapped.train()

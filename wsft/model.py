@@ -49,7 +49,7 @@ class WeightedSFTModel(torch.nn.Module):
         self.packs = self.shares = self.pads = False
         # what an empty model has told (empty.py): which classes of modules run other modules by what their input is, and
         # whether a packed row may be tried at all
-        self.routed: set[type[torch.nn.Module]] = set()
+        self.gathered: set[type[torch.nn.Module]] = set()
         self.takes_packed_rows = True
         # what runs `forward` for the looks below: DeepSpeed's engine, once there is one, for it alone gathers a parameter that
         # is read outside of its own module
@@ -104,8 +104,8 @@ class WeightedSFTModel(torch.nn.Module):
         packing = keywords(layout, tokens_BT.device) if layout else {}
         hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
-        targets_N = tokens_BT.flatten()[trained_N]
-        return self.model.get_output_embeddings()(hidden_NH, targets_N, weights, **options, **self.logit_options)
+        targets_N, head = tokens_BT.flatten()[trained_N], self.model.get_output_embeddings()
+        return head(hidden_NH.to(head.weight.dtype), targets_N, weights, **options, **self.logit_options)
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
@@ -184,7 +184,9 @@ class WeightedSFTModel(torch.nn.Module):
             reaches.append(min(config.sliding_window, max_token_len))
         longest = max(11, min(max(reaches, default=0) + 9, max_token_len))
         sizes = [6, longest - 6, 8, 3]
-        pieces = begun, first, other, second = (torch.arange(sum(sizes), device=device) * 7919 % vocab).split(sizes)
+        tokens = torch.arange(sum(sizes), device=device) * 7919 % vocab
+        tokens[3::4] = tokens[:-3:4][: len(tokens[3::4])]  # as in texts: where a code picks among equals, rows may show it
+        pieces = begun, first, other, second = tokens.split(sizes)
         sequences = [torch.cat([begun, first]), other, torch.cat([begun, second])]
 
         def logps(row: list[torch.Tensor], layout: Layout | None = None, scored: slice = slice(None)) -> torch.Tensor:
@@ -301,11 +303,12 @@ def cost_of(model: PreTrainedModel) -> tuple[Cost, float]:
     attention is half a square. Of experts, those count that a token is sent to.
     """
     config, used = model.config.get_text_config(), 0.0
+    named = config.to_dict()  # some attributes differ from layer to layer, and may not be asked of the config
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    experts = getattr(config, "num_experts_per_tok", None)
+    experts = named.get("num_experts_per_tok")
     for param in body_of(model).parameters():
         if param.ndim > 1 and id(param) not in embeddings:
             used += param.numel() * (experts / len(param) if experts and param.ndim == 3 else 1)
-    heads = getattr(config, "num_attention_heads", None) or 0
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(1, heads))
+    heads = named.get("num_attention_heads") or 0
+    width = heads * (named.get("head_dim") or config.hidden_size // max(1, heads))
     return Cost(6.0 * used, 6.0 * config.num_hidden_layers * width), 6.0 * model.get_output_embeddings().weight.numel()
