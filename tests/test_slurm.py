@@ -120,6 +120,7 @@ def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_u
 
 
 @pytest.mark.parametrize("slurm", [["SlurmctldParameters=preempt_send_user_signal"]], indirect=True)
+@pytest.mark.slow
 def test_a_job_that_preemption_signals_comes_back_and_one_that_is_cancelled_does_not(slurm, fed_settings, feeder, shared):
     job = Job(slurm, fed_settings, "--nodes=1", "--signal=B:USR1@40")
     job.train(feeder, 5)

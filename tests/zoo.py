@@ -63,6 +63,7 @@ NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32},
     },
+    "doge": {"keep_window_size": 64},  # beyond it, its code picks among equals, by the length of the row
     "dory": {"num_hidden_layers": 2},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -172,6 +173,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert_decoder": ("bert", {"is_decoder": True}),
 }  # fmt: skip
 
+NEEDS_A_MASK = ("hy_v4",)  # and has none by SDPA, in transformers 5.24
 REMOTE = "remote_list_of_experts"
 ZOO = [*CAUSAL, *VARIANTS, REMOTE]
 _EXPERTS = '''
@@ -227,15 +229,19 @@ def make(name: str, folder: Path) -> PreTrainedModel:
 
 
 def reading(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a folder, with the dense code that others are held against."""
+    """The model of a folder, as transformers runs it, but for the experts: those that it runs in float64."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    dense = {"attn_implementation": "eager"}
+    more = {"trust_remote_code": True}
     if not hasattr(config, "auto_map"):
-        dense["experts_implementation"] = "eager"
-    try:
-        return _class_of(config).from_pretrained(folder, dtype=dtype, trust_remote_code=True, **dense)
-    except ValueError:  # its attention cannot be chosen
-        return _class_of(config).from_pretrained(folder, dtype=dtype, trust_remote_code=True)
+        more["experts_implementation"] = "eager"
+    if config.model_type in NEEDS_A_MASK:
+        more["attn_implementation"] = "eager"
+    model = _class_of(config).from_pretrained(folder, dtype=dtype, **more)
+    with torch.device("meta"):
+        made = _class_of(config).from_config(config, trust_remote_code=True)
+    for param, as_made in zip(model.parameters(), made.parameters(), strict=True):
+        param.requires_grad_(as_made.requires_grad)  # loading forgets it
+    return model.eval()
 
 
 def _class_of(config: PreTrainedConfig) -> type:
@@ -249,6 +255,9 @@ def _stir(model: PreTrainedModel) -> None:
         for name, param in model.named_parameters():
             delicate = any(part in name for part in ("A_log", "dt_bias", "time_", ".D"))  # of recurrences
             param.add_((0.05 if delicate else 0.1 if param.ndim < 2 else 0.15) * torch.randn(param.shape, generator=dice))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0.0  # as some set it whenever they are loaded
         for name, buffer in model.named_buffers():
             if "correction_bias" in name or "expert_bias" in name:
                 buffer.add_(0.05 * torch.randn(buffer.shape, generator=dice).to(buffer.dtype))
