@@ -13,14 +13,14 @@ how, argv = sys.argv[1], sys.argv[2:]
 forward, calls = WeightedSFTModel.forward, 0
 
 
-def fail_late(self, *args, **options):
+def fail_late(self, tokens, *args, **options):
     global calls
-    calls += self.training  # the others are looks at the model before the first step
+    calls += self.training and not tokens.is_meta  # the others are looks at the model before the first step
     if os.environ["RANK"] == "1" and calls == 2 and how in ("raise", "kill"):
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("ran out of luck")
-    return forward(self, *args, **options)
+    return forward(self, tokens, *args, **options)
 
 
 def verify(folder):

@@ -143,7 +143,7 @@ def test_an_empty_batch_is_rows_of_nothing():
     batch = AtroposBatchProcessor().process_atropos_batch([])
     assert batch.num_trained == 0
     filler = pad(batch, [], pad_token_id=3)
-    assert filler["tokens"].tolist() == [[3]] and not filler["loss_masks"].any()
+    assert filler["tokens"].tolist() == [[3, 3]] and not filler["loss_masks"].any()
 
 
 def of_groups(groups):
@@ -184,4 +184,4 @@ def test_a_row_holds_what_rollouts_share_once(rng):
     assert tokens_1T[0].tolist() == [*first, *second[11:], *third]
     assert trained_N.tolist() == [12, 13, 14, *range(16, 24), 26, 27, 28]
     assert pack(batch, [1, 2], 0, batch.prefixes(range(3)))[2].lengths == (20, 5)  # alone in its row
-    assert pack(batch, [], 0, batch.prefixes(range(3)))[2].lengths == (1,)
+    assert pack(batch, [], 0, batch.prefixes(range(3)))[2].lengths == (2,)

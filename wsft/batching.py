@@ -214,10 +214,12 @@ class AtroposBatchProcessor:
 
 
 def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """The given rollouts as right-padded rows, all [B, T]; no rollout gives one row of one pad token, trained nowhere."""
+    """The given rollouts as right-padded rows, all [B, T]; no rollout gives one row of pad tokens, trained nowhere.
+
+    T is 2 at least: of one token, the code of some models takes it for one that is being sampled."""
     spans = batch.spans()
     spans = [spans[i] for i in rows] or [slice(0, 0)]
-    shape = len(spans), max(1, *(s.stop - s.start for s in spans))
+    shape = len(spans), max(2, *(s.stop - s.start for s in spans))
     padded = {
         "tokens": torch.full(shape, pad_token_id, dtype=torch.int64),
         "loss_masks": torch.zeros(shape, dtype=torch.bool),
@@ -238,7 +240,7 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch
 def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, Layout]:
     """The given rollouts in one row: tokens [1, T] int64, flat positions of the trained ones [N], the layout.
 
-    Neighbours of one cluster share a piece. No rollout gives one pad token, trained nowhere.
+    Neighbours of one cluster share a piece. No rollout gives two pad tokens, trained nowhere.
     """
     spans, pieces, after = batch.spans(), [], []
     for _, neighbours in itertools.groupby(rows, key=lambda i: prefixes.clusters[i]):
@@ -251,7 +253,7 @@ def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -
         pieces += [slice(spans[i].start + n, spans[i].stop) for i in cluster]
         after += [begun] * len(cluster)
     if not pieces:
-        return torch.full((1, 1), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), Layout.of([1])
+        return torch.full((1, 2), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), Layout.of([2])
     tokens, trained = (np.concatenate([field[piece] for piece in pieces]) for field in (batch.tokens, batch.loss_mask))
     layout = Layout(tuple(piece.stop - piece.start for piece in pieces), tuple(after))
     return torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(np.flatnonzero(trained)), layout

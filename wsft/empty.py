@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -24,6 +25,51 @@ STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeErro
 # of a config, how many experts there are, and to how many of them a token is sent
 _EXPERTS = re.compile(r"(n|num|moe_num)_(routed_|local_)?experts")
 _CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts")
+
+
+# what moves numbers or scales them all alike
+_MOVING = (
+    "slice select index view _unsafe_view reshape unsqueeze squeeze expand permute transpose t alias clone detach _to_copy"
+)
+_PLAIN = {"mul", "div", *_MOVING.split()}
+
+
+class AroundHead(TorchDispatchMode):
+    """Of a pass to the logits, the names of the operations on hidden states before the head, and on logits after it, of which
+    the loss knows nothing: all but moving, scaling by a number, and a bound by tanh."""
+
+    def __init__(self, body: torch.nn.Module, head: torch.nn.Module):
+        super().__init__()
+        self._hooks = [
+            body.register_forward_hook(lambda _, __, made: self._follow(made.last_hidden_state, _PLAIN)),
+            head.register_forward_pre_hook(lambda *_: self._followed.clear()),
+            head.register_forward_hook(lambda _, __, logits: self._follow(logits, _PLAIN | {"tanh"})),
+        ]
+        self._known: set[str] = set()
+        self._followed: dict[int, torch.Tensor] = {}
+        self.unknown: list[str] = []
+
+    def _follow(self, tensor: torch.Tensor, known: set[str]) -> None:
+        self._known = known
+        self._followed[tensor.untyped_storage()._cdata] = tensor
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        given = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, torch.Tensor)]
+        if any(x.untyped_storage()._cdata in self._followed for x in given):
+            name = operation._schema.name.partition("::")[2]
+            by_number = sum(x.numel() > 1 for x in given) == 1
+            if name not in self._known or (name in ("mul", "div") and not by_number):
+                self.unknown.append(name)
+            for tensor in tree_flatten(made)[0]:
+                if isinstance(tensor, torch.Tensor):
+                    self._follow(tensor, self._known)
+        return made
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
 
 
 class OneSequence(TorchFunctionMode):
@@ -151,6 +197,14 @@ class Passes:
         finally:
             for cls, forward in forwards.items():
                 cls.forward = forward
+
+    def unknown_of_head(self, body: torch.nn.Module, logits: Callable[[], torch.Tensor]) -> list[str]:
+        """Names of operations that the model has around its head, and the loss does not; none where nothing is known."""
+        if not self.whole:
+            return []
+        with self.standing_for_routed(), torch.no_grad(), AroundHead(body, self.model.get_output_embeddings()) as around:
+            logits()
+        return around.unknown
 
     def takes_packed_rows(self) -> bool:
         """False if its code refuses them, or cannot run them, or nothing is known of it: ZeRO-3 does not survive an exception.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,10 +32,12 @@ from wsft.engine import saved_parameters
 from wsft.journal import sync
 from wsft.loading import empty_model
 from wsft.metrics import speak
+from wsft.weight_files import files_of, made_of, read
 
 log = logging.getLogger(__name__)
 
 SHARD = "5GB"
+OTHERS = "model-others.safetensors"  # what the base model's files hold beside its parameters
 
 
 def export(checkpoint: Checkpoint, out: Path) -> None:
@@ -43,8 +48,11 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
+        untrained, others = _as_they_were(checkpoint, model)
         with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), aside / "mapped") as state:
-            model.save_pretrained(aside, state_dict=state, max_shard_size=SHARD)
+            model.save_pretrained(aside, state_dict=state | untrained, max_shard_size=SHARD)
+        if others:
+            _add(others, aside)
         for name in ("config.json", "generation_config.json"):  # as transformers writes them today
             (aside / name).unlink(missing_ok=True)
         write_files(aside, read_files(checkpoint.folder / HUGGING_FACE))
@@ -65,6 +73,38 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.facts["precision"]]
     return empty_model(config, trusts, dtype)
+
+
+def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Out of the files of the base model: by the model's names, the parameters that were not trained, as they stand there; by
+    their own, what transformers makes nothing of, such as layers that predict further tokens."""
+    named, facts = checkpoint.facts["config"]["model_name"], checkpoint.facts
+    files = files_of(named)
+    if facts.get("not_loaded") and not files:
+        log.warning(
+            "%s is not there any more: %d tensors of it that are not of the model are missing in what is exported",
+            named, facts["not_loaded"],
+        )  # fmt: skip
+    made, others = made_of(model, files)
+    untrained, shapes = set(facts.get("untrained", [])), {name: tensor.shape for name, tensor in model.state_dict().items()}
+    alone = {each.targets[0]: each.sources[0] for each in made if len(each.sources) == len(each.targets) == 1}
+    kept = {target: read(files[source], source) for target, source in alone.items() if target in untrained}
+    kept = {target: tensor for target, tensor in kept.items() if tensor.shape == shapes[target]}
+    return kept, {name: read(files[name], name) for name in others}
+
+
+def _add(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the tensors into a file of their own in a folder of safetensors, and all into its index."""
+    single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index_path.exists():
+        index = json.loads(index_path.read_text())
+    else:
+        with safe_open(single, "pt") as file:
+            index = {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(file.keys(), single.name)}
+    save_file(tensors, folder / OTHERS, metadata={"format": "pt"})
+    index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+    index["weight_map"] |= dict.fromkeys(tensors, OTHERS)
+    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager

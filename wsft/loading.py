@@ -28,8 +28,8 @@ from wsft.config import UserError, WeightedSFTConfig
 from wsft.ds_config import for_reference
 from wsft.empty import FEW, Passes
 from wsft.layout import Layout
-from wsft.model import WeightedSFTModel, noise_in
-from wsft.weight_files import differing, naming_as_without_zero3
+from wsft.model import WeightedSFTModel, body_of, noise_in
+from wsft.weight_files import converting_as_without_zero3, differing, files_of, made_of
 
 # of a model that looks its positions up, instead of computing rotations or distances
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
@@ -103,18 +103,30 @@ def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -
         if model.attend_by(attention):
             passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if attention == PACKED else None, longest)
             if passes.whole:
+                _require_known_head(passes, model)
                 return passes
     model.attend_by(own)
     return Passes(empty, loss, None, longest)
 
 
-def freeze_unreached(model: PreTrainedModel, passes: Passes) -> None:
-    """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are."""
+def _require_known_head(passes: Passes, model: WeightedSFTModel) -> None:
+    row = torch.zeros(1, FEW, dtype=torch.int64, device="meta")
+    unknown = passes.unknown_of_head(body_of(model.model), lambda: model(row, None, None))
+    if unknown:
+        raise UserError(
+            f"{type(model.model).__name__} does something between its hidden states and its logits that wsft does not know "
+            f"({some(unknown)}): train another model, or add it to model._logit_options"
+        )
+
+
+def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:
+    """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are. Their names."""
     frozen = passes.unreached()
     for name, param in model.named_parameters():
         param.requires_grad_(name not in frozen)
     if frozen:
         log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), some(sorted(frozen)))
+    return frozen
 
 
 def require_complete(name: str, config: WeightedSFTConfig) -> None:
@@ -152,23 +164,26 @@ def some(names: list[str]) -> str:
 def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
     """A model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
     register()
-    empty = empty_model(load_model_config(name, config), config.trust_remote_code)
+    dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
+    empty = empty_model(load_model_config(name, config), config.trust_remote_code, dtype)
     require_trainable(empty, config)
     require_complete(name, config)
     # from_pretrained looks for this object (a weak global reference) to partition while it loads
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:
-        with naming_as_without_zero3(), _keeping_what_is_loaded():
+        with converting_as_without_zero3(empty), _keeping_what_is_loaded():
             model, info = class_for(empty.config).from_pretrained(
                 name,
-                dtype=torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32,
+                dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
-    lost = sorted(info["missing_keys"]) or (differing(model, name) if zero3 else [])
+    files = files_of(name)
+    made, others = made_of(empty, files)
+    lost = sorted(info["missing_keys"]) or (differing(model, files, made) if zero3 else [])
     if lost:
         raise UserError(
             f"transformers did not load {len(lost)} parameters of {type(model).__name__} as they are in {name!r} "
@@ -176,7 +191,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
         )
     del zero3
     passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len)
-    freeze_unreached(model, passes)
+    untrained = freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
         log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
@@ -188,6 +203,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     if passes.attention == "eager" and not config.attn_implementation:
         wrapped.attend_by("eager")  # its own code does not run without a mask
     wrapped.gathered, wrapped.takes_packed_rows = passes.gathered, passes.takes_packed_rows()
+    wrapped.untrained, wrapped.not_loaded = untrained, len(others)
     if config.gradient_checkpointing:
         wrapped.recompute_activations()
     return wrapped.train()

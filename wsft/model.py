@@ -11,7 +11,7 @@ import inspect
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,6 +51,9 @@ class WeightedSFTModel(torch.nn.Module):
         # whether a packed row may be tried at all
         self.gathered: set[type[torch.nn.Module]] = set()
         self.takes_packed_rows = True
+        # names of parameters that no text reaches, and how many tensors of the files are not of the model
+        self.untrained: set[str] = set()
+        self.not_loaded = 0
         # what runs `forward` for the looks below: DeepSpeed's engine, once there is one, for it alone gathers a parameter that
         # is read outside of its own module
         self.run: Callable[..., Any] = self.__call__
@@ -117,6 +120,7 @@ class WeightedSFTModel(torch.nn.Module):
         trained, mode = torch.arange(1, 8, device=device), self.training
         self.eval()
         options = {"temperature": torch.ones(7, device=device)}  # as in training, whose kernels are made here
+        before = self._sum_of_parameters()
         scale = 1.0
         for _ in range(2):  # as they are, and so large that a bound on them shows
             with self._scaled_states(scale):
@@ -133,7 +137,16 @@ class WeightedSFTModel(torch.nn.Module):
                     f"it to model._logit_options"
                 )
             scale = LARGE_LOGITS / max(largest, 1e-6)
+        if self._sum_of_parameters() != before:
+            raise UserError(
+                f"{type(self.model).__name__} changes its parameters in a forward pass in evaluation mode, in which it is "
+                f"trained: they would be exported so; turn that off in its config (RWKV: rescale_every 0)"
+            )
         self.train(mode)
+
+    def _sum_of_parameters(self) -> float:
+        """Of what this rank has of them."""
+        return sum(float(getattr(param, "ds_tensor", param).sum(dtype=torch.float64)) for param in self.parameters())
 
     @contextlib.contextmanager
     def _scaled_states(self, scale: float) -> Iterator[None]:
@@ -166,7 +179,7 @@ class WeightedSFTModel(torch.nn.Module):
             packing: whether to try packed rows.
             all_say: whether all ranks say so: forward passes are collectives, and what is found decides which come next.
         Raises:
-            UserError: the logps of a sequence depend on those that were run before it.
+            UserError: the logps of a sequence depend on those that were run before it, or on tokens after them.
         """
         own, mode = self.model.config._attn_implementation, self.training
         self.eval()
@@ -203,13 +216,21 @@ class WeightedSFTModel(torch.nn.Module):
         # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
         tolerance = torch.cat(alone).std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
 
+        def agree(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
+            return bool((found - torch.cat(wanted)).abs().max() < tolerance)  # not where one is NaN
+
         def fits(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-            return all_say(bool((found - torch.cat(wanted)).abs().max() < tolerance))  # not where one is NaN
+            return all_say(agree(found, wanted))
 
         if reaches and not fits(logps([shorter]), [at_first]):
             raise UserError(
                 f"what {type(self.model).__name__} makes of a sequence depends on those that it was given before, as where "
                 f"rotary embeddings grow with the longest: set max_token_len to {min(reaches, default=0)}, where they begin to"
+            )
+        if not agree(logps([other[:-3]]), [alone[1][:-3]]):
+            raise UserError(
+                f"in {type(self.model).__name__} a token sees those after it: wsft trains causal language models (if its "
+                f"config has is_decoder, it may be one with true)"
             )
         if takes_packed:
             self.attend_by(PACKED if own not in FLASH else own)
@@ -295,19 +316,20 @@ def _logit_options(config: Any) -> dict[str, float | None]:
     return {"logit_scale": scale, "final_logit_softcapping": next(caps, None)}
 
 
-def cost_of(model: PreTrainedModel) -> tuple[Cost, float]:
+def cost_of(model: PreTrainedModel, untrained: Collection[str] = ()) -> tuple[Cost, float]:
     """FLOPs of a training step, 6 per parameter and token (Chowdhery et al. 2022, "PaLM", appendix B): those of a sequence
     below lm_head, and of a trained token in it.
 
     2 of the 6 are the forward pass, 4 the backward; what is computed anew for checkpointed activations is not counted. Causal
-    attention is half a square. Of experts, those count that a token is sent to.
+    attention is half a square. Of experts, those count that a token is sent to; what is untrained is not run.
     """
     config, used = model.config.get_text_config(), 0.0
     named = config.to_dict()  # some attributes differ from layer to layer, and may not be asked of the config
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     experts = named.get("num_experts_per_tok")
+    passed_over = embeddings | {id(param) for name, param in model.named_parameters() if name in untrained}
     for param in body_of(model).parameters():
-        if param.ndim > 1 and id(param) not in embeddings:
+        if param.ndim > 1 and id(param) not in passed_over:
             used += param.numel() * (experts / len(param) if experts and param.ndim == 3 else 1)
     heads = named.get("num_attention_heads") or 0
     width = heads * (named.get("head_dim") or config.hidden_size // max(1, heads))

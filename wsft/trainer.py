@@ -129,6 +129,7 @@ class WeightedSFTTrainer:
         )
         self._stop_if_asked()
         self.model = load_model(self.config.model_name, self.config, ds)
+        self.facts |= {"untrained": sorted(self.model.untrained), "not_loaded": self.model.not_loaded}
         self._stop_if_asked()
         self.reference = self._load_reference(ds, shape.vocab_size)
         with resumable(start, self.facts, ds, world) as saved:
@@ -137,7 +138,7 @@ class WeightedSFTTrainer:
             if saved:
                 self.engine.load(saved)
         self.packs, self.shares, self.micro_batch_tokens = self._check_layouts()
-        self.cost, self.flops_of_trained = cost_of(empty)
+        self.cost, self.flops_of_trained = cost_of(empty, self.model.untrained)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)

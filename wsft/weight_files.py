@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from transformers import PreTrainedModel, conversion_mapping, core_model_loading
+from transformers.integrations import deepspeed as deepspeed_integration
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _AT_ONCE = 2**24  # numbers that are summed at once: in float64 they take 128 MiB
@@ -98,19 +99,33 @@ def naming_as_without_zero3() -> Iterator[None]:
         core_model_loading.rename_source_key = rename
 
 
-def differing(model: PreTrainedModel, name: str) -> list[str]:
+@contextlib.contextmanager
+def converting_as_without_zero3(empty: PreTrainedModel) -> Iterator[None]:
+    """Inside, transformers' loader under ZeRO-3 asks an empty model for the sizes of parameters, which its own has no more:
+    conversions that split a tensor by them would fail (transformers 5.24: of Sarvam, Lara)."""
+    convert = deepspeed_integration._apply_weight_conversions_to_state_dict
+    deepspeed_integration._apply_weight_conversions_to_state_dict = lambda model, *given: convert(empty, *given)
+    try:
+        with naming_as_without_zero3():
+            yield
+    finally:
+        deepspeed_integration._apply_weight_conversions_to_state_dict = convert
+
+
+def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) -> list[str]:
     """Parameters under ZeRO-3 whose values are not those in the model's files, by a sum over each. A collective: each rank
     reads its share of the files."""
-    files, params = files_of(name), dict(model.named_parameters())
-    made = [each for each in made_of(model, files)[0] if each.keeps and params.keys() >= set(each.targets)]
-    if not made:
-        return []
+    params = dict(model.named_parameters())
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    in_memory = all(param.ds_tensor.numel() * ranks >= param.ds_numel for param in params.values())  # not on NVMe
+    made = [each for each in made if each.keeps and params.keys() >= set(each.targets)]
+    if not made or not in_memory:
+        return []
     sums = torch.zeros(len(made), 3, dtype=torch.float64)  # in the files, of the parameters, and how large what was summed is
     for i, each in enumerate(made):
         parts = [_part_of(params[target]) for target in each.targets]
         if i % ranks == rank:
-            tensors = (_read(files[source], source).to(parts[0].dtype) for source in each.sources)
+            tensors = (read(files[source], source).to(parts[0].dtype) for source in each.sources)
             sums[i, 0], sums[i, 2] = (sum(pair) for pair in zip(*map(_sums, tensors), strict=True))
         sums[i, 1] = sum(_sums(part)[0] for part in parts)
     device = next(iter(params.values())).device
@@ -127,7 +142,8 @@ def _part_of(param: torch.nn.Parameter) -> torch.Tensor:
     return part[: max(0, param.ds_numel - dist.get_rank() * part.numel())]
 
 
-def _read(path: Path, name: str) -> torch.Tensor:
+def read(path: Path, name: str) -> torch.Tensor:
+    """A tensor of a file, mapped."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 
