@@ -28,7 +28,7 @@ from wsft.config import UserError, WeightedSFTConfig
 from wsft.ds_config import for_reference
 from wsft.empty import FEW, Passes
 from wsft.layout import Layout
-from wsft.model import WeightedSFTModel, body_of, noise_in
+from wsft.model import WeightedSFTModel, body_of, noise_in, position_reaches
 from wsft.weight_files import converting_as_without_zero3, differing, files_of, made_of
 
 # of a model that looks its positions up, instead of computing rotations or distances
@@ -86,6 +86,14 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
         raise UserError(
             f"{name} has embeddings for {positions} positions, and max_token_len is {config.max_token_len}: set max_token_len "
             f"to {positions} at most"
+        )
+    grow_from = [
+        reach for reach in position_reaches(model.config.get_text_config(), {"dynamic"}) if reach < config.max_token_len
+    ]
+    if grow_from:
+        raise UserError(
+            f"what {name} makes of a sequence depends on those that it was given before, for its rotary embeddings (rope_type "
+            f"dynamic) grow with the longest: set max_token_len to {min(grow_from)}, where they begin to"
         )
 
 
@@ -168,6 +176,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     empty = empty_model(load_model_config(name, config), config.trust_remote_code, dtype)
     require_trainable(empty, config)
     require_complete(name, config)
+    passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len)
     # from_pretrained looks for this object (a weak global reference) to partition while it loads
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:
@@ -190,7 +199,6 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
             f"({some(lost)}): they would be random; another version of transformers may load them, or another ZeRO stage"
         )
     del zero3
-    passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len)
     untrained = freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:

@@ -184,7 +184,7 @@ class WeightedSFTModel(torch.nn.Module):
         own, mode = self.model.config._attn_implementation, self.training
         self.eval()
         vocab, config = self.model.config.get_text_config().vocab_size, self.model.config.get_text_config()
-        reaches = [reach for reach in _position_reaches(config) if reach < max_token_len]
+        reaches = [reach for reach in position_reaches(config) if reach < max_token_len]
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
         takes_packed = packing and self.takes_packed_rows and self._takes_positions()
         takes_packed = takes_packed and self.attend_by(PACKED if own not in FLASH else own)
@@ -295,11 +295,11 @@ def noise_in(config: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def _position_reaches(config: PretrainedConfig) -> list[int]:
-    """The lengths from which on rotary embeddings of a kind that looks at the longest position are others."""
+def position_reaches(config: PretrainedConfig, types: Collection[str] = ("dynamic", "longrope")) -> list[int]:
+    """The lengths from which on rotary embeddings of a type that looks at the longest position are others."""
     said = getattr(config, "rope_parameters", None) or {}
     kinds = [said, *(value for value in said.values() if isinstance(value, dict))]  # one of all layers, or one of each type
-    grows = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    grows = [kind for kind in kinds if kind.get("rope_type") in types]
     names = ("original_max_position_embeddings", "max_position_embeddings")
     found = [[place.get(name) for name in names for place in (kind, config.to_dict())] for kind in grows]
     return [next(filter(None, reaches), 0) for reaches in found]
