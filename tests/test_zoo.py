@@ -142,7 +142,7 @@ def sentence(said):
     return (
         "Traceback: " + last
         if "Traceback" in said
-        else re.sub(r"^(wsft ERROR \(rank \d+\)|train.py: error): ", "error: ", last)
+        else re.sub(r"^(wsft ERROR \(rank \d+\)|train.py: error): (ended by rank \d+: )?", "error: ", last)
     )
 
 

@@ -213,13 +213,13 @@ class AtroposBatchProcessor:
         return {name: tensor.to(device) for name, tensor in pad(processed, rows, self.pad_token_id).items()}
 
 
-def pad(batch: Batch, rows: Iterable[int], pad_token_id: int) -> dict[str, torch.Tensor]:
+def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2) -> dict[str, torch.Tensor]:
     """The given rollouts as right-padded rows, all [B, T]; no rollout gives one row of pad tokens, trained nowhere.
 
-    T is 2 at least: of one token, the code of some models takes it for one that is being sampled."""
+    T is `shortest` at least: of one token, the code of some models takes it for one that is being sampled."""
     spans = batch.spans()
     spans = [spans[i] for i in rows] or [slice(0, 0)]
-    shape = len(spans), max(2, *(s.stop - s.start for s in spans))
+    shape = len(spans), max(shortest, *(s.stop - s.start for s in spans))
     padded = {
         "tokens": torch.full(shape, pad_token_id, dtype=torch.int64),
         "loss_masks": torch.zeros(shape, dtype=torch.bool),

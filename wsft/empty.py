@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -73,13 +74,25 @@ class AroundHead(TorchDispatchMode):
 
 
 class OneSequence(TorchFunctionMode):
-    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, it is told yes."""
+    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, it is told yes.
+
+    Attributes:
+        sees_later: whether attention of a sequence to itself was asked for without a mask, causal or other.
+    """
+
+    sees_later = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            itself = given["query"].shape[-2] == given["key"].shape[-2] > 1
+            self.sees_later |= itself and given.get("attn_mask") is None and not given.get("is_causal")
         return True if function is torch.Tensor.__bool__ and args[0].is_meta else function(*args, **(kwargs or {}))
 
 
-FEW, MANY = 8, 260  # tokens of a sequence; more than compressed attention takes for a block, or a recurrence for a chunk
+LENGTHS = 2, 8, 16, 32, 64, 136  # tokens of a sequence: the last are more than attention compresses into one
+FEW = 8
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ class Passes:
         whole: whether the model runs, but for modules of the classes in `routed`.
         routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
             with tokens: which of their children are run depends on the data.
-        gathered: these, and classes of modules that run some of their children in sequences of some lengths only.
+        sees_later: whether attention of a sequence to itself was asked for without a mask.
+        shortest: tokens from which on sequences run all of its modules that sequences of up to `longest` run.
     """
 
     model: PreTrainedModel
@@ -109,20 +123,23 @@ class Passes:
     longest: int
     whole: bool = False
     routed: set[type[torch.nn.Module]] = field(default_factory=set)
-    gathered: set[type[torch.nn.Module]] = field(default_factory=set)
+    shortest: int = LENGTHS[0]
+    sees_later: bool = False
 
     def __post_init__(self) -> None:
         self.model.eval()
         self._share_of_experts = _share_of_experts(self.model.config)
         if self._pass(FEW) is None:
             self._find_routed()
-        found = [self._pass(length) for length in self._lengths]
-        self.whole = found[0] is not None
+        first = self._pass(FEW)
+        self.whole = first is not None
+        # where a recurrence is run token by token, a longer sequence takes seconds: backward only if it can change anything
+        found = [first, *(self._pass(length, backward=bool(first.unreached)) for length in self._others)] if first else []
         passes = [each for each in found if each]
         self._unreached = set.intersection(*(each.unreached for each in passes)) if self.whole else self._not_of_the_decoder()
-        self.gathered |= self.routed
-        if self.whole:
-            self._find_gathered(set.intersection(*(each.ran for each in passes)), set.union(*(each.ran for each in passes)))
+        while passes and self.shortest < self._others[-1] and passes[-1].ran - passes[1].ran:
+            self.shortest = min(length for length in (*LENGTHS, self._others[-1]) if length > self.shortest)
+            passes[1] = self._pass(self.shortest, backward=False) or passes[-1]
 
     @property
     def attention(self) -> str:
@@ -130,29 +147,26 @@ class Passes:
         return self.model.config._attn_implementation
 
     @property
-    def _lengths(self) -> tuple[int, ...]:
-        return FEW, 2, min(MANY, self.longest)
+    def _others(self) -> tuple[int, ...]:
+        return LENGTHS[0], max(LENGTHS[0], min(LENGTHS[-1], self.longest))
 
-    def _pass(self, length: int) -> _Pass | None:
-        """Forward and backward; None if the model does not run."""
+    def _pass(self, length: int, backward: bool = True) -> _Pass | None:
+        """Forward and backward, else no parameter is unreached; None if the model does not run."""
         ran: set[torch.nn.Module] = set()
         hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in self.model.modules()]
         self.model.zero_grad()
         try:
-            with self.standing_for_routed():
-                self.run(length).sum().backward()
+            with self.standing_for_routed(), torch.set_grad_enabled(backward):
+                loss = self.run(length).sum()
+                if backward:
+                    loss.backward()
         except STOPS:
             return None
         finally:
             for hook in hooks:
                 hook.remove()
-        return _Pass({name for name, param in self.model.named_parameters() if param.grad is None}, ran)
-
-    def _find_gathered(self, always: set[torch.nn.Module], ever: set[torch.nn.Module]) -> None:
-        for module in always:
-            sometimes = [child for child in module.children() if child in ever - always]
-            if any(True for child in sometimes for _ in child.parameters()) and not self._holds_layers(module):
-                self.gathered.add(type(module))
+        unreached = {name for name, param in self.model.named_parameters() if backward and param.grad is None}
+        return _Pass(unreached, ran)
 
     def _find_routed(self) -> None:
         """Fill `routed`, until the model runs or it is not experts where its code stops."""
@@ -192,8 +206,9 @@ class Passes:
         for cls in self.routed:
             cls.forward = functools.partialmethod(_stand_in, self._share_of_experts)
         try:
-            with OneSequence():
+            with OneSequence() as mode:
                 yield
+            self.sees_later |= mode.sees_later
         finally:
             for cls, forward in forwards.items():
                 cls.forward = forward
@@ -209,7 +224,7 @@ class Passes:
     def takes_packed_rows(self) -> bool:
         """False if its code refuses them, or cannot run them, or nothing is known of it: ZeRO-3 does not survive an exception.
         Whether what it computes is right is for its logps to show."""
-        if not self.whole or self.run_packed is None:
+        if not self.whole or self.run_packed is None or self.shortest > LENGTHS[0]:
             return False
         try:
             with self.standing_for_routed(), torch.no_grad():
@@ -229,7 +244,7 @@ class Passes:
         if not found:
             return found
         model.train()  # as the model's own code has it
-        in_training = [each.unreached for each in map(self._pass, self._lengths) if each]
+        in_training = [each.unreached for each in map(self._pass, (FEW, *self._others)) if each]
         kept = sorted(found - set.intersection(*in_training)) if in_training else []
         model.eval()
         if kept:

@@ -452,7 +452,7 @@ def _gather_as_one(model: WeightedSFTModel) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
-        if type(module) in model.gathered:
+        if type(module) in model.routed:
             set_z3_leaf_module(module, True)
 
 

@@ -28,7 +28,7 @@ from wsft.config import UserError, WeightedSFTConfig
 from wsft.ds_config import for_reference
 from wsft.empty import FEW, Passes
 from wsft.layout import Layout
-from wsft.model import WeightedSFTModel, body_of, noise_in, position_reaches
+from wsft.model import WeightedSFTModel, body_of, noise_in, not_causal, position_reaches
 from wsft.weight_files import converting_as_without_zero3, differing, files_of, made_of
 
 # of a model that looks its positions up, instead of computing rotations or distances
@@ -112,6 +112,8 @@ def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -
             passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if attention == PACKED else None, longest)
             if passes.whole:
                 _require_known_head(passes, model)
+                if passes.sees_later:
+                    raise not_causal(empty)
                 return passes
     model.attend_by(own)
     return Passes(empty, loss, None, longest)
@@ -210,7 +212,8 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     wrapped = WeightedSFTModel(model)
     if passes.attention == "eager" and not config.attn_implementation:
         wrapped.attend_by("eager")  # its own code does not run without a mask
-    wrapped.gathered, wrapped.takes_packed_rows = passes.gathered, passes.takes_packed_rows()
+    wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
+    wrapped.shortest = passes.shortest
     wrapped.untrained, wrapped.not_loaded = untrained, len(others)
     if config.gradient_checkpointing:
         wrapped.recompute_activations()

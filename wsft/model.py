@@ -49,8 +49,10 @@ class WeightedSFTModel(torch.nn.Module):
         self.packs = self.shares = self.pads = False
         # what an empty model has told (empty.py): which classes of modules run other modules by what their input is, and
         # whether a packed row may be tried at all
-        self.gathered: set[type[torch.nn.Module]] = set()
+        self.routed: set[type[torch.nn.Module]] = set()
         self.takes_packed_rows = True
+        # tokens that a row has at least, for all its modules to be run: where a rank ran others, ZeRO-3 would wait for ever
+        self.shortest = 2
         # names of parameters that no text reaches, and how many tensors of the files are not of the model
         self.untrained: set[str] = set()
         self.not_loaded = 0
@@ -228,10 +230,7 @@ class WeightedSFTModel(torch.nn.Module):
                 f"rotary embeddings grow with the longest: set max_token_len to {min(reaches, default=0)}, where they begin to"
             )
         if not agree(logps([other[:-3]]), [alone[1][:-3]]):
-            raise UserError(
-                f"in {type(self.model).__name__} a token sees those after it: wsft trains causal language models (if its "
-                f"config has is_decoder, it may be one with true)"
-            )
+            raise not_causal(self.model)
         if takes_packed:
             self.attend_by(PACKED if own not in FLASH else own)
             self.packs = fits(logps(sequences, Layout.of(list(map(len, sequences)))), alone)
@@ -261,6 +260,13 @@ class WeightedSFTModel(torch.nn.Module):
         except ValueError:  # a model whose attention cannot be chosen
             return False
         return True
+
+
+def not_causal(model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"in {type(model).__name__} a token sees those after it: wsft trains causal language models (if its config has "
+        f"is_decoder, it may be one with true)"
+    )
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:

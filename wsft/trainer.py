@@ -158,6 +158,7 @@ class WeightedSFTTrainer:
         for model in models:
             model.check_layouts(self.world.device, self.config.max_token_len, self.config.packing, self.world.all_say)
         packs, pads = all(model.packs for model in models), all(model.pads for model in models)
+        self.shortest = max(model.shortest for model in models)
         shares = packs and self.config.share_prefixes and all(model.shares for model in models)
         if packs:
             begun = ", those that begin alike share a piece" if shares else ""
@@ -284,7 +285,7 @@ class WeightedSFTTrainer:
         if self.packs:
             tokens_1T, trained_N, layout = pack(batch, rows, self.processor.pad_token_id, prefixes)
             return MicroBatch(tokens_1T, trained_N, terms, layout)
-        padded = pad(batch, rows, self.processor.pad_token_id)
+        padded = pad(batch, rows, self.processor.pad_token_id, self.shortest)
         trained_N = padded["loss_masks"].flatten().nonzero().squeeze(1)
         return MicroBatch(padded["tokens"], trained_N, terms, None)
 
