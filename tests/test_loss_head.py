@@ -365,6 +365,16 @@ def test_a_linear_that_becomes_a_loss_head_stays_a_linear(bias):
     assert LossHead(H, V, bias=bias).load_state_dict(state)
 
 
+def test_rows_beyond_the_vocabulary_make_no_logits():
+    head = LossHead(4, 9).double()
+    hidden, targets = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 6, 3, 2, 6])
+    logp = head(hidden, targets, torch.ones(5), vocab_size=7).logp_N
+    wanted = head(hidden)[:, :7].log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    assert torch.allclose(logp, wanted)
+    head(hidden, targets, torch.ones(5), vocab_size=7).loss.backward()
+    assert head.weight.grad[:7].any() and not head.weight.grad[7:].any() and not head.bias.grad[7:].any()
+
+
 def test_a_loss_head_given_targets_trains_its_weight_and_bias():
     torch.manual_seed(0)
     head = LossHead(H, V).double()

@@ -283,6 +283,17 @@ def test_sequences_beyond_a_table_of_positions_are_refused_by_run_and_dry_run(tm
     assert step["data/rejected"] == 1 and step["tokens/total"] == 138
 
 
+def test_a_quantized_checkpoint_is_refused_by_run_and_dry_run(tmp_path, rng):
+    folder = make_model(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}  # as gpt-oss comes
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model' is quantized \(mxfp4; .*; take one that is not"):
+        train(folder, tmp_path, [make_group(rng, [10])])
+    with pytest.raises(UserError, match="is quantized"):
+        dry_run(WeightedSFTConfig(model_name=folder, device="cpu", output_dir=str(tmp_path / "run")))
+
+
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MLA |= {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MLA |= {"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 2}

@@ -239,7 +239,7 @@ def test_a_model_with_unknown_arithmetic_before_its_logits_is_refused(settings, 
 
     def scaled(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        out.logits = out.logits * 1.5
+        out.logits = out.logits.abs()
         return out
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)

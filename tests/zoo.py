@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES
 
 VOCAB = 320
 SIZES = {  # of a config's attributes, wherever it has them
@@ -33,7 +34,8 @@ SIZES = {  # of a config's attributes, wherever it has them
     48: "intermediate_size ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim n_inner intermediate_size_mlp dense_intermediate_size "
     "shared_intermediate_size",
     32: "hidden_size d_model n_embd word_embed_proj_dim attention_hidden_size embedding_size out_hidden_size lru_width "
-    "index_n_heads projection_dim emb_dim vision_output_dim projector_input_dim projector_output_dim",
+    "index_n_heads projection_dim emb_dim vision_output_dim projector_input_dim projector_output_dim embed_dim "
+    "text_hidden_size vision_embed_dim",
     24: "moe_intermediate_size shared_expert_intermediate_size moe_shared_expert_intermediate_size ffn_hidden_size "
     "expert_ffn_hidden_size moe_latent_size",
     16: "q_lora_rank kv_lora_rank index_head_dim chunk_size mamba_chunk_size block_size position_embedding_size "
@@ -42,7 +44,7 @@ SIZES = {  # of a config's attributes, wherever it has them
     "attention_chunk_size num_experts n_routed_experts num_local_experts moe_num_experts global_head_dim index_topk state_size "
     "ssm_state_size mamba_d_state mamba_d_head mamba_head_dim linear_key_head_dim linear_value_head_dim kv_channels "
     "mamba_n_heads mamba_num_heads hidden_size_per_layer_input query_pre_attn_scalar swa_head_dim swa_v_head_dim rotary_dim "
-    "keep_window_size attention_head_dim",
+    "keep_window_size attention_head_dim index_kpool",
     4: "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads encoder_attention_heads "
     "linear_num_value_heads swa_num_attention_heads",
     2: "num_hidden_layers num_layers n_layer n_layers decoder_layers encoder_layers depth num_key_value_heads num_kv_heads "
@@ -59,21 +61,25 @@ LAYER_TYPES = ("layer_types", "layers_block_type", "block_types", "mlp_layer_typ
 
 NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside small sizes
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "bailing_hybrid": {"n_group": 2},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32},
     },
     "doge": {"keep_window_size": 64},  # beyond it, its code picks among equals, by the length of the row
-    "dory": {"num_hidden_layers": 2},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    "dory": {"num_hidden_layers": 2, "layer_types": None},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}, "audio_config": {"adapter_in_dim": 32}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "emu3": {"vocabulary_map": {f"<|extra_{i}|>": i for i in range(201)}},
     "falcon_h1": {"mamba_d_ssm": 64},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": None}
     | {"layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "inkling2_loop_text": {"unpadded_vocab_size": 300},
+    "inkling2_text": {"unpadded_vocab_size": 300},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
+    "mistral4": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16}
     | {"indexer_compress_ratio": 4},
@@ -82,7 +88,9 @@ NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside
         | {"indexer_compress_ratio": 4}
     },
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "zamba2": {"attention_hidden_size": 64},
+    "zamba": {"attention_hidden_size": 64, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
 }  # fmt: skip
 
 
@@ -114,6 +122,11 @@ def _shrunk(cls: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedC
             given[name] = len(types)
     if given.get("kv_lora_rank"):  # latent attention: as many keys as queries
         given["num_key_value_heads"] = given["num_attention_heads"]
+    if "mrope_section" in getattr(cls, "ignore_keys_at_rope_validation", ()):  # of time, height, width
+        rope = default.rope_parameters
+        width = given.get("qk_rope_head_dim") or given.get("head_dim") or given["hidden_size"] // given["num_attention_heads"]
+        half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+        given["rope_parameters"] = rope | {"mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
     given |= changes
     return cls(**given)
 
@@ -170,12 +183,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_h1_multiplied": ("falcon_h1", {"lm_head_multiplier": 0.5}),
     "llama4_chunks": ("llama4_text", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "attention_chunk_size": 8}
                       | {"interleave_moe_layer_step": 2, "layer_types": None}),
+    "inkling_text_padded_vocabulary": ("inkling_text", {"unpadded_vocab_size": 300}),
     "bert_decoder": ("bert", {"is_decoder": True}),
 }  # fmt: skip
 
 NEEDS_A_MASK = ("hy_v4",)  # and has none by SDPA, in transformers 5.24
 REMOTE = "remote_list_of_experts"
-ZOO = [*CAUSAL, *VARIANTS, REMOTE]
+ZOO = [*CAUSAL, *(name for name in WITH_IMAGES if name not in CAUSAL), *VARIANTS, REMOTE]
 _EXPERTS = '''
 import torch
 from transformers import LlamaForCausalLM

@@ -232,7 +232,8 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
         if config.data is None:
             said, good = client_of(config, fetching, registers=False).look()
             return said, [] if good else [said]
-        processor = processor_of(config, run.shape.get_text_config().vocab_size)
+        vocab_size = run.passes.logit_options.get("vocab_size") or run.shape.get_text_config().vocab_size
+        processor = processor_of(config, vocab_size)
         sight = sight_of(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
         return str(config.data or config.atropos_url), [str(error)]

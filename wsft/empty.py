@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -28,49 +29,104 @@ _EXPERTS = re.compile(r"(n|num|moe_num)_(routed_|local_)?experts")
 _CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts")
 
 
-# what moves numbers or scales them all alike
-_MOVING = (
-    "slice select index view _unsafe_view reshape unsqueeze squeeze expand permute transpose t alias clone detach _to_copy"
+_MOVING = re.compile(
+    "slice|select|index|view|_unsafe_view|reshape|unsqueeze|squeeze|expand|permute|transpose|t|alias|clone|detach|_to_copy"
 )
-_PLAIN = {"mul", "div", *_MOVING.split()}
 
 
 class AroundHead(TorchDispatchMode):
-    """Of a pass to the logits, the names of the operations on hidden states before the head, and on logits after it, of which
-    the loss knows nothing: all but moving, scaling by a number, and a bound by tanh."""
+    """Of a pass to the logits, what is done to hidden states before the head, and to logits after it.
 
-    def __init__(self, body: torch.nn.Module, head: torch.nn.Module):
+    Attributes:
+        scale: the product of the numbers that both are multiplied by, up to a tanh of the logits, if there is one.
+        bound: the product of the numbers that its result is multiplied by; None: there is none.
+        vocab_size: how many logits there are, the first of those that the head makes; None: all.
+        unknown: names of other operations, of which the loss knows nothing, but for those that move numbers.
+    """
+
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
+        head = model.get_output_embeddings()
         self._hooks = [
-            body.register_forward_hook(lambda _, __, made: self._follow(made.last_hidden_state, _PLAIN)),
-            head.register_forward_pre_hook(lambda *_: self._followed.clear()),
-            head.register_forward_hook(lambda _, __, logits: self._follow(logits, _PLAIN | {"tanh"})),
+            *(module.register_forward_hook(lambda _, __, made: self._leave_body(made)) for module in model.modules()),
+            head.register_forward_pre_hook(lambda _, given: self._enter_head(given[0])),
+            head.register_forward_hook(lambda _, __, logits: self._leave_head(logits)),
         ]
-        self._known: set[str] = set()
         self._followed: dict[int, torch.Tensor] = {}
-        self.unknown: list[str] = []
+        self._are_logits = False
+        self.vocab_size = None
+        self._forget()
 
-    def _follow(self, tensor: torch.Tensor, known: set[str]) -> None:
-        self._known = known
+    def _forget(self) -> None:
+        self.scale, self.bound = 1.0, None
+        self.unknown: list[str] = []
+        self._followed.clear()
+
+    def _follow(self, tensor: torch.Tensor) -> None:
         self._followed[tensor.untyped_storage()._cdata] = tensor
+
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._followed
+
+    def _leave_body(self, made: object) -> None:
+        """Of modules with hidden states that contain each other, the outer one is left last."""
+        hidden = getattr(made, "last_hidden_state", None)
+        if hidden is not None and not self._are_logits:
+            self._forget()
+            self._follow(hidden)
+
+    def _enter_head(self, hidden: torch.Tensor) -> None:
+        if self._followed and not self._follows(hidden):
+            self.unknown.append("other hidden states than the last")
+        self._followed.clear()
+
+    def _leave_head(self, logits: torch.Tensor) -> None:
+        self._are_logits = True
+        self._follow(logits)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
-        given = [x for x in tree_flatten((args, kwargs or {}))[0] if isinstance(x, torch.Tensor)]
-        if any(x.untyped_storage()._cdata in self._followed for x in given):
+        given, tensors = tree_flatten((args, kwargs or {}))[0], lambda tree: filter(torch.is_tensor, tree_flatten(tree)[0])
+        if any(map(self._follows, tensors(given))):
             name = operation._schema.name.partition("::")[2]
-            by_number = sum(x.numel() > 1 for x in given) == 1
-            if name not in self._known or (name in ("mul", "div") and not by_number):
-                self.unknown.append(name)
-            for tensor in tree_flatten(made)[0]:
-                if isinstance(tensor, torch.Tensor):
-                    self._follow(tensor, self._known)
+            self._note(name.removesuffix("_"), given)
+            for tensor in tensors(made):
+                self._follow(tensor)
         return made
+
+    def _note(self, name: str, given: list[object]) -> None:
+        factor = _factor(name, given)
+        if factor is not None and self.bound is None:
+            self.scale *= factor
+        elif factor is not None:
+            self.bound *= factor
+        elif name == "tanh" and self._are_logits and self.bound is None:
+            self.bound = 1.0
+        elif not _MOVING.fullmatch(name):
+            self.unknown.append(name)
+
+    def options(self) -> dict[str, float | int]:
+        """The same as `LossHead` has it: bound * tanh(scale * logits / bound)."""
+        scale = self.scale if self.bound is None else self.scale * self.bound
+        found = {
+            "logit_scale": None if math.isclose(scale, 1) else scale,
+            "final_logit_softcapping": self.bound,
+            "vocab_size": self.vocab_size,
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         for hook in self._hooks:
             hook.remove()
+
+
+def _factor(name: str, given: list[object]) -> float | None:
+    """By which an operation multiplies a tensor; None if it does not, or by more than one number, or one without a value."""
+    numbers = [x for x in given if isinstance(x, int | float) or (torch.is_tensor(x) and x.ndim == 0 and not x.is_meta)]
+    if name not in ("mul", "div") or len(numbers) != 1 or len(given) != 2:
+        return None
+    return float(numbers[0]) if name == "mul" else 1 / float(numbers[0])
 
 
 class OneSequence(TorchFunctionMode):
@@ -115,6 +171,7 @@ class Passes:
             with tokens: which of their children are run depends on the data.
         sees_later: whether attention of a sequence to itself was asked for without a mask.
         shortest: tokens from which on sequences run all of its modules that sequences of up to `longest` run.
+        logit_options: what lies between its hidden states and its logits, as options of `LossHead`.
     """
 
     model: PreTrainedModel
@@ -125,6 +182,7 @@ class Passes:
     routed: set[type[torch.nn.Module]] = field(default_factory=set)
     shortest: int = LENGTHS[0]
     sees_later: bool = False
+    logit_options: dict[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -213,13 +271,15 @@ class Passes:
             for cls, forward in forwards.items():
                 cls.forward = forward
 
-    def unknown_of_head(self, body: torch.nn.Module, logits: Callable[[], torch.Tensor]) -> list[str]:
-        """Names of operations that the model has around its head, and the loss does not; none where nothing is known."""
-        if not self.whole:
-            return []
-        with self.standing_for_routed(), torch.no_grad(), AroundHead(body, self.model.get_output_embeddings()) as around:
-            logits()
-        return around.unknown
+    def around_head(self, logits: Callable[[], torch.Tensor]) -> AroundHead | None:
+        """What the model does around its head in a pass to its logits; None if it does not run."""
+        try:
+            with self.standing_for_routed(), torch.no_grad(), AroundHead(self.model) as around:
+                kept = logits().shape[-1]
+                around.vocab_size = kept if kept < len(self.model.get_output_embeddings().weight) else None
+            return around
+        except STOPS:
+            return None
 
     def takes_packed_rows(self) -> bool:
         """False if its code refuses them, or cannot run them, or nothing is known of it: ZeRO-3 does not survive an exception.

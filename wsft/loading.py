@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,8 +26,8 @@ from wsft.config import UserError, WeightedSFTConfig
 from wsft.ds_config import for_reference
 from wsft.empty import FEW, Passes
 from wsft.layout import Layout
-from wsft.model import WeightedSFTModel, body_of, noise_in, not_causal, position_reaches
-from wsft.weight_files import converting_as_without_zero3, differing, files_of, made_of
+from wsft.model import WeightedSFTModel, noise_in, not_causal, position_reaches
+from wsft.weight_files import differing, files_of, loading_as_without_zero3, made_of
 
 # of a model that looks its positions up, instead of computing rotations or distances
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
@@ -79,6 +77,13 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
     name = type(model).__name__
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise UserError(f"{name} has no linear lm_head: wsft trains decoder-only language models")
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f"the checkpoint in {model.config.name_or_path!r} is quantized ({method}; quantization_config in its config.json): "
+            f"wsft trains weights in bf16 or float32; take one that is not, or save it dequantized (transformers can do some)"
+        )
     tables = [*model.named_parameters(), *model.named_buffers()]
     has_table = any(_POSITION_TABLE.search(key) and tensor.ndim == 2 for key, tensor in tables)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -107,26 +112,25 @@ def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -
         row, trained = torch.zeros(1, tokens, dtype=torch.int64, device="meta"), torch.arange(1, tokens, device="meta")
         return model(row, trained, torch.ones(tokens - 1, device="meta"), layout).loss
 
+    def look(packed: bool) -> Passes:
+        passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if packed else None, longest)
+        row = torch.zeros(1, FEW, dtype=torch.int64, device="meta")
+        around = passes.around_head(lambda: model(row, None, None))
+        if around and around.unknown:
+            raise UserError(
+                f"{type(empty).__name__} does something between its hidden states and its logits that wsft does not know "
+                f"({some(around.unknown)}): train another model, or have loss_head.LossHead do it too"
+            )
+        if passes.whole and passes.sees_later:
+            raise not_causal(empty)
+        passes.logit_options = around.options() if around else {}
+        return passes
+
     for attention in (PACKED, own, "eager"):
-        if model.attend_by(attention):
-            passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if attention == PACKED else None, longest)
-            if passes.whole:
-                _require_known_head(passes, model)
-                if passes.sees_later:
-                    raise not_causal(empty)
-                return passes
+        if model.attend_by(attention) and (passes := look(attention == PACKED)).whole:
+            return passes
     model.attend_by(own)
-    return Passes(empty, loss, None, longest)
-
-
-def _require_known_head(passes: Passes, model: WeightedSFTModel) -> None:
-    row = torch.zeros(1, FEW, dtype=torch.int64, device="meta")
-    unknown = passes.unknown_of_head(body_of(model.model), lambda: model(row, None, None))
-    if unknown:
-        raise UserError(
-            f"{type(model.model).__name__} does something between its hidden states and its logits that wsft does not know "
-            f"({some(unknown)}): train another model, or add it to model._logit_options"
-        )
+    return look(packed=False)
 
 
 def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:
@@ -182,7 +186,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     # from_pretrained looks for this object (a weak global reference) to partition while it loads
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:
-        with converting_as_without_zero3(empty), _keeping_what_is_loaded():
+        with loading_as_without_zero3(empty):
             model, info = class_for(empty.config).from_pretrained(
                 name,
                 dtype=dtype,
@@ -213,31 +217,11 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     if passes.attention == "eager" and not config.attn_implementation:
         wrapped.attend_by("eager")  # its own code does not run without a mask
     wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
-    wrapped.shortest = passes.shortest
+    wrapped.shortest, wrapped.logit_options = passes.shortest, passes.logit_options
     wrapped.untrained, wrapped.not_loaded = untrained, len(others)
     if config.gradient_checkpointing:
         wrapped.recompute_activations()
     return wrapped.train()
-
-
-@contextlib.contextmanager
-def _keeping_what_is_loaded() -> Iterator[None]:
-    """Inside, transformers passes over modules all of whose tensors were loaded when it initializes others: the code that would
-    do it expects whole parameters (xLSTM's), which under ZeRO-3 are partitioned."""
-    initialize = PreTrainedModel._initialize_missing_keys
-
-    def initialize_others(model: PreTrainedModel, *args: Any) -> None:
-        for module in model.modules():
-            tensors = [*module.parameters(), *module.buffers()]
-            if all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
-                module._is_hf_initialized = True
-        initialize(model, *args)
-
-    PreTrainedModel._initialize_missing_keys = initialize_others
-    try:
-        yield
-    finally:
-        PreTrainedModel._initialize_missing_keys = initialize
 
 
 def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: int) -> WeightedSFTModel:

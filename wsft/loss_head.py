@@ -149,17 +149,22 @@ class LossHead(torch.nn.Linear):
         hidden: torch.Tensor,
         targets_N: torch.Tensor | None = None,
         weights: torch.Tensor | TokenLoss | None = None,
+        vocab_size: int | None = None,
         **options: Any,
     ) -> torch.Tensor | HeadOutput:
         """Logits [..., V] of hidden [..., H] as ever; with targets and weights, the `head_loss` of hidden [N, H].
 
-        Options: temperature, chunk_tokens, entropy_weights_N, teacher, logit_scale, final_logit_softcapping, as there.
+        Options: temperature, chunk_tokens, entropy_weights_N, teacher, logit_scale, final_logit_softcapping, as there. With a
+        `vocab_size`, only the first rows of lm_head make logits: the others fill it up to a size that suits a device.
         """
         if targets_N is None:
             return super().forward(hidden)
         if weights is None:
             raise ValueError("targets came without weights; expected one weight per target (ones for plain SFT)")
-        return head_loss(hidden, self.weight, targets_N, weights, bias_V=self.bias, **options)
+        lm_head_VH, bias_V = self.weight, self.bias
+        if vocab_size is not None:
+            lm_head_VH, bias_V = lm_head_VH[:vocab_size], bias_V if bias_V is None else bias_V[:vocab_size]
+        return head_loss(hidden, lm_head_VH, targets_N, weights, bias_V=bias_V, **options)
 
 
 class _LogitShape(NamedTuple):

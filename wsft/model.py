@@ -10,7 +10,6 @@ import functools
 import inspect
 import itertools
 import logging
-import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -29,9 +28,6 @@ FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they 
 
 LARGE_LOGITS = 300.0  # beyond any bound that a model puts on them
 
-# the bound on logits, in a model's config: of Gemma, RecurrentGemma, xLSTM
-_LOGIT_CAP = re.compile(r"((final|output)_)?logits?_soft_?cap(ping)?")
-
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +37,6 @@ class WeightedSFTModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        self.logit_options = _logit_options(model.config.get_text_config())
         # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
         model.get_output_embeddings().__class__ = LossHead
         # how sequences may be laid out, until `check_layouts` saw it: in one row, with a piece that several share, in rows of
@@ -53,6 +48,8 @@ class WeightedSFTModel(torch.nn.Module):
         self.takes_packed_rows = True
         # tokens that a row has at least, for all its modules to be run: where a rank ran others, ZeRO-3 would wait for ever
         self.shortest = 2
+        # what lies between hidden states and logits: options of the head
+        self.logit_options: dict[str, float | int] = {}
         # names of parameters that no text reaches, and how many tensors of the files are not of the model
         self.untrained: set[str] = set()
         self.not_loaded = 0
@@ -63,6 +60,11 @@ class WeightedSFTModel(torch.nn.Module):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # asks the device for values, to warn that there is no attention mask
                 module.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that have a logit."""
+        return self.logit_options.get("vocab_size") or self.model.config.get_text_config().vocab_size
 
     def train(self, mode: bool = True) -> WeightedSFTModel:
         """The model stays in evaluation mode: no dropout, router noise or layer drop, so that its logps are those of the policy
@@ -117,8 +119,7 @@ class WeightedSFTModel(torch.nn.Module):
         """Hold the head against the model's own logits on a few tokens: a model may do more between the two than we know."""
         if fuses(device):
             log.info("making the kernels of the head (the first time on a machine: up to a minute)")
-        vocab = self.model.config.get_text_config().vocab_size
-        tokens = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
+        tokens = (torch.arange(8, device=device) * 7919 % self.vocab_size).unsqueeze(0)
         trained, mode = torch.arange(1, 8, device=device), self.training
         self.eval()
         options = {"temperature": torch.ones(7, device=device)}  # as in training, whose kernels are made here
@@ -135,8 +136,7 @@ class WeightedSFTModel(torch.nn.Module):
             if not torch.allclose(ours, theirs, atol=tolerance, rtol=1e-3):
                 raise UserError(
                     f"{type(self.model).__name__} does something between its hidden states and its logits that wsft does not "
-                    f"know: log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model, or add "
-                    f"it to model._logit_options"
+                    f"know: log-probabilities differ by up to {(ours - theirs).abs().max():.3g}; train another model"
                 )
             scale = LARGE_LOGITS / max(largest, 1e-6)
         if self._sum_of_parameters() != before:
@@ -185,7 +185,7 @@ class WeightedSFTModel(torch.nn.Module):
         """
         own, mode = self.model.config._attn_implementation, self.training
         self.eval()
-        vocab, config = self.model.config.get_text_config().vocab_size, self.model.config.get_text_config()
+        vocab, config = self.vocab_size, self.model.config.get_text_config()
         reaches = [reach for reach in position_reaches(config) if reach < max_token_len]
         # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
         takes_packed = packing and self.takes_packed_rows and self._takes_positions()
@@ -309,17 +309,6 @@ def position_reaches(config: PretrainedConfig, types: Collection[str] = ("dynami
     names = ("original_max_position_embeddings", "max_position_embeddings")
     found = [[place.get(name) for name in names for place in (kind, config.to_dict())] for kind in grows]
     return [next(filter(None, reaches), 0) for reaches in found]
-
-
-def _logit_options(config: Any) -> dict[str, float | None]:
-    """What lies between lm_head and softmax, under the names that transformers' model configs give it."""
-    caps = (value for name, value in config.to_dict().items() if _LOGIT_CAP.fullmatch(name))
-    multipliers = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse; Falcon-H1
-    scale = next((getattr(config, name) for name in multipliers if getattr(config, name, None) is not None), None)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is not None:  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
-        scale = scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
-    return {"logit_scale": scale, "final_logit_softcapping": next(caps, None)}
 
 
 def cost_of(model: PreTrainedModel, untrained: Collection[str] = ()) -> tuple[Cost, float]:

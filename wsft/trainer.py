@@ -129,9 +129,10 @@ class WeightedSFTTrainer:
         )
         self._stop_if_asked()
         self.model = load_model(self.config.model_name, self.config, ds)
+        self.processor.decoder.vocab_size = self.model.vocab_size
         self.facts |= {"untrained": sorted(self.model.untrained), "not_loaded": self.model.not_loaded}
         self._stop_if_asked()
-        self.reference = self._load_reference(ds, shape.vocab_size)
+        self.reference = self._load_reference(ds, self.model.vocab_size)
         with resumable(start, self.facts, ds, world) as saved:
             self.engine = Engine(self.config, ds, self.model, world)
             self.model.check_head(world.device)

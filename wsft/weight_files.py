@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
-from transformers import PreTrainedModel, conversion_mapping, core_model_loading
+from transformers import PreTrainedModel, conversion_mapping, core_model_loading, modeling_utils
 from transformers.integrations import deepspeed as deepspeed_integration
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -58,58 +59,74 @@ def made_of(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[Made], l
     converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     own, sources, kinds, others = model.state_dict(), {}, {}, []
-    with naming_as_without_zero3():
-        for name in sorted(names):
-            first, pattern = core_model_loading.rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-            converter = by_pattern.get(pattern)
-            ends = converter.target_patterns if converter else [first]
-            targets = tuple(first.replace(ends[0], end) for end in ends)
-            if own.keys() & set(targets):
-                sources.setdefault(targets, []).append(name)
-                kinds[targets] = {type(each).__name__ for each in converter.operations} if converter else set()
-            else:
-                others.append(name)
+    for name in sorted(names):
+        first, pattern = _rename(name, renamings, converters, model.base_model_prefix, own)
+        converter = by_pattern.get(pattern)
+        ends = converter.target_patterns if converter else [first]
+        targets = tuple(first.replace(ends[0], end) for end in ends)
+        if own.keys() & set(targets):
+            sources.setdefault(targets, []).append(name)
+            kinds[targets] = {type(each).__name__ for each in converter.operations} if converter else set()
+        else:
+            others.append(name)
     return [Made(tuple(given), targets, kinds[targets] <= _KEEPING) for targets, given in sources.items()], others
 
 
+_transformers_rename = core_model_loading.rename_source_key
+
+
+def _rename(
+    name: str,
+    renamings: list[Any],
+    converters: list[Any],
+    base_model_prefix: str | None = None,
+    meta_state_dict: dict[str, torch.Tensor] | None = None,
+    **more: Any,
+) -> tuple[str, str | None]:
+    """As transformers does it, but for a name that is the model's own where renaming it would make one that is not."""
+    found = _transformers_rename(name, renamings, converters, base_model_prefix, meta_state_dict, **more)
+    own = meta_state_dict or {}
+    if found[0] not in own and name in own:
+        return _transformers_rename(name, [], [], base_model_prefix, meta_state_dict, **more)
+    return found
+
+
 @contextlib.contextmanager
-def naming_as_without_zero3() -> Iterator[None]:
-    """Inside, transformers' loader under ZeRO-3 keeps a name that is the model's own where renaming it would make one that is
-    not, as its other loader does (transformers 5.23: else the last norm of DeepSeek V4 is lost, and becomes random)."""
-    rename = core_model_loading.rename_source_key
+def loading_as_without_zero3(empty: PreTrainedModel) -> Iterator[None]:
+    """Inside, transformers' loader under ZeRO-3 does as its other loader does, where it would not (seen with 5.24):
 
-    def careful(
-        name: str,
-        renamings: list[Any],
-        converters: list[Any],
-        base_model_prefix: str | None = None,
-        meta_state_dict: dict[str, torch.Tensor] | None = None,
-        **more: Any,
-    ) -> tuple[str, str | None]:
-        found = rename(name, renamings, converters, base_model_prefix, meta_state_dict, **more)
-        own = meta_state_dict or {}
-        if found[0] not in own and name in own:
-            return rename(name, [], [], base_model_prefix, meta_state_dict, **more)
-        return found
+    - a name that is the model's own is kept (else the last norm of DeepSeek V4 is lost, and becomes random);
+    - conversions that split a tensor by the sizes of parameters find them, in an empty model (of Sarvam, Lara);
+    - buffers are of the types that they have in an empty model: DeepSpeed gives what a constructor makes the type of the
+      parameters, so that what is loaded or computed in float32 would be rounded, or not rounded (of LFM2-MoE, RecurrentGemma);
+    - modules all of whose tensors were loaded are not initialized: the code that does it expects whole parameters (xLSTM's).
+    """
+    load, convert = (
+        modeling_utils._load_state_dict_into_zero3_model,
+        deepspeed_integration._apply_weight_conversions_to_state_dict,
+    )
+    initialize = PreTrainedModel._initialize_missing_keys
+    types = {name: buffer.dtype for name, buffer in empty.named_buffers()}
 
-    core_model_loading.rename_source_key = careful
-    try:
+    def load_into_buffers_of_their_types(model: PreTrainedModel, *args: Any) -> Any:
+        for name, buffer in model.named_buffers():
+            buffer.data = buffer.data.to(types.get(name, buffer.dtype))
+        return load(model, *args)
+
+    def initialize_others(model: PreTrainedModel, *args: Any) -> None:
+        for module in model.modules():
+            tensors = [*module.parameters(), *module.buffers()]
+            if all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+                module._is_hf_initialized = True
+        initialize(model, *args)
+
+    with (
+        patch.object(core_model_loading, "rename_source_key", _rename),
+        patch.object(deepspeed_integration, "_apply_weight_conversions_to_state_dict", lambda _, *args: convert(empty, *args)),
+        patch.object(modeling_utils, "_load_state_dict_into_zero3_model", load_into_buffers_of_their_types),
+        patch.object(PreTrainedModel, "_initialize_missing_keys", initialize_others),
+    ):
         yield
-    finally:
-        core_model_loading.rename_source_key = rename
-
-
-@contextlib.contextmanager
-def converting_as_without_zero3(empty: PreTrainedModel) -> Iterator[None]:
-    """Inside, transformers' loader under ZeRO-3 asks an empty model for the sizes of parameters, which its own has no more:
-    conversions that split a tensor by them would fail (transformers 5.24: of Sarvam, Lara)."""
-    convert = deepspeed_integration._apply_weight_conversions_to_state_dict
-    deepspeed_integration._apply_weight_conversions_to_state_dict = lambda model, *given: convert(empty, *given)
-    try:
-        with naming_as_without_zero3():
-            yield
-    finally:
-        deepspeed_integration._apply_weight_conversions_to_state_dict = convert
 
 
 def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) -> list[str]:
