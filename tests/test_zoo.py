@@ -1,7 +1,7 @@
 """Every causal language model that transformers has: trained by two ranks under ZeRO-3 as a dense float64 reference trains it,
 or refused in a sentence, by run and dry run alike. CI has one of each cause by which a model was not.
 
-    python tests/test_zoo.py TABLE.jsonl [NAMES...]     # a line for each: error, layout, what was said
+    python tests/test_zoo.py TABLE.jsonl [NAMES...] [SETTING=VALUE...]     # a line for each: error, layout, what was said
 """
 
 import json
@@ -91,11 +91,11 @@ def worst(found, wanted):
     return errors[name], name
 
 
-def train(names, folder, rng, **changes):
+def train(names, folder, rng, bf16=False, **changes):
     """What becomes of each of the models, in one start of the ranks: {"error": relative to float64, "float32": that of a
     float32 reference, "layout"}, or {"refused": the last thing said}; "dry" is what the dry run said, where it refused."""
     made, rows, runs = batches(rng), [], []
-    (folder / "ds.json").write_text(json.dumps(DS))
+    (folder / "ds.json").write_text(json.dumps(DS | {"bf16": {"enabled": bf16}}))
     data = write_groups(folder / "data.jsonl", [group for groups in made for group in groups])
     for name in names:
         model = folder / name
@@ -175,12 +175,14 @@ def test_every_model_is_trained_exactly_or_refused_in_a_sentence(name, tmp_path,
     assert_exact_or_refused(row)
 
 
-def main(table, *names):
+def main(table, *given):
+    names, settings = [word for word in given if "=" not in word], dict(word.split("=") for word in given if "=" in word)
+    settings = {name: json.loads(value) for name, value in settings.items()}
     with open(table, "a", buffering=1) as file:
         for name in names or ZOO:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    (row,) = train([name], Path(folder), np.random.default_rng(0))
+                    (row,) = train([name], Path(folder), np.random.default_rng(0), **settings)
                 except Exception:
                     row = {"name": name, "untried": traceback.format_exc()[-600:]}
             print(json.dumps(row), file=file)

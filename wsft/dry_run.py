@@ -122,9 +122,7 @@ class _Run:
         model = WeightedSFTModel(empty_model(self.shape, self.config.trust_remote_code, dtype)).train()
         if checkpointing:
             model.recompute_activations()
-        model.attend_by(
-            self.config.attn_implementation if self.config.attn_implementation == "eager" else self.passes.attention
-        )
+        model.attend_by("eager" if self.config.attn_implementation == "eager" else self.passes.attention)
         vocab_size = self.shape.get_text_config().vocab_size
         with self.passes.standing_for_routed():
             return work_of(model, tokens, tokens_of_chunk(vocab_size, self.machine.gpu_bytes))

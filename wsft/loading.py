@@ -33,6 +33,8 @@ from wsft.weight_files import differing, files_of, loading_as_without_zero3, mad
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
 
 log = logging.getLogger(__name__)
+# its table of parameters that are missing, of another shape or unexpected: `require_complete` says or refuses them
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
 def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
@@ -58,11 +60,9 @@ def class_for(config: PretrainedConfig) -> type:
     """The auto class of transformers for what the checkpoint was saved as: of a multimodal model the whole, not its text part,
     so that what is exported can take its place."""
     saved_as = getattr(config, "architectures", None) or []
-    for mapping, whole in ((MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),):
-        if type(config) in mapping and (
-            mapping[type(config)].__name__ in saved_as or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-        ):
-            return whole
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if whole and (whole.__name__ in saved_as or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
     return AutoModelForCausalLM
 
 

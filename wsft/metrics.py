@@ -32,7 +32,10 @@ FAILED_S = 5.0  # of a run that failed, whose other ranks wait to hear why
 
 
 def speak(rank: int) -> None:
-    """Send this package's log to stderr, above the progress line; off rank 0 only warnings."""
+    """Send this package's log to stderr, above the progress line; off rank 0 only warnings, and only errors of transformers,
+    which says the same on every rank."""
+    if rank:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
     root = logging.getLogger("wsft")
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     if not root.handlers:

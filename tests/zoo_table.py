@@ -1,0 +1,41 @@
+"""The table of benchmarks/ARCHITECTURES.md, of what `test_zoo.py` wrote: python tests/zoo_table.py TABLE.jsonl..."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+EXACT = 2e-5  # as test_zoo.py has it
+COLUMNS = "architecture", "class", "error", "rows", "dry run"
+
+
+def cells(row):
+    """Of one line, and which kind of line it is."""
+    if "untried" in row:
+        reason = row["untried"].strip().splitlines()[-1]
+        return "not tried", (row["name"], "", "", f"not tried: {reason[:110]}", "")
+    if "refused" in row:
+        same = row.get("dry") == row["refused"]
+        return "refused", (
+            row["name"],
+            row["class"],
+            "",
+            row["refused"].removeprefix("error: "),
+            "same" if same else "not seen",
+        )
+    exact = row["error"] <= max(EXACT, 5 * row.get("float32", 0)) and not row["export"]
+    kind = f"exact, {row['layout']}" if exact else "not exact"
+    error = f"{row['error']:.1e}" + (f" (float32 itself {row['float32']:.1e})" if "float32" in row else "")
+    return kind, (row["name"], row["class"], error, row["layout"], row.get("dry", "runs"))
+
+
+def main(*paths):
+    rows = {row["name"]: row for path in paths for row in map(json.loads, Path(path).read_text().splitlines())}
+    made = [cells(row) for row in rows.values()]
+    print(", ".join(f"{count} {kind}" for kind, count in sorted(Counter(kind for kind, _ in made).items())) + ".\n")
+    for line in (COLUMNS, ["---"] * len(COLUMNS), *sorted(line for _, line in made)):
+        print("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
