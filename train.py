@@ -12,7 +12,7 @@
 import sys
 
 from wsft import WeightedSFTConfig
-from wsft.stopping import note_signals
+from wsft.distributed.signals import note_signals
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
         note_signals()
 
     from wsft import WeightedSFTTrainer  # torch and transformers load here: after a wrong flag was said at once
-    from wsft.config import UserError
+    from wsft.errors import UserError
 
     try:
         if config.dry_run:

@@ -31,10 +31,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from benchmarks.learning import WORDS, answers, ask, make_model, started, wait_until
-from wsft.atropos import AtroposClient, decode
-from wsft.batching import AtroposBatchProcessor, Batch, pad
-from wsft.journal import Journal
-from wsft.world import World, free_port
+from wsft.distributed.world import World, free_port
+from wsft.rollouts.batch import AtroposBatchProcessor, Batch, pad
+from wsft.rollouts.client import AtroposClient, decode
+from wsft.rollouts.journal import Journal
 
 GROUP, PROMPT = 8, 512
 ROWS = {"tokens": torch.int64, "masks": torch.int64}

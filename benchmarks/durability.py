@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wsft.atropos import decode
-from wsft.batching import AtroposBatchProcessor
-from wsft.journal import Journal
+from wsft.rollouts.batch import AtroposBatchProcessor
+from wsft.rollouts.client import decode
+from wsft.rollouts.journal import Journal
 
 
 def make_body(sequences: int = 512, length: int = 4096) -> bytes:

@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from wsft.device import PeakMemory
-from wsft.loss_head import weighted_linear_cross_entropy
+from wsft.loss.head import weighted_linear_cross_entropy
 
 CHUNK = 1024  # of tokens, where a peer wants it said
 DEFAULTS = {

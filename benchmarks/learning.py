@@ -39,9 +39,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from wsft.checkpoint import DEEPSPEED, FACTS, Checkpoint
-from wsft.engine import saved_parameters
-from wsft.world import free_port
+from wsft.distributed.deepspeed_files import saved_parameters
+from wsft.distributed.world import free_port
+from wsft.run.checkpoint import DEEPSPEED, FACTS, Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = {

@@ -18,9 +18,9 @@ import time
 import torch
 
 from benchmarks.head import H, V, forget_peak, peak_bytes
-from wsft.loss_head import head_loss, tokens_of_chunk
-from wsft.objectives import Objective
-from wsft.terms import Coefficients, TokenTerms
+from wsft.loss.head import head_loss, tokens_of_chunk
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients, TokenTerms
 
 PASS = "one pass"
 NAMES = ("weighted_sft", "importance_sampling", "ppo_clip", "cispo", "gspo", "dft", "kl, entropy, teacher of 8", PASS)

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from wsft.engine import saved_parameters
-from wsft.world import free_port
+from wsft.distributed.deepspeed_files import saved_parameters
+from wsft.distributed.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = dict(vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4)

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from wsft.world import free_port
+from wsft.distributed.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_DEVICE = 8  # sequences in a micro-batch, where a peer wants it said

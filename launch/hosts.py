@@ -28,7 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from wsft.config import UserError, WeightedSFTConfig, without_password
+from wsft.config import WeightedSFTConfig, without_password
+from wsft.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 # what of this environment the ranks get, and what of that never leaves this machine
@@ -192,7 +193,7 @@ def _wrong_here(host: str, question: dict[str, Any]) -> Iterator[str]:
 def _server_from_here(url: str) -> Iterator[str]:
     import requests
 
-    from wsft.atropos import proxies_for
+    from wsft.rollouts.client import proxies_for
 
     try:
         requests.get(f"{url.rstrip('/')}/info", timeout=10, proxies=proxies_for(url))

@@ -5,9 +5,11 @@ import os
 import signal
 import sys
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer, checkpoint, run_folder
-from wsft.engine import Engine
-from wsft.model import WeightedSFTModel
+from wsft import WeightedSFTConfig, WeightedSFTTrainer
+from wsft.distributed.engine import Engine
+from wsft.model.causal_lm import WeightedSFTModel
+from wsft.run import checkpoint
+from wsft.run import output_folder as run_folder
 
 how, argv = sys.argv[1], sys.argv[2:]
 forward, calls = WeightedSFTModel.forward, 0

@@ -15,9 +15,9 @@ from atropos_server import atropos_server, post_group, register_env
 from conftest import make_group, run_ranks
 from safetensors.torch import load_file
 
-from wsft.checkpoint import all_in
-from wsft.config import UserError
-from wsft.journal import Journal
+from wsft.errors import UserError
+from wsft.rollouts.journal import Journal
+from wsft.run.checkpoint import all_in
 
 STEPS = 12
 PATIENCE_S = 300  # for an event that comes at once on an idle machine: costs time only where it never comes

@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from wsft import checkpoint, engine, journal, trainer  # noqa: E402
+from wsft import trainer  # noqa: E402
+from wsft.distributed import engine  # noqa: E402
+from wsft.rollouts import journal  # noqa: E402
+from wsft.run import checkpoint  # noqa: E402
 
 place, count, *flags = sys.argv[1:]
 left, _, only = count.partition("@")
@@ -78,7 +81,7 @@ match place:
     case "full":  # the disk is full: no death, an error
         engine.Engine._write = filling(engine.Engine._write)
     case "finish":  # all but its last
-        checkpoint.write_last = killing(checkpoint.write_last)
+        checkpoint.atomic_write = killing(checkpoint.atomic_write)
     case "prune":  # a checkpoint is complete, the old ones are still there
         trainer.prune = killing(trainer.prune)
     case "export":  # the last checkpoint is there, the model is not

@@ -6,10 +6,11 @@ import sys
 import threading
 from pathlib import Path
 
-from wsft import WeightedSFTConfig, ds_config
-from wsft.engine import start_ranks
-from wsft.loading import load_model, load_model_config
-from wsft.world import ranks_from_environment
+from wsft import WeightedSFTConfig
+from wsft.distributed import deepspeed_config
+from wsft.distributed.process_start import start_ranks
+from wsft.distributed.world import ranks_from_environment
+from wsft.model.loading import load_model, load_model_config
 
 
 def held():
@@ -21,7 +22,7 @@ ranks_from_environment()
 config = WeightedSFTConfig(model_name=sys.argv[1], deepspeed=sys.argv[2], device="cpu")
 world = start_ranks(config)
 hidden_size = load_model_config(config.model_name, config).hidden_size
-config, ds = ds_config.resolve(config, world.size, 1, hidden_size, native_bf16=False)
+config, ds = deepspeed_config.resolve(config, world.size, 1, hidden_size, native_bf16=False)
 before, peak, over = held(), 0, threading.Event()
 
 

@@ -20,9 +20,9 @@ import pytest
 import requests
 from atropos_server import AtroposServer, atropos_server, free_port, group, post_group, register_env
 
-from wsft import atropos
-from wsft.atropos import AtroposClient, AtroposError, decode
-from wsft.batching import AtroposBatchProcessor, Batch
+from wsft.rollouts import client as atropos
+from wsft.rollouts.batch import AtroposBatchProcessor, Batch
+from wsft.rollouts.client import AtroposClient, AtroposError, decode
 
 
 @pytest.fixture(scope="module")

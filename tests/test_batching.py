@@ -10,9 +10,9 @@ import torch
 from conftest import make_group
 
 from wsft import AtroposBatchProcessor
-from wsft.batching import Batch, pack, pad, token_terms
-from wsft.objectives import Objective
-from wsft.terms import Coefficients
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients
+from wsft.rollouts.batch import Batch, pack, pad, token_terms
 
 
 def test_a_recorded_body_becomes_the_tensors_one_reads_off_it():
@@ -179,7 +179,7 @@ def test_nothing_is_shared_from_the_first_trained_token_on(rng):
 def test_a_row_holds_what_rollouts_share_once(rng):
     batch = of_groups([make_group(rng, [15, 20], 12, alike=True), make_group(rng, [5])])
     tokens_1T, trained_N, layout = pack(batch, [0, 1, 2], 0, batch.prefixes(range(3)))
-    assert layout.lengths == (11, 4, 9, 5) and layout.after == (-1, 0, 0, -1)
+    assert layout.lengths == (11, 4, 9, 5) and layout.parents == (-1, 0, 0, -1)
     first, second, third = (batch.tokens[span] for span in batch.spans())
     assert tokens_1T[0].tolist() == [*first, *second[11:], *third]
     assert trained_N.tolist() == [12, 13, 14, *range(16, 24), 26, 27, 28]

@@ -7,8 +7,8 @@ import yaml
 from pydantic import ValidationError
 
 from wsft import WeightedSFTConfig
-from wsft.config import UserError
-from wsft.ds_config import resolve
+from wsft.distributed.deepspeed_config import resolve
+from wsft.errors import UserError
 
 
 def said(argv, capsys):

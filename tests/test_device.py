@@ -2,7 +2,6 @@
 
 import mmap
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_model
@@ -10,10 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wsft import device
-from wsft.config import UserError
-from wsft.device import PeakMemory, device_type, rated_flops
-from wsft.loading import empty_model
-from wsft.model import cost_of
+from wsft.device import PeakMemory, device_type
+from wsft.errors import UserError
+from wsft.model.flops import rated_flops, step_flops
+from wsft.model.loading import empty_model
 
 
 def test_the_peak_is_that_since_the_last_look():
@@ -55,9 +54,9 @@ def test_the_cost_of_a_step_is_what_its_products_take(tied, tmp_path):
     T = 24
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(T)[None] % 4).logits.sum().backward()
-    cost, of_trained = cost_of(model)
+    flops = step_flops(model)
     # eager attention computes the whole square, of which a causal one needs half
-    expected = cost.of(np.array([T]))[0] + cost.per_pair * T**2 + of_trained * T
+    expected = (flops.per_token + flops.per_pair * T) * T + flops.per_pair * T**2 + flops.per_trained_token * T
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
 
 
@@ -70,9 +69,9 @@ def test_the_cost_of_a_step_is_what_its_products_take(tied, tmp_path):
     ],
 )
 def test_a_token_costs_6_per_parameter_that_it_meets(kind, billions, pairs):
-    cost, of_trained = cost_of(empty_model(config := AutoConfig.for_model(kind), trust_remote_code=False))
-    assert billions is None or cost.per_token == pytest.approx(6e9 * billions, rel=1e-4)
-    assert cost.per_pair == 6 * pairs and of_trained == 6 * config.vocab_size * config.hidden_size
+    flops = step_flops(empty_model(config := AutoConfig.for_model(kind), trust_remote_code=False))
+    assert billions is None or flops.per_token == pytest.approx(6e9 * billions, rel=1e-4)
+    assert flops.per_pair == 6 * pairs and flops.per_trained_token == 6 * config.vocab_size * config.hidden_size
 
 
 def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ from conftest import ROOT, clean_environment, make_group, make_model, run_ranks,
 from shapes import LLAMA_1B, LLAMA_70B, QWEN_7B, SMOLLM2, figure, make_shape
 
 from wsft import WeightedSFTConfig
-from wsft.config import UserError
+from wsft.distributed.engine import check_json
 from wsft.dry_run import dry_run
-from wsft.engine import check_json
-from wsft.memory import Work, needs
+from wsft.errors import UserError
+from wsft.model.memory import Work, needs
 
 SGD = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": 3}}
 
@@ -141,8 +141,8 @@ def test_states_are_those_of_deepspeeds_own_estimator_where_that_is_right(tiny_m
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from transformers import AutoConfig
 
-    from wsft.loading import empty_model
-    from wsft.model import WeightedSFTModel
+    from wsft.model.causal_lm import WeightedSFTModel
+    from wsft.model.loading import empty_model
 
     model = WeightedSFTModel(empty_model(AutoConfig.from_pretrained(tiny_model), False, torch.bfloat16))
     ds = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3, "reduce_bucket_size": 0}}
@@ -193,8 +193,8 @@ def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_pa
 
 
 def test_check_json_takes_what_is_shipped():
-    from wsft import ds_config
+    from wsft.distributed import deepspeed_config
 
     for path in (ROOT / "ds_configs").glob("*.json"):
         config = WeightedSFTConfig(model_name="m", deepspeed=str(path))
-        check_json(ds_config.resolve(config, num_ranks=2, ranks_a_host=2, hidden_size=64, native_bf16=True)[1])
+        check_json(deepspeed_config.resolve(config, num_ranks=2, ranks_a_host=2, hidden_size=64, native_bf16=True)[1])

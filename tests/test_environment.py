@@ -18,9 +18,8 @@ from atropos_server import atropos_server, free_port
 from conftest import ROOT, clean_environment
 
 from wsft import AtroposBatchProcessor
-from wsft.config import UserError
-from wsft.environment import QUEUED_BATCHES, AtroposEnvironment, run
-from wsft.weighted_texts import (
+from wsft.environment.server import QUEUED_BATCHES, AtroposEnvironment, run
+from wsft.environment.texts import (
     CUSTOM,
     PATTERNS,
     built_in_texts,
@@ -30,6 +29,7 @@ from wsft.weighted_texts import (
     tokenise,
     tokenise_all,
 )
+from wsft.errors import UserError
 
 GROUP_SIZE = 4
 CUSTOM_LINE = {

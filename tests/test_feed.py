@@ -15,11 +15,12 @@ from conftest import make_group, write_groups
 from fed_run import wait_until
 
 from wsft import WeightedSFTConfig
-from wsft.atropos import AtroposClient
-from wsft.batching import AtroposBatchProcessor
-from wsft.config import UserError
-from wsft.feed import AtroposSource, EndOfData, Feed, FileSource
-from wsft.journal import Journal
+from wsft.errors import UserError
+from wsft.rollouts.batch import AtroposBatchProcessor
+from wsft.rollouts.client import AtroposClient
+from wsft.rollouts.feed import Feed
+from wsft.rollouts.journal import Journal
+from wsft.rollouts.sources import AtroposSource, EndOfData, FileSource
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from conftest import clean_environment, make_group, run_ranks, run_together, wri
 from fed_run import steps_of, train
 from shapes import QWEN_1_5B, QWEN_7B, figure, make_shape
 
-from wsft.attention import keywords, packed_attention
-from wsft.layout import Layout
-from wsft.loss_head import head_loss, weighted_linear_cross_entropy
-from wsft.objectives import Objective
-from wsft.terms import Coefficients, TokenTerms
+from wsft.loss.head import head_loss, weighted_linear_cross_entropy
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.model.attention import packed_attention
+from wsft.model.packing import Layout, varlen_kwargs
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +90,7 @@ def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, toleranc
         torch.randn(1, heads, sum(lengths), 64, device="cuda", generator=generator, dtype=dtype).requires_grad_()
         for heads in (8, 2, 2)
     )
-    said = keywords(Layout(tuple(lengths), tuple(after)), query.device)
+    said = varlen_kwargs(Layout(tuple(lengths), tuple(after)), query.device)
     packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **said)
     parts, alone = [x.split(lengths, dim=2) for x in (query, key, value)], []
     for i, before in enumerate(after):

@@ -9,8 +9,8 @@ from conftest import make_group
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsft.advantages import Override
-from wsft.groups import REASONS, Decoder
+from wsft.loss.advantages import Override
+from wsft.rollouts.decoder import REASONS, Decoder
 
 TOKENS = [5, 6, 7, 8]
 LABELS = [-100, -100, 7, 8]

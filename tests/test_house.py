@@ -1,6 +1,7 @@
 """The house of DESIGN.md: imports point down, each module stays ignorant of what it must not know, files say what they are."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -9,62 +10,71 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-# top to bottom; a module may import only those below it
+# top to bottom; a folder, or a module beside the folders, may import only from those below it
 FLOORS = """
-trainer dry_run inspect report
-inspection
-export run_folder feed
-checkpoint
-engine panels loading
-model metrics world measurements findings runs
-environment batching shares ds_config journal memory stopping watchdog base_files contents
-weighted_texts terms empty weight_files
-loss loss_head attention atropos groups
-records device
-config advantages
-objectives parser layout inspect_page settings_files
+trainer dry_run export loss_head
+inspect report environment
+run
+rollouts
+distributed
+model
+config
+loss
+logs device settings_files atomic_files
+errors
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
 NEVER_KNOWS = {
-    "groups": {"torch", "requests"},
-    "records": {"torch", "requests"},
-    "parser": {"torch", "requests", "wsft.records", "wsft.groups"},
-    "advantages": {"torch", "requests"},
-    "objectives": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
-    "terms": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
-    "measurements": {"torch", "requests", "wsft.world", "wsft.model"},
-    "layout": {"torch", "requests"},
-    "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
     "config": {"torch", "requests", "deepspeed"},
+    "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
+    "dry_run": {"requests", "torch.distributed", "transformers", "wsft.distributed.world", "wsft.trainer"},
     "settings_files": {"torch", "requests", "deepspeed"},
-    "ds_config": {"torch", "requests", "deepspeed"},
-    "loss": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
-    "loss_head": {"requests", "deepspeed", "torch.distributed", "wsft.config", "wsft.atropos", "wsft.batching"},
-    "batching": {"requests", "deepspeed", "torch.distributed", "transformers", "wsft.world"},
-    "atropos": {"torch", "torch.distributed", "wsft.world", "pathlib"},
-    "model": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
-    "engine": {"requests", "wsft.atropos", "wsft.advantages", "wsft.batching", "wsft.groups"},
-    "memory": {"requests", "deepspeed", "torch.distributed", "transformers", "wsft.config", "wsft.device", "wsft.batching"},
-    "dry_run": {"requests", "torch.distributed", "transformers", "wsft.world", "wsft.trainer"},
-    "findings": {"torch", "transformers", "requests", "deepspeed"},
-    "inspection": {"deepspeed", "torch.distributed", "wsft.world", "wsft.engine"},
-    "inspect": {"deepspeed", "requests", "torch", "wsft.world"},
-    "journal": {"torch", "requests", "numpy", "json", "wsft.world", "wsft.atropos", "wsft.batching"},
-    "stopping": {"torch", "requests", "wsft.world", "wsft.checkpoint"},
-    "watchdog": {"torch", "requests", "wsft.world"},
-    "checkpoint": {"requests", "wsft.atropos", "wsft.batching", "wsft.groups", "wsft.feed"},
-    "base_files": {"torch", "requests", "deepspeed", "wsft.world", "wsft.checkpoint"},
-    "contents": {"torch", "requests", "deepspeed", "wsft.world", "wsft.checkpoint"},
-    "run_folder": {"torch", "requests", "wsft.world", "wsft.feed"},
-    "export": {"requests", "wsft.atropos", "wsft.batching", "wsft.world"},
-    "metrics": {"torch", "numpy", "torch.distributed", "wsft.world"},
-    "runs": {"torch", "requests", "bokeh", "matplotlib", "wsft.run_folder", "wsft.checkpoint", "wsft.metrics"},
-    "panels": {"torch", "requests", "bokeh", "matplotlib"},
-    "report": {"torch", "requests", "wsft.run_folder", "wsft.checkpoint", "wsft.metrics"},
+    "distributed.deepspeed_config": {"torch", "requests", "deepspeed"},
+    "distributed.load_balancing": {"torch", "requests", "wsft.distributed.world"},
+    "distributed.signals": {"torch", "requests", "wsft.distributed.world"},
+    "distributed.watchdog": {"torch", "requests", "wsft.distributed.world"},
     "environment": {"torch"},
-    "weighted_texts": {"torch", "requests", "wsft.atropos"},
-    "inspect_page": {"torch", "requests", "transformers", "tokenizers", "wsft"},
+    "environment.texts": {"requests", "wsft.rollouts.client"},
+    "inspect.checks": {"torch", "transformers", "requests", "deepspeed"},
+    "inspect.page": {"torch", "requests", "transformers", "tokenizers", "wsft"},
+    "inspect.terminal": {"deepspeed", "requests", "torch", "wsft.distributed"},
+    "inspect.view": {"deepspeed", "torch.distributed", "wsft.distributed"},
+    "loss": {"requests", "deepspeed", "torch.distributed", "wsft.config"},
+    "loss.advantages": {"torch"},
+    "model": {"requests", "deepspeed"},
+    "model.memory": {"torch.distributed", "transformers", "wsft.config", "wsft.device"},
+    "model.packing": {"torch.distributed", "transformers", "wsft.config"},
+    "report": {"torch", "requests", "wsft.run"},
+    "report.panels": {"bokeh", "matplotlib"},
+    "report.runs": {"bokeh", "matplotlib"},
+    "rollouts.batch": {"requests", "torch.distributed", "transformers", "wsft.distributed"},
+    "rollouts.client": {"torch", "wsft.distributed", "pathlib"},
+    "rollouts.decoder": {"torch", "requests"},
+    "rollouts.journal": {
+        "torch",
+        "requests",
+        "numpy",
+        "json",
+        "wsft.distributed",
+        "wsft.rollouts.client",
+        "wsft.rollouts.batch",
+    },
+    "rollouts.json_parser": {"torch", "requests", "wsft.rollouts.records", "wsft.rollouts.decoder"},
+    "rollouts.records": {"torch", "requests"},
+    "run.base_files": {"torch", "requests", "deepspeed", "wsft.distributed", "wsft.run.checkpoint"},
+    "run.checkpoint": {
+        "requests",
+        "wsft.rollouts.client",
+        "wsft.rollouts.batch",
+        "wsft.rollouts.decoder",
+        "wsft.rollouts.feed",
+    },
+    "run.export": {"requests", "wsft.rollouts.client", "wsft.rollouts.batch", "wsft.distributed.world"},
+    "run.fingerprint": {"torch", "requests", "deepspeed", "wsft.distributed", "wsft.run.checkpoint"},
+    "run.measurements": {"torch", "requests", "wsft.distributed.world", "wsft.model"},
+    "run.metrics": {"torch", "numpy", "wsft.distributed"},
+    "run.output_folder": {"torch", "requests", "wsft.distributed", "wsft.rollouts"},
 }
 
 
@@ -79,30 +89,56 @@ def imports_of(path):
     return names
 
 
-MODULES = {path.stem: imports_of(path) for path in (ROOT / "wsft").glob("*.py") if path.stem != "__init__"}
+PACKAGE = ROOT / "wsft"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): imports_of(path)
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in ("__init__.py", "__main__.py")
+}
 
 
-def test_every_module_has_a_floor():
-    assert MODULES.keys() == FLOOR_OF.keys()
+def of_package(imports):
+    """Those of the imported names that are modules of the package, without its name."""
+    return {name.removeprefix("wsft.") for name in imports} & MODULES.keys()
+
+
+def test_every_folder_has_a_floor():
+    assert {name.partition(".")[0] for name in MODULES} == FLOOR_OF.keys()
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name):
-    for imported in MODULES[name]:
-        package, _, module = imported.partition(".")
-        module = module.split(".")[0]
-        if package == "wsft" and module in FLOOR_OF:
-            assert FLOOR_OF[module] < FLOOR_OF[name], f"{name} imports {module}"
+    floor = name.partition(".")[0]
+    for imported in of_package(MODULES[name]):
+        below = imported.partition(".")[0]
+        assert below == floor or FLOOR_OF[below] < FLOOR_OF[floor], f"{name} imports {imported}"
+
+
+def test_no_imports_go_in_a_circle():
+    graphlib.TopologicalSorter({name: of_package(imports) for name, imports in MODULES.items()}).prepare()
+
+
+def test_no_module_has_the_name_of_one_of_the_standard_library():
+    """A folder may: without an __init__.py it is found after all modules."""
+    names = {path.stem for path in PACKAGE.rglob("*.py")} - {"__main__", "__init__"}
+    assert not names & set(sys.stdlib_module_names) and not list(PACKAGE.glob("*/__init__.py"))
+    code = "import inspect; inspect.signature"
+    assert not subprocess.run([sys.executable, "-c", code], cwd=PACKAGE).returncode
 
 
 @pytest.mark.parametrize("name", NEVER_KNOWS)
 def test_modules_stay_ignorant(name):
-    for banned in NEVER_KNOWS[name]:
-        assert not [i for i in MODULES[name] if i == banned or i.startswith(f"{banned}.")], f"{name} knows {banned}"
+    """A folder's name stands for all that is in it."""
+    of_it = {module: imports for module, imports in MODULES.items() if f"{module}.".startswith(f"{name}.")}
+    assert of_it
+    for module, imports in of_it.items():
+        for banned in NEVER_KNOWS[name]:
+            assert not [i for i in imports if i == banned or i.startswith(f"{banned}.")], f"{module} knows {banned}"
 
 
-def test_only_engine_imports_deepspeed():
-    assert [name for name, imports in MODULES.items() if "deepspeed" in {i.split(".")[0] for i in imports}] == ["engine"]
+def test_only_distributed_imports_deepspeed():
+    knowing = {name.partition(".")[0] for name, imports in MODULES.items() if "deepspeed" in {i.split(".")[0] for i in imports}}
+    assert knowing == {"distributed"}
 
 
 def test_importing_wsft_loads_neither_torch_nor_deepspeed():
@@ -120,9 +156,14 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 
 
 def test_the_tree_in_the_readme_is_the_tree():
-    readme = (ROOT / "README.md").read_text()
-    tree = readme[readme.index("## The house") :]
-    assert set(re.findall(r"^  (\w+)\.py", tree, re.M)) == MODULES.keys()
+    folder, listed = "", set()
+    for indent, name in re.findall(r"^( *)([\w.]+(?:/|\.py)) ", (PACKAGE / "README.md").read_text(), re.M):
+        if name.endswith("/"):
+            folder = name
+        else:
+            listed.add((folder if indent else "") + name)
+    there = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if not path.name.startswith("__")}
+    assert listed == there
 
 
 def test_the_top_level_holds_only_what_belongs_there():

@@ -15,10 +15,10 @@ from fed_run import fed, flags, make_groups, make_settings, steps_of, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wsft import WeightedSFTConfig
-from wsft.config import UserError
-from wsft.inspect import pieces, view_of, visible
-from wsft.inspection import inspect
-from wsft.journal import Journal
+from wsft.errors import UserError
+from wsft.inspect.terminal import pieces, view_of, visible
+from wsft.inspect.view import inspect
+from wsft.rollouts.journal import Journal
 
 SHARED = ROOT / "tests" / "bodies"
 PLACEHOLDER = 1.0

@@ -20,9 +20,9 @@ from fed_run import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsft import journal
-from wsft.config import UserError
-from wsft.journal import Journal, JournalDamaged
+from wsft.errors import UserError
+from wsft.rollouts import journal
+from wsft.rollouts.journal import Journal, JournalDamaged
 
 HEADER = 28
 BODIES = {0: b"a" * 30, 2: b"b" * 28, 3: b"wsfJ" * 9, 7: bytes(range(60)), 8: b"e" * 41, 9: b"last" * 4}
@@ -474,7 +474,7 @@ def body_of(number):
 CHILD = f"""
 import sys
 from pathlib import Path
-from wsft import journal
+from wsft.rollouts import journal
 {inspect.getsource(body_of)}
 journal.SEGMENT_BYTES = 2**22
 print("ready", flush=True)

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from wsft import WeightedSFTInterface, loss_head
-from wsft.loss_head import LossHead, Teacher, head_loss, weighted_linear_cross_entropy
-from wsft.objectives import Objective
-from wsft.terms import Coefficients, TokenTerms
+from wsft import WeightedSFTInterface
+from wsft.loss import head as loss_head
+from wsft.loss.head import LossHead, Teacher, head_loss, weighted_linear_cross_entropy
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients, TokenTerms
 
 N, H, V = 13, 6, 17
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -401,7 +402,7 @@ def test_a_tied_embedding_gets_the_sum_of_both_gradients():
 
 MEMORY = """
 import torch
-from wsft.loss_head import weighted_linear_cross_entropy
+from wsft.loss.head import weighted_linear_cross_entropy
 
 def peak_mb():
     lines = open("/proc/self/status").read().splitlines()

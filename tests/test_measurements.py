@@ -7,9 +7,9 @@ import pytest
 from atropos_server import group
 
 from wsft import AtroposBatchProcessor
-from wsft.layout import Prefixes
-from wsft.measurements import missing, of_batch, of_plan, of_tokens
-from wsft.shares import Cost, Load
+from wsft.distributed.load_balancing import Cost, Load
+from wsft.model.packing import Prefixes
+from wsft.run.measurements import missing, of_batch, of_plan, of_tokens
 
 NAN = math.nan
 LOGPS = [1.0, 1.0, -0.5, -0.25, 1.0, -2.0]  # 1.0 stands where there is none

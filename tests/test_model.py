@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer
-from wsft.attention import PACKED, register
-from wsft.config import UserError
 from wsft.dry_run import dry_run
-from wsft.model import WeightedSFTModel
+from wsft.errors import UserError
+from wsft.model.attention import PACKED, register
+from wsft.model.causal_lm import WeightedSFTModel
 
 pytestmark = pytest.mark.usefixtures("alone")
 CPU = torch.device("cpu")

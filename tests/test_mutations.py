@@ -24,13 +24,13 @@ import numpy as np
 import pytest
 from conftest import VOCAB, make_group
 
-from wsft import parser
-from wsft.advantages import Shaping
-from wsft.atropos import decode
-from wsft.batching import AtroposBatchProcessor, token_terms
-from wsft.groups import REASONS
-from wsft.objectives import Objective
-from wsft.terms import Coefficients
+from wsft.loss.advantages import Shaping
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients
+from wsft.rollouts import json_parser as parser
+from wsft.rollouts.batch import AtroposBatchProcessor, token_terms
+from wsft.rollouts.client import decode
+from wsft.rollouts.decoder import REASONS
 
 SECONDS = 5.0  # for one body
 LONG = (1, 2048)  # characters from which on a row is parsed apart, by turns: nearly all rows, and those of the rare bodies

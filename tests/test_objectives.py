@@ -13,12 +13,12 @@ from surrogates import CASES, Case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from wsft import loss_head
-from wsft.advantages import FROM_SCORES, Override, Shaping, from_scores
-from wsft.batching import AtroposBatchProcessor, Batch, token_terms
-from wsft.loss_head import head_loss
-from wsft.objectives import OBJECTIVES, Objective
-from wsft.terms import Coefficients, TokenTerms
+from wsft.loss import head as loss_head
+from wsft.loss.advantages import FROM_SCORES, Override, Shaping, from_scores
+from wsft.loss.head import head_loss
+from wsft.loss.objectives import OBJECTIVES, Objective
+from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.rollouts.batch import AtroposBatchProcessor, Batch, token_terms
 
 H, V, K = 6, 17, 4
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from wsft.inspect_page import page
+from wsft.inspect.page import page
 
 pytestmark = pytest.mark.browser
 NOBODY_KNOWS = float("nan")

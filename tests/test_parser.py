@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsft import parser
-from wsft.parser import ROWS, parse_json
+from wsft.rollouts import json_parser as parser
+from wsft.rollouts.json_parser import ROWS, parse_json
 
 NUMBERS = [0, -0.0, -100, 7, 2**53 + 1, 2**63 - 1, 2**63, -(2**63), 0.1, -1.5e-7, 5e-324, 1.7976931348623157e308]
 OTHERS = [2**64, 10**400, math.nan, math.inf, None, True, [], [5], [1, [2], [], 3], {"a": [1, 2], "b": [[1, 2]]}]

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from wsft.config import UserError
-from wsft.engine import collective_timeout, gpu_of_this_rank
-from wsft.world import files_patience_s, first_host, ranks_from_environment
+from wsft.distributed.process_start import collective_timeout, gpu_of_this_rank
+from wsft.distributed.world import files_patience_s, first_host, ranks_from_environment
+from wsft.errors import UserError
 
 # as SLURM 23.11 sets them
 JOB = {

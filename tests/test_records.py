@@ -17,11 +17,11 @@ from conftest import RANK_VARIABLES, make_group, write_groups
 from fed_run import split, wait_until
 
 from wsft import AtroposBatchProcessor, WeightedSFTConfig, WeightedSFTTrainer
-from wsft.atropos import AtroposClient, decode
-from wsft.batching import token_terms
-from wsft.config import UserError
-from wsft.objectives import Objective
-from wsft.terms import Coefficients
+from wsft.errors import UserError
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients
+from wsft.rollouts.batch import token_terms
+from wsft.rollouts.client import AtroposClient, decode
 
 BODIES = Path(__file__).parent / "bodies"
 NAN = math.nan

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from made_runs import write_run
 
 from wsft import WeightedSFTConfig
-from wsft.metrics import Metrics
-from wsft.panels import happened, shown, thin
-from wsft.report import main, write_page, write_picture
-from wsft.run_folder import RunFolder
-from wsft.runs import labels, read_runs, told_settings
+from wsft.report.page import main, write_page, write_picture
+from wsft.report.panels import happened, shown, thin
+from wsft.report.runs import labels, read_runs, told_settings
+from wsft.run.metrics import Metrics
+from wsft.run.output_folder import RunFolder
 
 SAID = {"loss": -1.0, "grad_norm": 2.0, "tokens/per_second": 9.0, "time/step": 2.0, "time/wait": 1.0, "memory/peak_gib": 3.0}
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 from made_runs import write_run
 
-from wsft.report import write_page
-from wsft.runs import read_runs
+from wsft.report.page import write_page
+from wsft.report.runs import read_runs
 
 pytestmark = pytest.mark.browser
 

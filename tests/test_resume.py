@@ -19,11 +19,13 @@ from fed_run import fed, make_groups, make_settings, state_of, steps_of, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer, checkpoint, run_folder, trainer
-from wsft import export as export_module
-from wsft.checkpoint import Checkpoint, prune
-from wsft.config import UserError
-from wsft.journal import Journal
+from wsft import WeightedSFTConfig, WeightedSFTTrainer, trainer
+from wsft.errors import UserError
+from wsft.rollouts.journal import Journal
+from wsft.run import checkpoint
+from wsft.run import export as export_module
+from wsft.run import output_folder as run_folder
+from wsft.run.checkpoint import Checkpoint, prune
 
 STEPS = 8
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True, "fused": True}}}

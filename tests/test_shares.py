@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsft.layout import Prefixes
-from wsft.shares import Cost, Load, imbalance, plan_shares
+from wsft.distributed.load_balancing import Cost, Load, imbalance, plan_shares
+from wsft.model.packing import Prefixes
 
 COST = Cost(1, 1 / (12 * 576))
 

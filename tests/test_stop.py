@@ -26,7 +26,7 @@ from fed_run import (
     wait_until,
 )
 
-from wsft.stopping import Stop
+from wsft.distributed.signals import Stop
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from fed_run import wait_until
 from safetensors.torch import load_file
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer
-from wsft.config import UserError
-from wsft.engine import Engine
+from wsft.distributed.engine import Engine
+from wsft.errors import UserError
 from wsft.trainer import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -175,7 +175,7 @@ def test_an_output_dir_that_cannot_be_is_a_sentence(settings, tmp_path):
 COMPILE = """
 import sys, time
 from torch.utils import cpp_extension
-from wsft.engine import _compiling_ops
+from wsft.distributed.engine import _compiling_ops
 cpp_extension._write_ninja_file_and_build_library = lambda **_: print("compiles", flush=True) or time.sleep(float(sys.argv[1]))
 cpp_extension._import_module_from_library = lambda *_: None
 with _compiling_ops():

@@ -9,10 +9,11 @@ from atropos_server import free_port
 from conftest import make_group, write_groups
 from fed_run import command_of, fed, make_groups, make_settings, state_of, steps_of, train, wait_until
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer, metrics
-from wsft.config import UserError
+from wsft import WeightedSFTConfig, WeightedSFTTrainer
 from wsft.dry_run import dry_run
-from wsft.metrics import Metrics
+from wsft.errors import UserError
+from wsft.run import metrics
+from wsft.run.metrics import Metrics
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -3,8 +3,8 @@
 from importlib import import_module
 
 _HOME = {
-    "WeightedSFTInterface": "wsft.loss",
-    "AtroposBatchProcessor": "wsft.batching",
+    "WeightedSFTInterface": "wsft.loss.interface",
+    "AtroposBatchProcessor": "wsft.rollouts.batch",
     "WeightedSFTConfig": "wsft.config",
     "WeightedSFTTrainer": "wsft.trainer",
 }

@@ -1,6 +1,6 @@
 """WeightedSFTConfig: every setting of a run, validated alike from Python, a YAML file and the command line.
 
-Knows nothing of torch, DeepSpeed or HTTP. The DeepSpeed JSON that a run points to is resolved in `ds_config.py`.
+Knows nothing of torch, DeepSpeed or HTTP. `distributed/deepspeed_config.py` resolves the DeepSpeed JSON that a run points to.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from wsft.objectives import OBJECTIVES, Objective
+from wsft.loss.objectives import OBJECTIVES, Objective
 from wsft.settings_files import expand_path, parse_yaml
 
 _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
@@ -35,10 +35,6 @@ PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", 
 
 # questions about a run, which are no part of it: not in config.yaml, and of no account to a resumed run
 QUESTIONS = {"dry_run", "ranks", "gpu_memory_gib"}
-
-
-class UserError(ValueError):
-    """Something the user can mend. Its sentence is shown without a traceback."""
 
 
 class WeightedSFTConfig(BaseModel):

@@ -13,18 +13,11 @@ from pathlib import Path
 
 import torch
 
-from wsft.config import UserError
+from wsft.errors import UserError
 
 log = logging.getLogger(__name__)
 
 NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # what the driver makes for each
-
-# bf16 matrix products in TFLOP/s, without sparsity, as the data sheets have it
-RATED_TFLOPS = {
-    "A100": 312, "A800": 312, "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A6000": 155, "L4": 121, "L40": 181, "L40S": 362,
-    "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H20": 148, "H200": 989, "GH200": 989, "B200": 2250,
-    "GB200": 2500, "B300": 2250, "GB300": 2500, "3090": 71, "4090": 165, "5090": 210,
-}  # fmt: skip
 
 
 def device_type(asked: str) -> str:
@@ -78,15 +71,6 @@ def fuses(device: torch.device) -> bool:
         )
         return False
     return True
-
-
-def rated_flops(device: torch.device) -> float | None:
-    """bf16 FLOP/s that the card is sold with; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    known = [key for key in RATED_TFLOPS if all(re.search(rf"\b{word}\b", name) for word in key.split())]
-    return RATED_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 def memory_bytes(device: torch.device) -> int:

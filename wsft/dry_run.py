@@ -17,16 +17,18 @@ from typing import Any
 
 import torch
 
-from wsft import ds_config
-from wsft.attention import register
-from wsft.config import UserError, WeightedSFTConfig
+from wsft.config import WeightedSFTConfig
 from wsft.device import device_type, memory_bytes, multiplies
-from wsft.empty import STOPS
-from wsft.engine import check_json
-from wsft.feed import client_of, fetching_ranks, processor_of
-from wsft.findings import look
-from wsft.inspection import sight_of, take
-from wsft.loading import (
+from wsft.distributed import deepspeed_config
+from wsft.distributed.engine import check_json
+from wsft.errors import UserError
+from wsft.inspect.checks import look
+from wsft.inspect.view import sight_of, take
+from wsft.logs import configure_logging
+from wsft.loss.head import tokens_of_chunk
+from wsft.model.attention import register
+from wsft.model.causal_lm import WeightedSFTModel, vocab_size_of
+from wsft.model.loading import (
     empty_model,
     freeze_unreached,
     load_model_config,
@@ -35,10 +37,10 @@ from wsft.loading import (
     require_complete,
     require_trainable,
 )
-from wsft.loss_head import tokens_of_chunk
-from wsft.memory import Needs, Work, needs, with_reference, work_of
-from wsft.metrics import require_wandb, speak
-from wsft.model import WeightedSFTModel
+from wsft.model.memory import Needs, Work, needs, with_reference, work_of
+from wsft.model.meta_passes import STOPS
+from wsft.rollouts.sources import client_of, fetching_ranks, processor_of
+from wsft.run.metrics import require_wandb
 
 GPUS_A_HOST = 8  # of a machine that is only told of
 # of a GPU's memory, what tensors cannot have: context and libraries, NCCL, and gaps between tensors
@@ -94,7 +96,7 @@ class _Run:
         self.shape = load_model_config(config.model_name, config)
         native = config.device != "cpu" if machine.gpu_bytes else multiplies(torch.device("cpu"), torch.bfloat16)
         hidden = self.shape.get_text_config().hidden_size
-        self.config, self.ds = ds_config.resolve(config, machine.num_ranks, machine.ranks_here, hidden, native)
+        self.config, self.ds = deepspeed_config.resolve(config, machine.num_ranks, machine.ranks_here, hidden, native)
         check_json(self.ds)
         self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)
@@ -183,7 +185,7 @@ def dry_run(config: WeightedSFTConfig) -> bool:
     """Print what the run will need; whether all is valid and fits. UserError for what leaves nothing to tell."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
         return True  # rank 0 says it
-    speak(0)
+    configure_logging(0)
     register()
     run = _Run(config, Machine.of(config))
     found, wrong = _look_at_source(run)
@@ -230,8 +232,7 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
         if config.data is None:
             said, good = client_of(config, fetching, registers=False).look()
             return said, [] if good else [said]
-        vocab_size = run.passes.logit_options.get("vocab_size") or run.shape.get_text_config().vocab_size
-        processor = processor_of(config, vocab_size)
+        processor = processor_of(config, vocab_size_of(run.model, run.passes.logit_options))
         sight = sight_of(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
         return str(config.data or config.atropos_url), [str(error)]

@@ -19,27 +19,31 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from wsft import ds_config
-from wsft.base_files import base_files, read_files
-from wsft.batching import Batch, pack, pad, token_terms
-from wsft.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
-from wsft.config import UserError, WeightedSFTConfig
-from wsft.contents import contents_of
-from wsft.device import multiplies, rated_flops
-from wsft.engine import Engine, MicroBatch, Reference, StepResult, start_ranks
-from wsft.export import export
-from wsft.feed import Feed, open_source, processor_of
-from wsft.layout import Prefixes
-from wsft.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
-from wsft.measurements import missing, of_batch, of_plan, of_speed, of_tokens
-from wsft.metrics import Metrics, Silence, require_wandb, speak
-from wsft.model import cost_of
-from wsft.objectives import Objective
-from wsft.run_folder import RunFolder
-from wsft.shares import Load, plan_shares
-from wsft.stopping import Stop, name_of
-from wsft.terms import Coefficients
-from wsft.world import World, ranks_from_environment, ranks_on_this_host
+from wsft.config import WeightedSFTConfig
+from wsft.device import multiplies
+from wsft.distributed import deepspeed_config
+from wsft.distributed.engine import Engine, MicroBatch, Reference, StepResult
+from wsft.distributed.load_balancing import Cost, Load, plan_shares
+from wsft.distributed.process_start import start_ranks
+from wsft.distributed.signals import Stop, name_of
+from wsft.distributed.world import World, ranks_from_environment, ranks_on_this_host
+from wsft.errors import UserError
+from wsft.logs import configure_logging
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients
+from wsft.model.flops import rated_flops, step_flops
+from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
+from wsft.model.packing import Prefixes
+from wsft.rollouts.batch import Batch, pack, pad, token_terms
+from wsft.rollouts.feed import Feed
+from wsft.rollouts.sources import open_source, processor_of
+from wsft.run.base_files import base_files, read_files
+from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
+from wsft.run.export import export
+from wsft.run.fingerprint import contents_of
+from wsft.run.measurements import missing, of_batch, of_plan, of_speed, of_tokens
+from wsft.run.metrics import Metrics, Silence, require_wandb
+from wsft.run.output_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +80,7 @@ class WeightedSFTTrainer:
                 all ranks, non-zero, within seconds, with the message of the rank that failed.
         """
         rank = ranks_from_environment()
-        speak(rank)
+        configure_logging(rank)
         if rank != 0 or not sys.stderr.isatty():
             disable_progress_bar()  # of transformers: loading weights, writing shards
         with contextlib.closing(self.folder), Stop() as self.stop:
@@ -105,7 +109,9 @@ class WeightedSFTTrainer:
         world.expect_files(CHECKPOINT_BYTES * sum(param.numel() for param in empty.parameters()))
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = multiplies(world.device, torch.bfloat16)
-        self.config, ds = ds_config.resolve(self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16)
+        self.config, ds = deepspeed_config.resolve(
+            self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16
+        )
         contents = contents_of(self.config, model_config, self.tokenizer)
         with _private_files():
             start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
@@ -122,7 +128,7 @@ class WeightedSFTTrainer:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
         self.facts = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
-        self.facts |= {"contents": contents, "deepspeed": ds_config.what_learns(ds)}
+        self.facts |= {"contents": contents, "deepspeed": deepspeed_config.what_learns(ds)}
         dtype = "bfloat16" if precision == "bf16" else "float32"
         self.base_files = world.on_rank_0(
             lambda: read_files(start.folder / HUGGING_FACE) if start else base_files(self.config, dtype)
@@ -139,7 +145,7 @@ class WeightedSFTTrainer:
             if saved:
                 self.engine.load(saved)
         self.packs, self.shares, self.micro_batch_tokens = self._check_layouts()
-        self.cost, self.flops_of_trained = cost_of(empty, self.model.untrained)
+        self.flops = step_flops(empty, self.model.untrained)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
@@ -177,6 +183,7 @@ class WeightedSFTTrainer:
         if self.config.ref_model_name is None:
             return None
         log.info("loading the reference model %s", self.config.ref_model_name)
+        ds = deepspeed_config.for_reference(ds)
         reference = Reference(ds, load_reference(self.config, ds, vocab_size), self.world)
         self._stop_if_asked()
         return reference
@@ -274,11 +281,11 @@ class WeightedSFTTrainer:
             batch = batch.of_weight(self.objective)
         rows = np.flatnonzero(batch.trained_tokens if self.config.skip_weightless else batch.lengths).tolist()
         prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
-        load = Load(batch.lengths, self.cost, prefixes)
+        load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
         shares = plan_shares(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
         values |= of_plan(shares, load, self.packs)
         micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in shares[self.world.rank]]
-        flops = sum(load.of(rows) for share in shares for rows in share) + self.flops_of_trained * batch.num_trained
+        flops = sum(load.of(rows) for share in shares for rows in share) + self.flops.per_trained_token * batch.num_trained
         return self.engine.step(micro_batches, self.reference), values, flops
 
     def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes) -> MicroBatch:

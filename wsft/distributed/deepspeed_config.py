@@ -1,0 +1,258 @@
+"""The user's DeepSpeed JSON -> the one DeepSpeed gets: "auto" filled from the run, contradictions refused.
+
+Pure: no torch, no DeepSpeed, no ranks beyond their number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from wsft.config import WeightedSFTConfig
+from wsft.errors import UserError
+from wsft.settings_files import parse_json
+
+log = logging.getLogger(__name__)
+
+DEFAULT = {
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True, "fused": True}},
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 3},
+}
+
+_SECTIONS = (
+    *("zero_optimization", "optimizer", "scheduler", "bf16", "fp16", "data_types", "gradient_clipping", "train_batch_size"),
+    *("gradient_accumulation_steps", "train_micro_batch_size_per_gpu", "communication_data_type", "activation_checkpointing"),
+    *("zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor", "steps_per_print"),
+)
+
+_IMPLEMENTATION = ("torch_adam", "fused", "foreach")  # of an optimizer's parameters
+_WITHOUT_WEIGHT_DECAY = ("rprop", "lbfgs", "sparseadam")  # they know no such parameter
+
+# scheduler -> its parameters that the run's settings name, too. Those of torch scale the optimizer's own rate.
+_SCHEDULERS = {
+    "WarmupLR": {"warmup_max_lr": "learning_rate", "warmup_num_steps": "warmup_steps"},
+    "WarmupDecayLR": {
+        "warmup_max_lr": "learning_rate",
+        "warmup_num_steps": "warmup_steps",
+        "total_num_steps": "training_steps",
+    },
+    "WarmupCosineLR": {"warmup_num_steps": "warmup_steps", "total_num_steps": "training_steps"},
+    "OneCycle": {"cycle_max_lr": "learning_rate"},
+}
+_OF_OTHER_RATES = ("LRRangeTest", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau")
+
+# The model gives these sizes; H is its hidden size (the formulas are those of the DeepSpeed guide of transformers).
+_SIZED_BY_HIDDEN = {
+    "reduce_bucket_size": lambda h: h * h,
+    "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
+    "stage3_param_persistence_threshold": lambda h: 10 * h,
+}
+
+
+def resolve(
+    config: WeightedSFTConfig, num_ranks: int, ranks_a_host: int, hidden_size: int, native_bf16: bool
+) -> tuple[WeightedSFTConfig, dict[str, Any]]:
+    """The run's config and DeepSpeed's, in agreement.
+
+    A JSON value stands where the run left a setting at its default (the returned config then says so too); where both were
+    set and differ, that is a UserError naming both. bf16 "auto" is bf16 where the device computes in it (`native_bf16`), else
+    fp32. Whatever is still "auto" is an error, never passed on.
+    """
+    ds = _load(config.deepspeed)
+    agree = _Agreement(config)
+    params = _section(_section(ds, "optimizer", DEFAULT["optimizer"]), "params", {})
+    agree.on(params, "lr", "optimizer.params.lr", "learning_rate", fill=True)
+    decays = ds["optimizer"].get("type", "").lower() not in _WITHOUT_WEIGHT_DECAY
+    # filled in where the JSON lacks it: torch's AdamW would else take 0.01
+    agree.on(params, "weight_decay", "optimizer.params.weight_decay", "weight_decay", fill=decays or config.weight_decay > 0)
+    agree.on(ds, "gradient_clipping", "gradient_clipping", "max_grad_norm", fill=True)
+    agree.on(ds, "train_batch_size", "train_batch_size", "batch_size")
+    for name, auto in {"betas": [0.9, 0.999], "eps": 1e-8}.items():
+        if params.get(name) == "auto":
+            params[name] = auto
+    _precision(ds, native_bf16)
+    _micro_batches(ds, num_ranks)
+    _scheduler(ds, agree)
+    zero = _section(ds, "zero_optimization", {"stage": 0})
+    if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage is {zero['stage']!r}, expected 0, 1, 2 or 3")
+    if ds["bf16"]["enabled"]:
+        _accumulate_in_float32(ds, zero)
+    for name, size in _SIZED_BY_HIDDEN.items():
+        if zero.get(name) == "auto":
+            zero[name] = size(hidden_size)
+    _hierarchy(zero, num_ranks, ranks_a_host)
+    if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    ds.setdefault("steps_per_print", 2**31 - 1)  # wsft prints its own progress
+    ds.setdefault("zero_allow_untested_optimizer", True)  # any optimizer: the user chose it
+    _refuse_auto(ds)
+    return agree.config(), ds
+
+
+def what_learns(ds: dict[str, Any]) -> dict[str, Any]:
+    """Of the resolved JSON, what a checkpoint brings back: the optimizer's parameters, by whatever code it runs, and the
+    scheduler's."""
+    params = {name: value for name, value in ds["optimizer"].get("params", {}).items() if name not in _IMPLEMENTATION}
+    return {"optimizer": {"params": params}, "scheduler": ds.get("scheduler", {})}
+
+
+def for_reference(ds: dict[str, Any]) -> dict[str, Any]:
+    """The resolved JSON of a model that is not trained: sharded and offloaded as the trained one, with nothing to optimise, and
+    without the second shares, which are for backward passes."""
+    idle = ("offload_optimizer", "zero_hpz_partition_size")
+    zero = {k: v for k, v in ds["zero_optimization"].items() if k not in idle}
+    idle = ("optimizer", "scheduler", "gradient_clipping", "zero_optimization", "checkpoint")
+    return {k: v for k, v in ds.items() if k not in idle} | {"zero_optimization": zero}
+
+
+def _load(source: str | dict | None) -> dict[str, Any]:
+    try:
+        text = json.dumps(DEFAULT if source is None else source) if not isinstance(source, str) else Path(source).read_text()
+        ds = parse_json(text)
+    except OSError as error:
+        raise UserError(f"the DeepSpeed JSON {source} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"the DeepSpeed JSON {source} is not JSON: {error}") from error
+    except ValueError as error:
+        raise UserError(f"the DeepSpeed JSON {source}: {error}") from error
+    if not isinstance(ds, dict):
+        raise UserError(f"the DeepSpeed JSON {source} holds a {type(ds).__name__}, expected an object")
+    for key in ds:  # DeepSpeed passes over a section that it does not know
+        near = difflib.get_close_matches(key, _SECTIONS, n=1, cutoff=0.85)
+        if near and key not in _SECTIONS:
+            raise UserError(f"the DeepSpeed JSON has {key!r}: did you mean {near[0]!r}?")
+    return ds
+
+
+def _section(parent: dict, name: str, default: dict) -> dict:
+    section = parent.setdefault(name, json.loads(json.dumps(default)))
+    if not isinstance(section, dict):
+        raise UserError(f"{name} in the DeepSpeed JSON is {section!r}, expected an object")
+    return section
+
+
+class _Agreement:
+    """Settings that both the run's config and the DeepSpeed JSON name."""
+
+    def __init__(self, config: WeightedSFTConfig):
+        self.run, self.adopted = config, {}
+
+    def on(self, section: dict, key: str, path: str, setting: str, *, fill: bool = False) -> None:
+        """Bring section[key] and the run's setting together; with `fill`, also where the JSON does not have the key."""
+        mine, theirs = getattr(self.run, setting), section.get(key)
+        if theirs == "auto" or (theirs is None and fill):
+            section[key] = mine
+        elif theirs is None:
+            return
+        elif isinstance(theirs, bool) or not isinstance(theirs, int | float):
+            raise UserError(f'{path} in the DeepSpeed JSON is {theirs!r}, expected a number or "auto"')
+        elif theirs != mine and setting in self.run.model_fields_set:
+            raise UserError(
+                f"{path} in the DeepSpeed JSON is {theirs!r}, but {setting} of the run is {mine!r}: "
+                f'make them equal, or write "auto" in the JSON'
+            )
+        elif theirs != mine:
+            self.adopted[setting] = theirs
+
+    def config(self) -> WeightedSFTConfig:
+        if not self.adopted:
+            return self.run
+        return WeightedSFTConfig(**{**self.run.model_dump(include=self.run.model_fields_set), **self.adopted})
+
+
+def _precision(ds: dict, native_bf16: bool) -> None:
+    if _section(ds, "fp16", {"enabled": False}).get("enabled"):
+        raise UserError(
+            "fp16.enabled is set in the DeepSpeed JSON: wsft trains in bf16 or fp32, whose gradients need no loss scaling; "
+            'write "bf16": {"enabled": true}, or leave both out for fp32'
+        )
+    del ds["fp16"]
+    if "bfloat16" in ds:  # DeepSpeed's older name for it, which it reads only where "bf16" is absent
+        ds.setdefault("bf16", ds.pop("bfloat16"))
+    bf16 = _section(ds, "bf16", {"enabled": False})
+    if bf16.setdefault("enabled", False) == "auto":
+        bf16["enabled"] = native_bf16
+
+
+def _accumulate_in_float32(ds: dict, zero: dict) -> None:
+    """Gradients are summed over micro-batches and over ranks in float32 unless the JSON says otherwise.
+
+    DeepSpeed's default is the model's type. In bf16, with 8 bits of mantissa, a sum stops growing where what is added is below
+    1/256 of it: 512 equal micro-batches gave 0.73 of their gradient.
+    """
+    types = _section(ds, "data_types", {})
+    if types.get("grad_accum_dtype") in (None, "auto"):
+        types["grad_accum_dtype"] = "fp32"
+    if ds.get("communication_data_type") in (None, "auto"):
+        ds["communication_data_type"] = "fp32" if types["grad_accum_dtype"] == "fp32" else "bf16"
+    if types["grad_accum_dtype"] != "fp32":
+        log.info(
+            "data_types.grad_accum_dtype in the DeepSpeed JSON is %s: sums of many micro-batches lose digits (of 512 equal "
+            "ones 0.73 is left); fp32 takes 2 bytes a parameter more, of a rank's share",
+            types["grad_accum_dtype"],
+        )
+    elif zero["stage"] == 0:
+        zero["stage"] = 1
+        log.info("ZeRO stage 0 sums gradients in bf16 only: stage 1, which sums them in float32, is used instead")
+
+
+def _micro_batches(ds: dict, num_ranks: int) -> None:
+    """Micro-batches are planned from micro_batch_tokens, their number varies with the data; DeepSpeed counts none."""
+    for key, allowed in {"gradient_accumulation_steps": (1,), "train_micro_batch_size_per_gpu": ()}.items():
+        if ds.get(key, "auto") not in ("auto", *allowed):
+            raise UserError(
+                f"{key} in the DeepSpeed JSON is {ds[key]!r}, but micro_batch_tokens and batch_size of the run decide the "
+                f'micro-batches: write "auto", or leave it out'
+            )
+    ds |= {"gradient_accumulation_steps": 1, "train_micro_batch_size_per_gpu": 1, "train_batch_size": num_ranks}
+
+
+def _hierarchy(zero: dict, num_ranks: int, ranks_a_host: int) -> None:
+    """hpZ (Wang et al. 2023, "ZeRO++"): the backward pass gathers from second shares within a host. On one host the first are
+    there already."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size == "auto":
+        size = zero["zero_hpz_partition_size"] = ranks_a_host if ranks_a_host < num_ranks else 1
+    if size and num_ranks % size:
+        raise UserError(
+            f"zero_hpz_partition_size is {size}, but {num_ranks} rank(s) cannot be split into groups of {size}: start as many "
+            f"ranks on every host, or take it out of the DeepSpeed JSON"
+        )
+
+
+def _scheduler(ds: dict, agree: _Agreement) -> None:
+    """A scheduler in the JSON is the user's and drives the run; else the run's lr_scheduler does (engine.py)."""
+    if "scheduler" not in ds:
+        return
+    if "lr_scheduler" in agree.run.model_fields_set:
+        raise UserError(
+            f"the DeepSpeed JSON has a scheduler ({ds['scheduler'].get('type')}) and the run sets lr_scheduler "
+            f"{agree.run.lr_scheduler}: keep one of the two"
+        )
+    scheduler = _section(ds, "scheduler", {})
+    kind, params = scheduler.get("type"), _section(scheduler, "params", {})
+    if kind in _OF_OTHER_RATES:
+        raise UserError(
+            f"scheduler.type in the DeepSpeed JSON is {kind!r}, whose rates are not those of the run: write one of "
+            f"{', '.join(_SCHEDULERS)} or leave the scheduler out, and set lr_scheduler and learning_rate"
+        )
+    for name, setting in _SCHEDULERS.get(kind, {}).items():  # filled in where they are absent: DeepSpeed has values of its own
+        agree.on(params, name, f"scheduler.params.{name}", setting, fill=True)
+    if params.get("warmup_num_steps") == 0:  # which DeepSpeed does not take
+        params["warmup_num_steps"] = 1
+    if params.get("warmup_min_lr") == "auto":
+        params["warmup_min_lr"] = 0
+
+
+def _refuse_auto(node: Any, path: str = "") -> None:
+    if node == "auto":
+        raise UserError(f'{path} in the DeepSpeed JSON is "auto", which the run has no value for: write the value')
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        _refuse_auto(child, f"{path}.{key}".lstrip("."))

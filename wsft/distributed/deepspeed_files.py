@@ -1,0 +1,72 @@
+"""The files of DeepSpeed's checkpoints: read without running code from them, and converted to another number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wsft.errors import UserError
+
+
+def trust_no_pickle() -> None:
+    """From here on torch.load builds tensors, plain containers and three classes of DeepSpeed, and runs no code from a file;
+    also where DeepSpeed asks it to."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])
+
+
+def convert(folder: Path, out: Path) -> None:
+    """A checkpoint of another number of ranks into one for any (DeepSpeed's "universal checkpoint"). One rank calls it.
+
+    In a process of its own: it takes the memory of several ranks, and gives it back.
+    """
+    code = (
+        "from wsft.distributed.deepspeed_files import trust_no_pickle; trust_no_pickle()\n"
+        "from deepspeed.checkpoint.ds_to_universal import main, parse_arguments; main(parse_arguments())"
+    )
+    arguments = {"input_folder": folder, "output_folder": out, "num_extract_workers": 1, "num_merge_workers": 1}
+    flags = [f"--{name}={value}" for name, value in arguments.items()]
+    command = [sys.executable, "-c", code, *flags, "--inject_missing_state"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode:
+        raise UserError(
+            f"DeepSpeed cannot convert {folder} to another number of ranks (it knows Adam's state only): resume on as many "
+            f"ranks as saved it. It said: {done.stderr.strip().splitlines()[-1:]}"
+        )
+
+
+def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
+    """Name -> whole value of everything in what `save` wrote; masters in float32. Values under ZeRO-3 are put together when
+    `.contiguous()` is called, out of files that are mapped, not read."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.utils import zero_to_fp32
+
+    zero_to_fp32.tqdm = lambda items, **_: items
+    trust_no_pickle()
+    whole = folder / "mp_rank_00_model_states.pt"
+    if not any(folder.glob("*optim_states.pt")):  # stage 0: nothing is sharded
+        state = torch.load(whole, map_location="cpu", mmap=True)["module"]
+    else:
+        state = quietly(
+            zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, str(folder.parent), tag=folder.name, lazy_mode=True
+        )
+        if whole.exists():  # stages 1 and 2: what is not trained has no masters
+            state = torch.load(whole, map_location="cpu", mmap=True)["module"] | state
+    return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+def quietly(action: Any, *args: Any, **kwargs: Any) -> Any:
+    """DeepSpeed prints as it goes. (Its stderr stays: the watchdog's words go there, too.)"""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return action(*args, **kwargs)

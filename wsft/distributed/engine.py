@@ -1,0 +1,334 @@
+"""One optimizer step of many uneven micro-batches, by DeepSpeed.
+
+DeepSpeed divides by a fixed number of accumulation steps and averages over ranks. wsft's loss is a sum whose weights are
+already divided by the *global* count, and the number of micro-batches varies, so both are undone here and nowhere else.
+Knows nothing of Atropos or advantages; which objective weighs the tokens is known to `TokenTerms` alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from wsft.config import WeightedSFTConfig
+from wsft.device import PeakMemory, to_device
+from wsft.distributed.deepspeed_files import quietly
+from wsft.distributed.op_compilation import choose_adam, compiling_ops
+from wsft.distributed.process_start import collective_timeout
+from wsft.distributed.world import World
+from wsft.errors import UserError
+from wsft.loss.terms import TokenTerms
+from wsft.model.causal_lm import WeightedSFTModel
+from wsft.model.packing import Layout
+
+log = logging.getLogger(__name__)
+
+
+# deepspeed is imported inside functions: it picks its accelerator when it is imported, and start_ranks picks it first
+
+
+def check_json(ds: dict[str, Any]) -> None:
+    """UserError if DeepSpeed would refuse its resolved JSON for what it says. Needs no other rank."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            DeepSpeedConfig(ds | {"train_batch_size": 1})  # alone, it counts one rank
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses its JSON: {error}") from error
+    name = ds["optimizer"].get("type", "")
+    if name.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, name):
+        raise UserError(f"optimizer.type in the DeepSpeed JSON is {name!r}: neither DeepSpeed nor torch has it; write AdamW")
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass: rows [B, T], flat positions of their trained tokens [N] (see causal_lm.py), their part of the loss."""
+
+    tokens_BT: torch.Tensor
+    trained_N: torch.Tensor
+    terms: TokenTerms
+    layout: Layout | None  # of the sequences packed in one row; None: every row is one
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, the same on every rank."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool  # False: parameters, optimizer and schedule are as before
+    signal: bool  # whether any token had a weight: if not, no step was applied, with one gradients were not finite
+    without_gradient: list[str]  # parameters that no rank had a gradient of; told of the first step with a signal alone
+    sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
+    maxima: dict[str, float]
+    peak_gib: float  # of memory, on the rank that took most, since the step before
+
+
+class Engine:
+    def __init__(self, config: WeightedSFTConfig, ds: dict[str, Any], model: WeightedSFTModel, world: World):
+        import deepspeed
+        from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+        self.world, self.stage = world, ds["zero_optimization"]["stage"]
+        self._peak = PeakMemory(world.device)
+        choose_adam(ds, world)
+        if self.stage == 3:
+            _gather_as_one(model)
+        schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
+        try:
+            with compiling_ops():
+                self._engine, *_ = deepspeed.initialize(
+                    model=model,
+                    model_parameters=parameter_groups(model, ds["optimizer"].get("params", {}).get("weight_decay", 0)),
+                    config=ds,
+                    lr_scheduler=schedule,
+                    dist_init_required=False,
+                )
+        except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
+        model.run = self._engine.__call__
+        _require_rates(self._engine, ds)
+        for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with NCCL's timeout, 10 minutes
+            dist.distributed_c10d._set_pg_timeout(collective_timeout(world.patience_s), group)
+        if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
+            _undo_warm_up(self._engine.optimizer)
+        self._without_gradient = _note_gradients(model)
+        self._unwritten: Exception | None = None
+        self._engine.checkpoint_engine.save = self._write
+        self._engine._copy_recovery_script = lambda folder: None  # no code among the data
+
+    @property
+    def queues(self) -> bool:
+        """Whether what is asked of the device is done later."""
+        return self.world.device.type == "cuda"
+
+    def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> Callable[[], StepResult]:
+        """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many.
+
+        With a reference, its logps are those that the KL term compares with. What is returned tells the result; to call it is
+        a collective, and waits for the device: best after the next step was given to it.
+        """
+        engine, found, signals = self._engine, [], []
+        for i, mb in enumerate(micro_batches):
+            tokens_BT, trained_N, terms = (to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
+            if reference:
+                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.layout))
+            engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
+            out = engine(tokens_BT, trained_N, terms, mb.layout, **terms.head_options())
+            engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
+            sums, maxima = terms.sums(out)
+            signals.append(terms.has_signal(sums))
+            found.append(({"loss": out.loss.detach().double()} | sums, maxima))
+        learning_rate = engine.get_lr()[0]
+        signal = self.world.highest({"signal": torch.stack(signals).any()})["signal"] > 0
+        grad_norm, applied = self._apply(signal)
+        peak = {"gib": torch.tensor(self._peak.gib())}
+        sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
+
+        def result() -> StepResult:
+            unreached = self._parameters_without_gradient() if signal else []
+            all_sums = self.world.sums({name: x.sum() for name, x in sums.items()})
+            highest = self.world.highest({name: x.amax() for name, x in maxima.items()})
+            norm, peak_gib = float(grad_norm) if applied or not signal else math.nan, self.world.highest(peak)["gib"]
+            return StepResult(
+                all_sums.pop("loss"), norm, learning_rate, applied, signal, unreached, all_sums, highest, peak_gib
+            )
+
+        return result
+
+    def _parameters_without_gradient(self) -> list[str]:
+        if not self._without_gradient:
+            return []
+        found, self._without_gradient = self._without_gradient, {}
+        had = self.world.highest({name: torch.tensor(not missing) for name, missing in found.items()})
+        return [name for name in found if not had[name]]
+
+    def _apply(self, signal: bool) -> tuple[float | torch.Tensor, bool]:
+        """The optimizer step; the norm of the gradient before clipping, and whether there was a step: there is none where the
+        gradient is not finite, or where no token had a weight, for Adam's momentum and weight decay would move parameters all
+        the same.
+
+        Stages 1 to 3 look for non-finite gradients themselves and skip the step without a message; stage 0 does not look.
+        """
+        engine = self._engine
+        if self.stage > 0:
+            with contextlib.nullcontext() if signal else _without_update(engine):
+                engine.step()
+            return engine.get_global_grad_norm(), signal and engine.was_step_applied()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+        applied = signal and math.isfinite(norm)
+        if applied:
+            engine.step()
+        else:
+            engine.optimizer.zero_grad()
+            engine.zero_grad()
+        return norm, applied
+
+    def save(self, folder: Path) -> tuple[int, Exception | None]:
+        """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets
+        through; returned are the bytes that this rank wrote, and what its disk said."""
+        self._written = 0
+        quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False)
+        failure, self._unwritten = self._unwritten, None
+        return self._written, failure
+
+    def _write(self, state_dict: dict, path: str) -> None:
+        """DeepSpeed's way to write a file, but durable, and without an exception between its barriers."""
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+                self._written += file.tell()
+        except Exception as error:
+            self._unwritten = self._unwritten or error
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, or what `convert` made of it. All ranks call it together, before the first step."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path, _ = quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name)
+        assert path is not None, folder
+        optimizer = self._engine.basic_optimizer
+        on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for param, state in optimizer.state.items():
+            # from a converted checkpoint DeepSpeed gives all parameters one tensor, on the CPU, which each then would count up
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].to(param.device if on_device else "cpu", copy=True)
+
+
+class Reference:
+    """A frozen model, sharded as the trained one is."""
+
+    def __init__(self, ds: dict[str, Any], model: WeightedSFTModel, world: World):
+        import deepspeed
+
+        self.model = model
+        if ds["zero_optimization"]["stage"] == 3:
+            _gather_as_one(model)
+            self._model, *_ = deepspeed.initialize(model=model, config=ds, dist_init_required=False)
+            model.run = self._model.__call__
+        else:
+            self._model = model.to(world.device)
+        model.check_head(world.device)
+
+    @torch.no_grad()
+    def logp(
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, layout: Layout | None
+    ) -> torch.Tensor:
+        """[N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
+        silence_N = torch.zeros_like(temperature_N)
+        return self._model(tokens_BT, trained_N, silence_N, layout, temperature=temperature_N).logp_N
+
+
+def _undo_warm_up(optimizer: Any) -> None:
+    """At stage 0 in bf16, DeepSpeed's optimizer takes a step on zero gradients to make its state: Adam would count it, and
+    weight decay would be applied once too often."""
+    optimizer.optimizer.state.clear()
+    for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for param, master in zip(params, masters, strict=True):
+            master.data.copy_(param.data)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
+    """What the optimizer gets: matrices and embeddings decay, norms and biases do not, as in transformers' Trainer."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not weight_decay:
+        return trained
+    kept = {
+        id(param)
+        for module in model.modules()
+        for name, param in module.named_parameters(recurse=False)
+        if "norm" in type(module).__name__.lower()
+        or name.endswith("bias")
+        or len(getattr(param, "ds_shape", param.shape)) < 2  # under ZeRO-3 the parameter itself is partitioned and flat
+    }
+    decayed, others = ([p for p in trained if (id(p) in kept) == keep] for keep in (False, True))
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+
+
+def _gather_as_one(model: WeightedSFTModel) -> None:
+    """What is inside of a module that runs its children by what its input is. Where each gathered its own parameters, on those
+    ranks whose tokens want it, the others would not enter that collective."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in model.modules():
+        if type(module) in model.routed:
+            set_z3_leaf_module(module, True)
+
+
+def _require_rates(engine: Any, ds: dict[str, Any]) -> None:
+    """UserError if the optimizer or the scheduler as it was made has other values than the resolved JSON."""
+    wanted, schedule = ds["optimizer"].get("params", {}), engine.lr_scheduler
+    peaks = getattr(schedule, "max_lrs", None) or getattr(schedule, "org_lrs", None)
+    for i, group in enumerate(engine.basic_optimizer.param_groups):
+        found = group | {"lr": peaks[i] if peaks else group.get("initial_lr", group["lr"])}
+        for name in wanted.keys() & found.keys() - ({"weight_decay"} if i else set()):  # of norms and biases it is 0
+            if _plain(found[name]) != _plain(wanted[name]):
+                raise UserError(
+                    f"optimizer.params.{name} in the DeepSpeed JSON, or the run's setting of it, is {wanted[name]}, but the "
+                    f"optimizer has {found[name]}: something else in the JSON sets it, as a scheduler may"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else float(value) if isinstance(value, torch.Tensor) else value
+
+
+def _note_gradients(model: WeightedSFTModel) -> dict[str, bool]:
+    """Name -> whether it has had no gradient yet, of each trained parameter."""
+    missing = {}
+
+    def note(name: str, param: torch.nn.Parameter) -> None:
+        def noted(_: torch.Tensor) -> None:
+            missing[name] = False
+            hook.remove()
+
+        hook = param.register_post_accumulate_grad_hook(noted)
+
+    for name, param in model.model.named_parameters():
+        if param.requires_grad:
+            missing[name] = True
+            note(name, param)
+    return missing
+
+
+@contextlib.contextmanager
+def _without_update(engine: Any) -> Iterator[None]:
+    """A step inside empties what DeepSpeed has summed, and leaves parameters, optimizer and schedule as they are."""
+    optimizer, schedule, sharded = engine.basic_optimizer, engine.lr_scheduler, engine.optimizer
+    step, linked = optimizer.step, getattr(sharded, "_hp_optimizer_states_linked", None)
+    optimizer.step, engine.lr_scheduler = lambda *_, **__: None, None
+    try:
+        yield
+    finally:
+        optimizer.step, engine.lr_scheduler = step, schedule
+        if linked is False:  # to states that only a step makes
+            sharded._hp_optimizer_states_linked = False
+
+
+def _schedule(config: WeightedSFTConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """The course of the learning rate. No step has rate 0, as the usual schedules have at their first: batches are dear."""
+    warmup, total = config.warmup_steps, config.training_steps
+
+    def factor(step: int) -> float:  # of the update after `step` others
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        left = max(0, total - step) / (total - warmup)
+        return {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[config.lr_scheduler]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

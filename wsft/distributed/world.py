@@ -1,0 +1,317 @@
+"""The ranks of a run: who they are, what they say to each other, and that they end together.
+
+Imports torch.distributed only. Control messages and batches go over gloo on the host, never over NCCL, so that they need
+no stream, no device memory, and no rank can wait on a collective that another never enters without the watch below.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from wsft.distributed.watchdog import Watchdog
+from wsft.errors import UserError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_FAILURE = "wsft/failure"  # key in the rendezvous store, of an attempt: the message of the rank that failed first
+_SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # the shell that salloc gives; those of scripts and externs lie above
+_LOOK_S = 1.0  # between two looks at it
+# to download, load, save or export a model: seconds, and at least so many times step_timeout; and bytes per second beside them
+FILES_S, FILES_TIMES, SLOWEST_DISK = 600.0, 10.0, 10 * 2**20
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo says it
+_RANK_0_GONE = "rank 0: gone without a message (killed, or out of memory?)"  # the store lives there
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed; its message is this one's."""
+
+
+def ranks_from_environment() -> int:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and deepspeed do, where they are missing:
+    from SLURM_* under `srun`, and to one rank for a plain `python train.py`. This process's rank."""
+    env = os.environ
+    if "RANK" not in env:
+        _take_ranks_from_slurm(env) if _is_of_a_step(env) else _be_alone(env)
+    env.setdefault("LOCAL_RANK", "0")
+    return int(env["RANK"])
+
+
+def _is_of_a_step(env: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process beside others: the shell of an allocation has the names of a step, too, but is one
+    task of it, whatever the job is for."""
+    step = int(env.get("SLURM_STEP_ID", _SLURM_INTERACTIVE_STEP))
+    return step < _SLURM_INTERACTIVE_STEP and int(_tasks(env)) > 1
+
+
+def _tasks(env: Mapping[str, str]) -> str:
+    return env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
+
+
+def _take_ranks_from_slurm(env: MutableMapping[str, str]) -> None:
+    env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": _tasks(env), "LOCAL_RANK": env["SLURM_LOCALID"]}
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    # steps of one job may run side by side
+    port = 20000 + (int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])) % 20000
+    env.setdefault("MASTER_PORT", str(port))
+
+
+def first_host(nodelist: str) -> str:
+    """Of SLURM's "gpu[03-05,9]-ib,login1". Without scontrol, which containers do not have."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+
+
+def _be_alone(env: MutableMapping[str, str]) -> None:
+    env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def free_port() -> int:
+    """One on loopback that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def ranks_on_this_host() -> int:
+    """As torchrun, deepspeed or srun say; 1 where nobody does."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    return int(next((os.environ[name] for name in names if name in os.environ), "1"))
+
+
+def files_patience_s(step_timeout: float, size: int = 0) -> float:
+    """Seconds that work on files of so many bytes may take."""
+    return max(FILES_S, FILES_TIMES * step_timeout) + size / SLOWEST_DISK
+
+
+class World:
+    """This rank among the others. Made after the process group (engine.py).
+
+    Args:
+        step_timeout: seconds without any message between ranks after which the run counts as hanging (watchdog.py).
+    """
+
+    def __init__(self, device: torch.device, step_timeout: float):
+        self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        # what takes too long is for the watchdog to say: it knows the stacks
+        self._hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._step_timeout, self._watchdog = step_timeout, Watchdog(step_timeout)
+        self.patience_s = files_patience_s(step_timeout)
+        self._failed: Callable[[str], None] = lambda _: None
+        self._dying = threading.Lock()
+
+    def broadcast(self, arrays: object | None, like: type, source: int) -> object:
+        """A dataclass of 1-D NumPy arrays from one rank to all: one message of sizes, then one per field.
+
+        No pickling: `like` gives the fields, and each field's dtype code travels with its size.
+        """
+        fields = [f.name for f in dataclasses.fields(like)]
+        header = torch.zeros(len(fields), 2, dtype=torch.int64)
+        if self.rank == source:
+            local = [np.ascontiguousarray(getattr(arrays, name)) for name in fields]
+            header = torch.tensor([[len(a), _DTYPES.index(a.dtype)] for a in local], dtype=torch.int64)
+        dist.broadcast(header, source, group=self._hosts)
+        received = []
+        for i, (size, code) in enumerate(header.tolist()):
+            array = local[i] if self.rank == source else np.empty(size, _DTYPES[code])
+            if size:
+                dist.broadcast(torch.from_numpy(array.view(np.uint8)), source, group=self._hosts)
+            received.append(array)
+        return like(**dict(zip(fields, received, strict=True)))
+
+    def words(self, word: int) -> list[int]:
+        """Every rank's word, on every rank."""
+        if self._dying.locked():
+            threading.Event().wait()  # a thread of this process is ending it: a peer that woke up must not go on meanwhile
+        self._watchdog.alive()
+        gathered = torch.zeros(self.size, dtype=torch.int64)
+        gathered[self.rank] = word
+        dist.all_reduce(gathered, group=self._hosts)
+        return gathered.tolist()
+
+    def all_say(self, yes: bool) -> bool:
+        """Whether every rank does."""
+        return min(self.words(int(yes))) == 1
+
+    def sums(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Each scalar's sum over ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def highest(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Each scalar's maximum over ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: dict[str, torch.Tensor], how: dist.ReduceOp) -> dict[str, float]:
+        reduced = torch.stack([x.detach().double() for x in values.values()]).cpu()
+        dist.all_reduce(reduced, how, group=self._hosts)
+        return dict(zip(values, reduced.tolist(), strict=True))
+
+    def text_of_rank_0(self, text: str) -> str:
+        """Rank 0's, on every rank."""
+        mine = _Text(np.frombuffer(text.encode(), dtype=np.uint8).copy()) if self.rank == 0 else None
+        return bytes(self.broadcast(mine, _Text, 0).text).decode()
+
+    def agree(self, error: BaseException | None) -> None:
+        """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""
+        failed = [rank for rank, word in enumerate(self.words(int(error is not None))) if word]
+        if not failed:
+            return
+        text = np.array(list(_sentence(error).encode() if error else b""), dtype=np.uint8)
+        said = self.broadcast(_Text(text) if self.rank == failed[0] else None, _Text, failed[0])
+        raise error or PeerFailed(f"rank {failed[0]}: {bytes(said.text).decode()}")
+
+    def together(self, action: Callable[[], T] | None) -> T | None:
+        """Run the action (None: this rank has nothing to do); an exception on any rank is raised on all, afterwards."""
+        result = error = None
+        try:
+            result = action() if action else None
+        except Exception as failure:
+            error = failure
+        self.agree(error)
+        return result
+
+    def on_rank_0(self, action: Callable[[], T]) -> T | None:
+        return self.together(action if self.rank == 0 else None)
+
+    @contextlib.contextmanager
+    def taking_its_time(self) -> Iterator[None]:
+        """Around work on the files of a whole model, which may take longer than any step: `patience_s` pass before it counts
+        as hanging. A collective."""
+        self.words(0)
+        before, self._watchdog.allowed = self._watchdog.allowed, self.patience_s
+        yield
+        self.words(0)
+        self._watchdog.allowed = before
+
+    def expect_files(self, size: int) -> None:
+        """From now on, the context around this too, of so many bytes."""
+        self.patience_s = self._watchdog.allowed = files_patience_s(self._step_timeout, size)
+
+    @contextlib.contextmanager
+    def ending_together(self, failed: Callable[[str], None]) -> Iterator[None]:
+        """An exception on one rank inside ends every rank, within seconds, with that rank's message; so does a rank that hangs.
+
+        The others may sit in a collective that will never complete, so no collective can tell them. The failing rank writes
+        its message into the rendezvous store, where a thread of every rank looks, and lingers so that they read it before
+        its sockets close. `failed` is told the message on one rank, before it ends.
+        """
+        self._failed, peers = failed, self._peers()
+        self._watchdog.alive()
+        self._watchdog.watch(peers, self._die)
+        try:
+            yield from self._alone() if self.size == 1 else self._with_others()
+        finally:
+            self._watchdog.off()
+
+    def _alone(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self._failed(_sentence(error))
+            raise
+
+    def _with_others(self) -> Iterator[None]:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # a rank 0 that is merely stopped is the watchdog's to notice, not a store that does not answer
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._step_timeout + 60))
+        # torchrun keeps its store when it starts ranks again: what an attempt that failed has left is not for the next
+        store = dist.PrefixStore(str(self.words(secrets.randbits(62))[0]), store)
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(store, over), daemon=True)
+        watch.start()
+        try:
+            yield
+        except BaseException as error:
+            self._die(self._first_failure(store, error))
+        over.set()
+        watch.join()
+        dist.barrier(group=self._hosts)  # the store lives on rank 0: nobody may find it gone while still watching
+
+    def _peers(self) -> list[int]:
+        """Process ids of the other ranks on this host."""
+        namespace = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid') if os.path.exists('/proc/self/ns') else ''}"
+        pids, hosts = self.words(os.getpid()), self.words(zlib.crc32(namespace.encode()))
+        return [pid for pid, host in zip(pids, hosts, strict=True) if host == hosts[self.rank] and pid != os.getpid()]
+
+    def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:
+        """Mine, now in the store for the others, or where it only follows from another rank's, that one."""
+        lost_peer = isinstance(mine, RuntimeError) and any(words in str(mine) for words in _LOST_PEER)
+        follows = lost_peer or isinstance(mine, PeerFailed)
+        if lost_peer:
+            time.sleep(_LOOK_S)  # what the peer had to say may be on its way
+        try:
+            if store.check([_FAILURE]):
+                return PeerFailed(store.get(_FAILURE).decode()) if follows else mine
+            if lost_peer:
+                mine = PeerFailed("another rank: gone without a message (killed, or out of memory?)")
+            store.set(_FAILURE, str(mine) if follows else f"rank {self.rank}: {_sentence(mine)}")
+        except dist.DistError:
+            return PeerFailed(_RANK_0_GONE) if lost_peer else mine
+        return mine
+
+    def _watch(self, store: dist.TCPStore, over: threading.Event) -> None:
+        while not over.wait(_LOOK_S):
+            try:
+                if not store.check([_FAILURE]):
+                    continue
+                message = store.get(_FAILURE).decode()
+            except dist.DistError:
+                message = _RANK_0_GONE
+            if not over.is_set():
+                self._die(PeerFailed(message))
+
+    def _die(self, error: BaseException) -> NoReturn:
+        """Say why and end this process at once: a normal exit would wait for threads and collectives that never end."""
+        if not self._dying.acquire(blocking=False):
+            threading.Event().wait()  # the other thread of this process is saying it
+        telling = threading.Thread(target=self._tell, args=(error,), daemon=True)
+        telling.start()
+        telling.join(5 * _LOOK_S)  # a file system that hangs must not keep this process
+        if isinstance(error, PeerFailed):
+            log.error("ended by %s", error)
+        elif not isinstance(error, SystemExit | KeyboardInterrupt):
+            text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+            log.error("%s", text)
+        with contextlib.suppress(OSError):  # nobody may be left to read it
+            sys.stdout.flush()
+            sys.stderr.flush()
+        if self.rank == 0 or not isinstance(error, PeerFailed):
+            time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, outlive the other ranks' next look
+        os._exit(1)
+
+    def _tell(self, error: BaseException) -> None:
+        """One rank writes down why: the first that is still there."""
+        if self.rank == (1 if _RANK_0_GONE in str(error) else 0):
+            with contextlib.suppress(OSError):  # a full disk
+                self._failed(_sentence(error))
+
+
+def _sentence(error: BaseException) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    text: np.ndarray  # [bytes] uint8
+
+
+_DTYPES = [np.dtype(name) for name in ("uint8", "bool", "int64", "float32", "float64")]

@@ -1,0 +1,3 @@
+from wsft.environment.server import main
+
+main()

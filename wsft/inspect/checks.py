@@ -1,0 +1,301 @@
+"""What looks wrong in a batch, in words, with the place: faults that training does not notice, since the loss goes down all the
+same. Each check is a function that yields findings. It looks at what the decoder made of the records, never at a second reading
+of them; only the sampler's logps outside the mask are read anew. NumPy only: no torch, no tokenizer, no HTTP.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wsft.loss.advantages import Override
+from wsft.rollouts import records
+from wsft.rollouts.batch import Batch
+from wsft.rollouts.decoder import REJECTED, Fault, Rollout
+from wsft.rollouts.records import Malformed
+
+Place = tuple[int, int | None]  # number of the rollout in the batch, position in it
+
+SHARED_PROMPT = 8  # tokens that completions of one prompt do not begin with by chance
+UNCENTRED = 0.5  # mean over deviation of the sequences' advantages
+FEWEST_FOR_A_MEAN = 8  # sequences, below which a mean is chance
+FAR_LOGP = 0.25  # nats that sampler and policy are apart on average; rounding in bf16 makes 0.03
+CLOSER = 0.5  # another reading of the sampler's logps fits if it leaves no more than this of the distance
+
+
+@dataclass(frozen=True)
+class Finding:
+    text: str  # a sentence, without its places
+    places: list[Place] = field(default_factory=list)
+
+    def said(self, names: list[str], most: int = 4) -> str:
+        """The sentence with its first places, by the names of the rollouts."""
+        where = [names[r] + ("" if position is None else f", position {position}") for r, position in self.places[:most]]
+        more = [f"and {len(self.places) - most} more"] if len(self.places) > most else []
+        return f"{self.text} ({'; '.join(where + more)})" if where else self.text
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a tokenizer says of its tokens."""
+
+    bos: int | None = None
+    ends: frozenset[int] = frozenset()  # end of sequence, end of turn
+    special: frozenset[int] = frozenset()
+    assistant: tuple[int, ...] = ()  # what the chat template writes before an answer
+    user: tuple[int, ...] = ()  # and before what a user says; () where there is no template
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A batch as training has it. The policy's logps are NaN where they are not known, or None if nobody asked."""
+
+    rollouts: list[Rollout]
+    batch: Batch  # of them, with final advantages
+    faults: dict[str, list[Fault]]  # reason -> the first of them
+    words: Words
+    max_token_len: int
+    needs_advantages: bool  # whether a token without advantage weighs nothing
+    logp_N: np.ndarray | None = None
+    untempered_logp_N: np.ndarray | None = None  # at temperature 1, where the records say another
+
+    def each(self) -> Iterator[tuple[int, Rollout, np.ndarray]]:
+        """Number, rollout, and its final advantages."""
+        for r, (rollout, span) in enumerate(zip(self.rollouts, self.batch.spans(), strict=True)):
+            yield r, rollout, self.batch.advantages[span]
+
+    @property
+    def names(self) -> list[str]:
+        return [str(rollout.origin) for rollout in self.rollouts]
+
+    def groups(self) -> list[list[int]]:
+        """The rollouts of each record."""
+        return [list(rows) for _, rows in itertools.groupby(range(len(self.rollouts)), lambda r: self.rollouts[r].origin.name)]
+
+
+def look(sight: Sight) -> list[Finding]:
+    """All that looks wrong, what was left out first."""
+    return [finding for check in CHECKS for finding in check(sight)]
+
+
+def _left_out(sight: Sight) -> Iterator[Finding]:
+    counts = sight.batch.rejected
+    for reason, faults in sight.faults.items():
+        where = "; ".join(f"{fault.origin}: {fault.detail}" for fault in faults[:3])
+        what = f"left out: {reason}" if reason in REJECTED else reason
+        yield Finding(f"{counts[reason]} sequence(s) {what} ({where}{'; ...' if counts[reason] > 3 else ''})")
+
+
+def _borders(sight: Sight) -> Iterator[Finding]:
+    """Where completions begin, by the mask and by the sampler's logps, which have placeholders in the prompt."""
+    early, late = [], []
+    for r, rollout, _ in sight.each():
+        trained, sampled = (_starts(known) for known in (rollout.loss_mask, _sampled(rollout)))
+        if len(trained) == len(sampled) > 0:
+            apart = trained - sampled
+            if (apart == -1).all():
+                early.append((r, int(trained[0])))
+            elif (apart == 1).all():
+                late.append((r, int(sampled[0])))
+    if early:
+        yield Finding(
+            f"the mask begins one token before the sampler's logps in {len(early)} sequence(s): the last token of the prompt "
+            f"is trained, or the logps stand one position too late",
+            early,
+        )
+    if late:
+        yield Finding(
+            f"the mask begins one token after the sampler's logps in {len(late)} sequence(s): the first sampled token is not "
+            f"trained, or the logps stand one position too early",
+            late,
+        )
+
+
+def _template(sight: Sight) -> Iterator[Finding]:
+    """Trained tokens that the chat template wrote, not the model: what begins a turn, and what follows its end."""
+    words, found, users = sight.words, [], []
+    for r, rollout, _ in sight.each():
+        ids, trained = rollout.tokens, rollout.loss_mask
+        written = np.isin(ids, list(words.special - words.ends))
+        written[2:] |= np.isin(ids[1:-1], list(words.ends))  # what ends a text may also begin it
+        answers = _occurrences(ids, words.assistant)
+        for start in answers:
+            written[start : start + len(words.assistant)] = True
+        wrong = np.flatnonzero(written & trained)
+        if len(wrong):
+            found.append((r, int(wrong[0])))
+        over = np.sort(np.concatenate([np.flatnonzero(np.isin(ids, list(words.ends))), answers]))
+        for start in _occurrences(ids, words.user) + len(words.user):
+            end = next((int(n) for n in over if n >= start), len(ids))
+            if trained[start:end].any():
+                users.append((r, int(start + trained[start:end].argmax())))
+                break
+    if found:
+        yield Finding(f"tokens of the chat template are trained in {len(found)} sequence(s)", found)
+    if users:
+        yield Finding(f"what the user says is trained in {len(users)} sequence(s)", users)
+
+
+def _prompts(sight: Sight) -> Iterator[Finding]:
+    """Groups whose mask leaves no prompt out, though their sequences begin alike."""
+    found = []
+    for rows in sight.groups():
+        rollouts = [sight.rollouts[r] for r in rows]
+        unmasked = all(rollout.loss_mask[1 : SHARED_PROMPT + 1].all() for rollout in rollouts)
+        begun = {rollout.tokens[:SHARED_PROMPT].tobytes() for rollout in rollouts}
+        if unmasked and len(begun) == 1 and len({rollout.tokens.tobytes() for rollout in rollouts}) > 1:
+            found += [(r, 1) for r in rows]
+    if found:
+        yield Finding(
+            f"the prompt is trained in {len(found)} sequence(s): their groups begin alike, and no token is masked", found
+        )
+
+
+def _ends(sight: Sight) -> Iterator[Finding]:
+    """Completions that stop without saying so, though nothing cut them off."""
+    ends, open_, untrained = sight.words.ends, {}, []
+    for r, rollout, _ in sight.each():
+        at = np.flatnonzero(rollout.loss_mask)
+        if (
+            not ends or not len(at) or np.isin(rollout.tokens[at[-2:]], list(ends)).any()
+        ):  # a template may write a line end after it
+            continue
+        last, size = int(at[-1]), len(rollout.tokens)
+        if last + 1 < size and int(rollout.tokens[last + 1]) in ends:
+            untrained.append((r, last + 1))
+        elif last + 1 == size < sight.max_token_len and not _cut_off(rollout, len(at)):
+            open_[r] = last
+    for rows in sight.groups():  # several of equal length, none longer: the sampler's limit
+        sizes = [int(sight.rollouts[r].loss_mask.sum()) for r in rows]
+        for r, size in zip(rows, sizes, strict=True):
+            if size == max(sizes) and sizes.count(size) > 1:
+                open_.pop(r, None)
+    if open_:
+        text = f"{len(open_)} sequence(s) end without an end-of-sequence token, though nothing cut them off"
+        yield Finding(text, list(open_.items()))
+    if untrained:
+        yield Finding(f"the end-of-sequence token is not trained in {len(untrained)} sequence(s)", untrained)
+
+
+def _begins(sight: Sight) -> Iterator[Finding]:
+    bos = sight.words.bos
+    doubled = [(r, 1) for r, rollout, _ in sight.each() if bos is not None and (rollout.tokens[:2] == bos).all()]
+    if doubled:
+        yield Finding(f"the token that begins a sequence stands twice in {len(doubled)} sequence(s)", doubled)
+
+
+def _silent(sight: Sight) -> Iterator[Finding]:
+    masked = [(r, None) for r, rollout, _ in sight.each() if not rollout.loss_mask.any()]
+    if masked:
+        yield Finding(f"no token is trained in {len(masked)} sequence(s): all are masked", masked)
+
+
+def _variance(sight: Sight) -> Iterator[Finding]:
+    """Groups from which nothing is learned."""
+    if not sight.needs_advantages:
+        return
+    groups, weightless = sight.groups(), []
+    advantages = [advantages for _, _, advantages in sight.each()]
+    for rows in groups:
+        free = [r for r in rows if sight.rollouts[r].override is Override.NONE and sight.rollouts[r].loss_mask.any()]
+        if len(free) == len(rows) and not any(advantages[r].any() for r in rows):
+            weightless.append((rows[0], None))
+    if weightless:
+        share = len(weightless) / len(groups)
+        text = (
+            f"{len(weightless)} of {len(groups)} groups ({share:.0%}) teach nothing: all their advantages are 0 (equal scores?)"
+        )
+        yield Finding(text, weightless)
+
+
+def _centre(sight: Sight) -> Iterator[Finding]:
+    """Sequences' advantages that push all one way."""
+    free = [(r, rollout, a) for r, rollout, a in sight.each() if rollout.override is Override.NONE and rollout.loss_mask.any()]
+    means = np.array([advantages[rollout.loss_mask].mean() for _, rollout, advantages in free])
+    if not sight.needs_advantages or len(means) < FEWEST_FOR_A_MEAN or not means.any():
+        return
+    mean, deviation = means.mean(), means.std()
+    if abs(mean) > UNCENTRED * deviation:
+        yield Finding(
+            f"advantages are not centred: over {len(means)} sequences their mean is {mean:.3g}, their deviation "
+            f"{deviation:.3g} (raw rewards? set score_advantages, or advantage_normalization)"
+        )
+
+
+def _policy(sight: Sight) -> Iterator[Finding]:
+    """The sampler's logps beside the policy's, also if they stood one position off, or were of temperature 1."""
+    if sight.logp_N is None:
+        return
+    sampled = [_logps(rollout) for rollout in sight.rollouts]
+
+    def distance(logp_N: np.ndarray, shift: int = 0) -> float:
+        """With each of the sampler's logps taken from so many positions later."""
+        moved = np.concatenate([_moved(row, shift) for row in sampled])
+        apart = np.abs(moved - logp_N)
+        return float(apart[~np.isnan(apart)].mean()) if not np.isnan(apart).all() else np.inf
+
+    here = distance(sight.logp_N)
+    if not np.isfinite(here) or here <= FAR_LOGP:
+        return
+    others = {
+        "taken from one position later they fit (they stand one too late)": distance(sight.logp_N, 1),
+        "taken from one position earlier they fit (they stand one too early)": distance(sight.logp_N, -1),
+    }
+    if sight.untempered_logp_N is not None:
+        others["at temperature 1 they fit: set record_temperature false"] = distance(sight.untempered_logp_N)
+    best = min(others, key=others.get)
+    fits = (
+        f"{best}, {others[best]:.2f}" if others[best] < CLOSER * here else "no shift of one fits: other weights or temperature?"
+    )
+    yield Finding(f"the sampler's logps are {here:.2f} nats from the policy's on average: {fits}")
+
+
+CHECKS: tuple[Callable[[Sight], Iterator[Finding]], ...] = (
+    *(_left_out, _borders, _template, _prompts, _ends, _begins, _silent, _variance, _centre, _policy),
+)
+
+
+def _logps(rollout: Rollout) -> np.ndarray:
+    """[T] of the sampler, inside the mask and outside; NaN where there is none."""
+    record, _, i = rollout.origin
+    everywhere = np.ones(len(record["tokens"][i]), dtype=bool)
+    try:
+        return records.logps(record, i, "inference_logprobs", everywhere)[: len(rollout.tokens)]
+    except Malformed:
+        return np.full(len(rollout.tokens), np.nan, dtype=np.float32)
+
+
+def _sampled(rollout: Rollout) -> np.ndarray:
+    """[T] bool; never the first, as in the mask."""
+    known = ~np.isnan(_logps(rollout))
+    known[0] = False
+    return known
+
+
+def _starts(true_T: np.ndarray) -> np.ndarray:
+    """Positions at which a run of true begins."""
+    return np.flatnonzero(true_T & ~np.concatenate([[False], true_T[:-1]]))
+
+
+def _moved(row: np.ndarray, shift: int) -> np.ndarray:
+    moved = np.full_like(row, np.nan)
+    if shift:
+        moved[max(0, -shift) : len(row) - max(0, shift)] = row[max(0, shift) : len(row) - max(0, -shift)]
+    return moved if shift else row
+
+
+def _occurrences(ids: np.ndarray, phrase: tuple[int, ...]) -> np.ndarray:
+    """Where the phrase begins in the ids."""
+    if not phrase or len(ids) < len(phrase):
+        return np.zeros(0, np.int64)
+    return np.flatnonzero((np.lib.stride_tricks.sliding_window_view(ids, len(phrase)) == phrase).all(1))
+
+
+def _cut_off(rollout: Rollout, sampled: int) -> bool:
+    """Whether the record says that its sampler stopped at so many tokens."""
+    params = rollout.origin.record.get("generation_params")
+    limit = params.get("max_tokens") if isinstance(params, dict) else None
+    return isinstance(limit, int) and sampled >= limit

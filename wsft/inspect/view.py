@@ -1,0 +1,200 @@
+"""A batch of records as training would have it: taken from a file, a run's journal or a server, decoded, shaped and weighed by
+the code that trains, with the policy's logps if a model is named. `checks.py` says what looks wrong. Knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from wsft.config import WeightedSFTConfig, without_password
+from wsft.device import device_type
+from wsft.errors import UserError
+from wsft.inspect.checks import Finding, Sight, Words, look
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.model.causal_lm import WeightedSFTModel
+from wsft.model.loading import load_model, load_model_config, load_tokenizer
+from wsft.rollouts.batch import AtroposBatchProcessor, Batch, pad, token_terms
+from wsft.rollouts.client import decode
+from wsft.rollouts.decoder import Fault, Rollout
+from wsft.rollouts.journal import Journal
+from wsft.rollouts.sources import FileSource, client_of, processor_of
+
+
+class Taken(NamedTuple):
+    """A batch of records, decoded."""
+
+    title: str
+    rollouts: list[Rollout]
+    faults: dict[str, list[Fault]]
+    counts: np.ndarray  # as `Batch.counts`
+
+
+# -- where batches are -------------------------------------------------------------------------------------------------------
+
+
+def take(source: str, number: int | None, config: WeightedSFTConfig, processor: AtroposBatchProcessor) -> Taken:
+    """Batch `number` of a file, of a run, or the group that a server was given last. UserError if there is none."""
+    if source.startswith(("http://", "https://")):
+        record = client_of(config.model_copy(update={"atropos_url": source}), 1, registers=False).latest_example()
+        if not record.get("tokens"):
+            raise UserError(f"{without_password(source)} has no example yet: no environment has posted since it started")
+        rollouts, title = processor.decoder.batch([record]), f"{without_password(source)}, the group posted last"
+    elif Path(source).is_dir() and config.data is None:
+        rollouts, title = _from_journal(Path(source), number, processor)
+    else:
+        path = config.data if Path(source).is_dir() else source
+        file = FileSource(path, config.batch_size, processor)
+        for _ in range(number or 0):
+            file.rollouts()
+            processor.decoder.forget()
+        rollouts, title = file.rollouts()[0], f"{path}, batch {number or 0} (batch_size {config.batch_size})"
+    faults = dict(processor.decoder.faults)
+    return Taken(title, rollouts, faults, processor.decoder.take_counts())
+
+
+def _from_journal(run: Path, number: int | None, processor: AtroposBatchProcessor) -> tuple[list[Rollout], str]:
+    journals = [Journal(folder, read_only=True) for folder in sorted((run / "journal").glob("*_of_*"))]
+    held = sorted({n for journal in journals for n in journal.numbers})
+    number = held[-1] if held and number is None else number
+    if number not in held:
+        there = f"holds batches {held[0]} to {held[-1]}" if held else "holds none"
+        raise UserError(
+            f"the journal of {run} {there}{'' if number is None else f', not {number}'}: it goes back to the oldest checkpoint "
+            f"kept; more checkpoints (keep_checkpoints) keep more batches"
+        )
+    bodies = [(journal, journal.read(number)) for journal in journals if number in journal]
+    rollouts = []
+    for n, (_, body) in enumerate(bodies):
+        records = decode(body)
+        names = [f"rank {n}, group {i}" if len(bodies) > 1 else f"group {i}" for i in range(len(records))]
+        rollouts += processor.decoder.batch(records, names)
+    return rollouts, f"{run}, batch {number}"
+
+
+# -- what training makes of them ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspected:
+    title: str
+    config: WeightedSFTConfig
+    tokenizer: PreTrainedTokenizerBase
+    sight: Sight
+    weights_N: np.ndarray  # what each token weighs; 0 where untrained
+
+    @functools.cached_property
+    def findings(self) -> list[Finding]:
+        return look(self.sight)
+
+
+def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: str | None) -> Inspected:
+    """The batch as training would have it; `policy` is the folder of the model whose logps are compared."""
+    tokenizer = load_tokenizer(config)
+    processor = processor_of(config, vocab_size_of(config, tokenizer))
+    taken = take(source, number, config, processor)
+    sight = sight_of(taken, config, processor, tokenizer)
+    batch = sight.batch
+    if policy and sight.rollouts:
+        model = load_policy(policy, config)
+        sight = dataclasses.replace(sight, logp_N=policy_logps(model, config, batch))
+        if (np.nan_to_num(batch.temperatures, nan=config.temperature) != 1).any():
+            untempered = dataclasses.replace(batch, temperatures=np.ones_like(batch.temperatures))
+            sight = dataclasses.replace(sight, untempered_logp_N=policy_logps(model, config, untempered))
+    return Inspected(taken.title, config, tokenizer, sight, weights(config, batch, sight.logp_N))
+
+
+def sight_of(
+    taken: Taken, config: WeightedSFTConfig, processor: AtroposBatchProcessor, tokenizer: PreTrainedTokenizerBase
+) -> Sight:
+    """Without the policy's logps."""
+    return Sight(
+        rollouts=taken.rollouts,
+        batch=Batch.of(taken.rollouts, taken.counts).with_final_advantages(processor.shaping),
+        faults=taken.faults,
+        words=words_of(tokenizer, config),
+        max_token_len=config.max_token_len,
+        needs_advantages=Objective(config.objective, config.objective_args).silent_without_advantage,
+    )
+
+
+def vocab_size_of(config: WeightedSFTConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The model's, or the tokenizer's where there is no model."""
+    try:
+        return load_model_config(config.model_name, config).get_text_config().vocab_size
+    except UserError:
+        return len(tokenizer)
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase, config: WeightedSFTConfig) -> Words:
+    ends = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):  # a model without one
+        found = GenerationConfig.from_pretrained(config.model_name).eos_token_id
+        ends |= set(found if isinstance(found, list) else [found])
+    ends -= {None}
+    headers = {}
+    with contextlib.suppress(Exception):  # a template is a program of the model's author
+        headers = {role: _written_before(tokenizer, role) for role in ("assistant", "user")}
+    return Words(tokenizer.bos_token_id, frozenset(ends), frozenset(tokenizer.all_special_ids) - ends, **headers)
+
+
+def _written_before(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[int, ...]:
+    """What the chat template writes between the end of one turn and what the role says."""
+    turns = [{"role": name, "content": f"<{name}>"} for name in ("user", "assistant", "user")]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    before, _, _ = text.rpartition(f"<{role}>")
+    turn = before[before.rfind("<assistant>" if role == "user" else "<user>") :].split(">", 1)[1]
+    ids = tokenizer.encode(turn, add_special_tokens=False)
+    end = max((n + 1 for n, i in enumerate(ids) if i == tokenizer.eos_token_id), default=0)
+    # nor is what follows the end of that turn a part of this one
+    return tuple(itertools.dropwhile(lambda i: not tokenizer.decode([i]).strip(), ids[end:]))
+
+
+def weights(config: WeightedSFTConfig, batch: Batch, logp_N: np.ndarray | None) -> np.ndarray:
+    """What each token weighs [N], before the reduction; without the policy's logps as if the sampler's were they."""
+    terms = terms_of(config, batch, list(range(len(batch.lengths))))
+    at = batch.loss_mask
+    known = batch.behavior_logp[at] if logp_N is None else logp_N[at]
+    found = np.zeros(len(batch.tokens), dtype=np.float32)
+    found[at] = terms.weigh(torch.from_numpy(np.nan_to_num(known, nan=0.0)))[0].numpy()
+    return found
+
+
+def terms_of(config: WeightedSFTConfig, batch: Batch, rows: list[int]) -> TokenTerms:
+    scales_R = batch.scales(config.reduction, config.max_token_len)
+    return token_terms(
+        batch, rows, scales_R, Objective(config.objective, config.objective_args), Coefficients(), config.temperature
+    )
+
+
+def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:
+    device = torch.device(device_type(config.device))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers loads DeepSpeed, which would warn that it looks for one
+    ds = {"bf16": {"enabled": device.type == "cuda"}, "zero_optimization": {"stage": 0}}
+    model = load_model(policy, config, ds).to(device).eval()
+    model.check_head(device)
+    return model
+
+
+@torch.no_grad()
+def policy_logps(model: WeightedSFTModel, config: WeightedSFTConfig, batch: Batch) -> np.ndarray:
+    """The policy's logp of every trained token [N], at the temperature of its sequence; NaN elsewhere."""
+    device, found = next(model.parameters()).device, np.full(len(batch.tokens), np.nan, dtype=np.float32)
+    for r, span in enumerate(batch.spans()):
+        at = np.flatnonzero(batch.loss_mask[span])
+        if len(at):
+            inputs = (pad(batch, [r], 0)["tokens"], torch.from_numpy(at), torch.zeros(len(at)))
+            temperature_N = terms_of(config, batch, [r]).temperature_N.to(device)
+            out = model(*(x.to(device) for x in inputs), temperature=temperature_N)
+            found[span.start + at] = out.logp_N.float().cpu().numpy()
+    return found

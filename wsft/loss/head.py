@@ -1,0 +1,478 @@
+"""The chunked loss head: weighted cross-entropy from hidden states, without ever holding the logits.
+
+The logits of N tokens are the largest tensor of a training step, so they exist one chunk at a time: the head forms a chunk of
+them, reads logp and entropy, asks what each token weighs, and turns the same buffer into its own gradient, as
+weight * (softmax - onehot). The gradients of hidden states and head are ready when the forward pass is: three matrix products
+in all; a fourth where weights depend on whole sequences, whose logp must be known first. The dense twin is
+`wsft.loss.interface.WeightedSFTInterface`. Knows nothing of batches, processes, or where a weight came from.
+
+Letters: N trained tokens, C tokens of a chunk, R tokens of a block of it, H hidden, V vocabulary, K entries of a teacher.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from wsft.device import fuses, memory_bytes, multiplies
+
+# The size of a chunk's logits, were they float32. On a CPU larger ones were no faster. But each chunk reads and writes the
+# gradient of lm_head once: on a GPU that takes as long as the products of some hundred rows, on a CPU fewer than these cost up
+# to a sixth more.
+CHUNK_BYTES_CPU = 64 * 2**20
+CHUNK_SHARE_GPU = 1 / 32  # of its memory
+CHUNK_TOKENS = 256  # at least
+# Where it is not one kernel, the softmax walks over a chunk in blocks of rows, so that its float32 temporaries are small beside
+# the chunk, and on a CPU stay in the cache (2.5 times as fast as whole chunks).
+BLOCKS_PER_CHUNK = 16
+# What is on the way from one type to another is so many bytes at a time: lm_head, where the device does not multiply its type;
+# products that are added up in float32, where it makes none in that type.
+CONVERTED_BYTES = 4 * 2**20
+
+
+class HeadOutput(NamedTuple):
+    """What the head says of N tokens; a tuple, so that DeepSpeed's module hooks find the tensors in it."""
+
+    loss: torch.Tensor  # scalar, float32 or float64, the one that carries gradients
+    logp_N: torch.Tensor  # natural logarithm of softmax(logits / temperature)[target]
+    entropy_N: torch.Tensor  # of the same distribution, in nats
+    divergence_N: torch.Tensor  # KL(teacher || same distribution) over the teacher's entries, in nats; 0 without a teacher
+
+
+class TokenLoss(Protocol):
+    """A loss per token that depends on the model through its logp alone."""
+
+    of_sequences: bool  # whether it wants the logp of all N tokens at once
+
+    def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, weight = -d loss / d logp) of the tokens `rows`, from their logp; no gradient flows through either."""
+
+
+class Teacher(NamedTuple):
+    """What another model says in the place of each token: K token ids and their probabilities, which need not sum to 1."""
+
+    ids_NK: torch.Tensor  # int64
+    probs_NK: torch.Tensor  # 0 for an entry that is not there
+    weights_N: torch.Tensor  # of the token's divergence in the loss
+
+    def of_rows(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.ids_NK[rows], self.probs_NK[rows].to(dtype), self.weights_N[rows].unsqueeze(1).to(dtype)
+
+
+def weighted_linear_cross_entropy(
+    hidden_NH: torch.Tensor,
+    lm_head_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    chunk_tokens: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The weighted sum of -log p(target): a scalar, differentiable in hidden, lm_head and bias. All is as in `head_loss`."""
+    return head_loss(hidden_NH, lm_head_VH, targets_N, weights_N, temperature, chunk_tokens, **options).loss
+
+
+def head_loss(
+    hidden_NH: torch.Tensor,
+    lm_head_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights: torch.Tensor | TokenLoss,
+    temperature: float | torch.Tensor = 1.0,
+    chunk_tokens: int | None = None,
+    *,
+    entropy_weights_N: torch.Tensor | None = None,
+    teacher: Teacher | None = None,
+    bias_V: torch.Tensor | None = None,
+    logit_scale: float | None = None,
+    final_logit_softcapping: float | None = None,
+) -> HeadOutput:
+    """sum_n weights[n] * -log_softmax(z_n / temperature)[targets[n]], with logp and entropy of each token.
+
+    To it are added -entropy_weights[n] * entropy[n], and the teacher's weights[n] * sum_k q_k * (log q_k - log p_k) over its
+    entries k: the forward KL divergence of the teacher's q from the model's p. Where `weights` is a `TokenLoss`, its losses
+    take the place of weights * -logp.
+
+    z = hidden @ lm_head.T + bias, then times `logit_scale` (Cohere; Granite's is 1 / logits_scaling), then
+    cap * tanh(z / cap) with cap = `final_logit_softcapping` (Gemma 2): the order of the models in `transformers`.
+
+    The matrix products run in the type of `hidden`; softmax, loss, and the sum of lm_head's gradient over chunks in float32
+    (float64 where hidden is). Hidden's gradient is made before the loss is scaled, so in float16 it may vanish: use bfloat16.
+
+    Args:
+        hidden_NH: [N, H], the states that score the targets (the shift is the caller's). N may be 0: a loss of 0, connected.
+        lm_head_VH: [V, H], of the same type.
+        targets_N: [N] integers in [0, V). On a GPU an id out of range is an assertion of the device: to look would be to wait.
+        weights: [N] constants, no gradient flows to them; a token of weight 0 adds nothing, and its hidden state is read as 0
+            where it is not finite. Or a `TokenLoss`.
+        temperature: one number, or one per token [N].
+        chunk_tokens: C; None chooses it by vocabulary and device.
+        entropy_weights_N: [N], of each token's entropy as a bonus.
+        bias_V: [V], of the same type as lm_head.
+    Raises:
+        ValueError: shapes or types that do not fit, or a value out of its range.
+    """
+    shape = _LogitShape(temperature, 1.0 if logit_scale is None else logit_scale, final_logit_softcapping)
+    token_loss = _Weighted(weights.detach()) if isinstance(weights, torch.Tensor) else weights
+    terms = _Terms(targets_N, token_loss, entropy_weights_N, teacher)
+    _check(hidden_NH, lm_head_VH, bias_V, weights, terms, shape)
+    if chunk_tokens is None:
+        device = hidden_NH.device
+        chunk_tokens = tokens_of_chunk(len(lm_head_VH), memory_bytes(device) if device.type == "cuda" else None)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1, or None to let the head choose")
+    inputs = (hidden_NH, lm_head_VH, bias_V)
+    # asked here: inside a Function's forward the grad mode is always off, and ctx.needs_input_grad does not know of it
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    terms = terms._replace(targets_N=targets_N.long())
+    return HeadOutput(*_ChunkedHead.apply(*inputs, terms, shape, chunk_tokens, wanted))
+
+
+def tokens_of_chunk(vocab_size: int, gpu_bytes: float | None) -> int:
+    """C, on a GPU of so much memory; None: on a CPU."""
+    chunk_bytes = CHUNK_BYTES_CPU if gpu_bytes is None else CHUNK_SHARE_GPU * gpu_bytes
+    return max(CHUNK_TOKENS, int(chunk_bytes / (4 * vocab_size)))
+
+
+class LossHead(torch.nn.Linear):
+    """What `model.lm_head.__class__` becomes: a Linear that, given targets, returns their loss instead of logits.
+
+    Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the loss is computed there: one
+    gather a micro-batch, however many chunks. It adds no state: parameters, names and checkpoints are those of the Linear.
+    """
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets_N: torch.Tensor | None = None,
+        weights: torch.Tensor | TokenLoss | None = None,
+        vocab_size: int | None = None,
+        **options: Any,
+    ) -> torch.Tensor | HeadOutput:
+        """Logits [..., V] of hidden [..., H] as ever; with targets and weights, the `head_loss` of hidden [N, H].
+
+        Options: temperature, chunk_tokens, entropy_weights_N, teacher, logit_scale, final_logit_softcapping, as there. With a
+        `vocab_size`, only the first rows of lm_head make logits: the others fill it up to a size that suits a device.
+        """
+        if targets_N is None:
+            return super().forward(hidden)
+        if weights is None:
+            raise ValueError("targets came without weights; expected one weight per target (ones for plain SFT)")
+        lm_head_VH, bias_V = self.weight, self.bias
+        if vocab_size is not None:
+            lm_head_VH, bias_V = lm_head_VH[:vocab_size], bias_V if bias_V is None else bias_V[:vocab_size]
+        return head_loss(hidden, lm_head_VH, targets_N, weights, bias_V=bias_V, **options)
+
+
+class _LogitShape(NamedTuple):
+    """What lies between the products hidden @ lm_head.T + bias and the softmax."""
+
+    temperature: float | torch.Tensor  # one number, or [N]
+    scale: float
+    softcap: float | None
+
+    def of_rows(self, rows: slice) -> _LogitShape:
+        one_number = not isinstance(self.temperature, torch.Tensor)
+        return self if one_number else self._replace(temperature=self.temperature[rows].unsqueeze(1))
+
+    @property
+    def steepness(self) -> float | torch.Tensor:
+        return self.scale / self.temperature
+
+    def apply_(self, z: torch.Tensor) -> torch.Tensor:
+        """Make of the products [R, any], in place, what the softmax is taken of."""
+        if self.softcap is None:
+            return z.mul_(self.steepness)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
+        """Of what `apply_` made, with respect to the products."""
+        return self.steepness * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.steepness
+
+
+class _Weighted:
+    """The loss weight * -logp, for constant weights [N]."""
+
+    of_sequences = False
+
+    def __init__(self, weights_N: torch.Tensor):
+        self.weights_N = weights_N
+
+    def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = self.weights_N[rows].to(logp.dtype)
+        return weights * -logp, weights
+
+
+class _Known(NamedTuple):
+    """A loss whose values are there already, [N] each."""
+
+    loss_N: torch.Tensor
+    weights_N: torch.Tensor
+    of_sequences = False
+
+    def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.loss_N[rows], self.weights_N[rows]
+
+
+class _Terms(NamedTuple):
+    """What the loss is made of, for N tokens."""
+
+    targets_N: torch.Tensor
+    token_loss: TokenLoss
+    entropy_weights_N: torch.Tensor | None
+    teacher: Teacher | None
+
+    def audible(self, hidden_CH: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """Hidden states, made finite where the weight is 0: 0 * NaN is NaN, and would reach every gradient."""
+        if not isinstance(self.token_loss, _Weighted) or self.entropy_weights_N is not None or self.teacher:
+            return hidden_CH
+        silent_C1 = (self.token_loss.weights_N[chunk] == 0).unsqueeze(1)
+        return torch.where(silent_C1, hidden_CH.nan_to_num(0.0, 0.0, 0.0), hidden_CH)
+
+
+class _ChunkedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_NH, lm_head_VH, bias_V, terms, shape, chunk_tokens, wanted):
+        N, exact = len(hidden_NH), torch.promote_types(hidden_NH.dtype, torch.float32)
+        product = hidden_NH.dtype if multiplies(hidden_NH.device, hidden_NH.dtype) else exact
+        wants_hidden, wants_lm_head, wants_bias = wanted
+        grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
+        grad_VH = torch.zeros_like(lm_head_VH, dtype=exact) if wants_lm_head else None
+        grad_V = torch.zeros_like(bias_V, dtype=exact) if wants_bias else None
+        if isinstance(shape.temperature, torch.Tensor):
+            shape = shape._replace(temperature=shape.temperature.detach().to(exact))
+        found_4N = torch.zeros(4, N, dtype=exact, device=hidden_NH.device)  # loss, logp, entropy, divergence
+        buffer_CV = hidden_NH.new_empty(min(chunk_tokens, N), len(lm_head_VH), dtype=product)
+        block_rows = math.ceil(len(buffer_CV) / (1 if fuses(hidden_NH.device) else BLOCKS_PER_CHUNK))
+
+        def blocks(chunk: slice, hidden_CH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+            """The chunk's logits, in the buffer; some rows at a time."""
+            for part, lm_head_PH in _parts(lm_head_VH, product):
+                out_CP = buffer_CV[: len(hidden_CH), part]
+                if bias_V is None:
+                    torch.mm(hidden_CH, lm_head_PH.T, out=out_CP)
+                else:
+                    torch.addmm(bias_V[part].to(product), hidden_CH, lm_head_PH.T, out=out_CP)
+            for rows in _slices(chunk.start, chunk.stop, block_rows):
+                yield rows, buffer_CV[rows.start - chunk.start : rows.stop - chunk.start]
+
+        if terms.token_loss.of_sequences:
+            for chunk in _slices(0, N, chunk_tokens):
+                for rows, block_RV in blocks(chunk, hidden_NH[chunk].to(product)):
+                    found_4N[1, rows] = _Softmax.of_(block_RV, terms.targets_N[rows, None], shape.of_rows(rows)).logp_RJ[:, 0]
+            terms = terms._replace(token_loss=_Known(*terms.token_loss(found_4N[1], slice(0, N))))
+
+        for chunk in _slices(0, N, chunk_tokens):
+            hidden_CH = terms.audible(hidden_NH[chunk], chunk).to(product)
+            for rows, block_RV in blocks(chunk, hidden_CH):
+                found_4N[:, rows] = _to_gradient_(block_RV, rows, terms, shape.of_rows(rows), any(wanted))
+            grad_CV = buffer_CV[: len(hidden_CH)]  # with respect to the products that stood there
+            if wants_hidden:
+                parts = (grad_CV[:, part] @ lm_head_PH for part, lm_head_PH in _parts(lm_head_VH, product))
+                grad_NH[chunk] = functools.reduce(torch.Tensor.add_, parts)
+            if wants_lm_head:
+                _add_product_(grad_VH, grad_CV.T, hidden_CH)
+            if wants_bias:
+                grad_V += grad_CV.sum(0, dtype=exact)
+
+        ctx.gradients, ctx.dtype = (grad_NH, grad_VH, grad_V), hidden_NH.dtype
+        loss_N, *others = found_4N.unbind()
+        ctx.mark_non_differentiable(*others)
+        return loss_N.sum(), *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("the chunked head gives its gradients away in the first backward; run its forward again")
+        gradients, ctx.gradients = ctx.gradients, None
+        # scaled even by 1: to look at grad_loss would be to wait for the device
+        return *(g if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in gradients), None, None, None, None
+
+
+class _Softmax(NamedTuple):
+    """Of R rows of logits, where these stood now exp(z - max z); and of J of their entries."""
+
+    exp_RV: torch.Tensor
+    peak_R1: torch.Tensor  # max z
+    total_R1: torch.Tensor  # the sum of exp
+    mean_z_R1: torch.Tensor  # of z - max z
+    z_RJ: torch.Tensor  # - max z
+    logp_RJ: torch.Tensor
+
+    @classmethod
+    def of_(cls, logits_RV: torch.Tensor, ids_RJ: torch.Tensor, shape: _LogitShape) -> _Softmax:
+        exact = torch.promote_types(logits_RV.dtype, torch.float32)
+        z_RJ = shape.apply_(logits_RV.gather(1, ids_RJ).to(exact))
+        peak_R1, total_R1, mean_z_R1 = _fused(_exponentiate_, logits_RV)(logits_RV, shape)
+        z_RJ -= peak_R1
+        return cls(logits_RV, peak_R1, total_R1, mean_z_R1, z_RJ, z_RJ - total_R1.log())
+
+
+def _exponentiate_(logits_RV: torch.Tensor, shape: _LogitShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Overwrites logits with exp(z - max z); max z, the sum of exp, the mean of z - max z, [R, 1] each."""
+    z = shape.apply_(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
+    peak_R1 = z.amax(1, keepdim=True)
+    exp = z.sub_(peak_R1).exp()
+    total_R1 = exp.sum(1, keepdim=True)
+    mean_z_R1 = z.mul_(exp).sum(1, keepdim=True) / total_R1
+    logits_RV.copy_(exp)
+    return peak_R1, total_R1, mean_z_R1
+
+
+def _to_gradient_(
+    logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: _LogitShape, wants_gradient: bool
+) -> torch.Tensor:
+    """Loss, logp, entropy and divergence [4, R] of rows of products; these are overwritten with the loss's gradient.
+
+    With p = softmax(z), the gradient of -logp is p - onehot; that of -entropy p * (log p + entropy) = p * (z - mean z); that of
+    the divergence sum(q) * p - q.
+    """
+    ids_RJ = terms.targets_N[rows].unsqueeze(1)
+    if terms.teacher:
+        ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, torch.promote_types(logits_RV.dtype, torch.float32))
+        ids_RJ = torch.cat([ids_RJ, ids_RK], dim=1)
+    softmax = _Softmax.of_(logits_RV, ids_RJ, shape)
+    logp_R1, entropy_R1 = softmax.logp_RJ[:, :1], softmax.total_R1.log() - softmax.mean_z_R1
+    loss_R1, weights_R1 = (x.unsqueeze(1) for x in terms.token_loss(logp_R1.squeeze(1), rows))
+    mass_R1, onehot_RJ, bonus_R1 = weights_R1, weights_R1, None  # the gradient is p * (mass + bonus * z) - onehot
+    divergence_R1 = torch.zeros_like(logp_R1)
+    if terms.entropy_weights_N is not None:
+        bonus_R1 = terms.entropy_weights_N[rows].unsqueeze(1).to(logp_R1.dtype)
+        loss_R1, mass_R1 = loss_R1 - bonus_R1 * entropy_R1, mass_R1 - bonus_R1 * softmax.mean_z_R1
+    if terms.teacher:
+        divergence_R1 = (torch.xlogy(q_RK, q_RK) - q_RK * softmax.logp_RJ[:, 1:]).sum(1, keepdim=True)
+        loss_R1, mass_R1 = loss_R1 + strength_R1 * divergence_R1, mass_R1 + strength_R1 * q_RK.sum(1, keepdim=True)
+        onehot_RJ = _of_equal_ids(ids_RJ, torch.cat([weights_R1, strength_R1 * q_RK], dim=1))
+    if wants_gradient:
+        _differentiate_(softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+    return torch.cat([loss_R1, logp_R1, entropy_R1, divergence_R1], dim=1).T
+
+
+def _differentiate_(
+    softmax: _Softmax,
+    ids_RJ: torch.Tensor,
+    mass_R1: torch.Tensor,
+    onehot_RJ: torch.Tensor,
+    bonus_R1: torch.Tensor | None,
+    shape: _LogitShape,
+) -> None:
+    """Overwrites exp with slope * (p * (mass + bonus * z) - onehot), onehot at `ids` alone.
+
+    Those entries are set, not added to: in the type of the buffer p - 1 would have lost its digits.
+    """
+    exp_RV, peak_R1, total_R1, _, z_RJ, logp_RJ = softmax
+    at_ids_RJ = logp_RJ.exp() * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z_RJ) - onehot_RJ
+    bonus = None if bonus_R1 is None else bonus_R1 / total_R1
+    _fused(_spread_, exp_RV)(exp_RV, mass_R1 / total_R1, bonus, peak_R1, shape)
+    exp_RV.scatter_(1, ids_RJ, (shape.slope(z_RJ + peak_R1) * at_ids_RJ).to(exp_RV.dtype))
+
+
+def _spread_(
+    exp_RV: torch.Tensor, mass_R1: torch.Tensor, bonus_R1: torch.Tensor | None, peak_R1: torch.Tensor, shape: _LogitShape
+) -> None:
+    """Overwrites exp with slope * exp * (mass + bonus * z)."""
+    if bonus_R1 is None and shape.softcap is None:
+        exp_RV.mul_(shape.steepness * mass_R1)
+        return
+    exp = exp_RV.to(mass_R1.dtype)
+    z = exp.clamp_min(torch.finfo(exp.dtype).tiny).log_()
+    exp = exp * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z)
+    exp_RV.copy_(exp.mul_(shape.slope(z + peak_R1)))
+
+
+_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
+
+
+def _fused(function: Callable, like: torch.Tensor) -> Callable:
+    """The function as one kernel where the device of `like` has them."""
+    return _compiled(function) if fuses(like.device) else function
+
+
+def _of_equal_ids(ids_RJ: torch.Tensor, values_RJ: torch.Tensor) -> torch.Tensor:
+    """Each entry with the sum over those of its row that have its id."""
+    pairs = zip(ids_RJ.split(1, dim=1), values_RJ.split(1, dim=1), strict=True)
+    return sum((ids_RJ == id_R1) * value_R1 for id_R1, value_R1 in pairs)
+
+
+def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """lm_head in a type that the device multiplies: itself, or one block of rows after the other, converted."""
+    V, H = lm_head_VH.shape
+    size = V if lm_head_VH.dtype == dtype else max(1, CONVERTED_BYTES // (4 * H))
+    return ((part, lm_head_VH[part].to(dtype)) for part in _slices(0, V, size))
+
+
+def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
+    """sum += left @ right, in the type of the sum; where the device cannot, a few rows of the product at a time."""
+    if left_VC.dtype == sum_VH.dtype:
+        sum_VH.addmm_(left_VC, right_CH)
+    elif sum_VH.device.type != "cpu":
+        torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
+    else:
+        for part in _slices(0, len(sum_VH), max(1, CONVERTED_BYTES // (4 * right_CH.shape[1]))):
+            sum_VH[part] += left_VC[part] @ right_CH
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(i, min(i + size, stop)) for i in range(start, stop, size))
+
+
+def _check(
+    hidden_NH: torch.Tensor,
+    lm_head_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    weights: torch.Tensor | TokenLoss,
+    terms: _Terms,
+    shape: _LogitShape,
+) -> None:
+    """Refuse what does not fit. Values are looked at on a CPU only: on a GPU that would wait for the device."""
+    if hidden_NH.ndim != 2 or lm_head_VH.ndim != 2 or hidden_NH.shape[1] != lm_head_VH.shape[1]:
+        found = f"hidden {list(hidden_NH.shape)} and lm_head {list(lm_head_VH.shape)}"
+        raise ValueError(f"{found} do not fit; expected [N, H] and [V, H]")
+    N, V = len(hidden_NH), len(lm_head_VH)
+    _check_per_token(
+        {
+            "targets": terms.targets_N,
+            "weights": weights,
+            "temperature": shape.temperature,
+            "entropy_weights": terms.entropy_weights_N,
+            "teacher's weights": terms.teacher and terms.teacher.weights_N,
+        },
+        N,
+    )
+    if bias_V is not None and bias_V.shape != (V,):
+        raise ValueError(f"bias has shape {list(bias_V.shape)}; expected [{V}], one per row of lm_head")
+    dtypes = {x.dtype for x in (hidden_NH, lm_head_VH, bias_V) if x is not None}
+    if len(dtypes) > 1 or not hidden_NH.is_floating_point():
+        found = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(f"hidden, lm_head and bias are of {found}; expected one floating type for all")
+    if shape.softcap is not None and not shape.softcap > 0:
+        raise ValueError(f"final_logit_softcapping is {shape.softcap}; expected a number above 0, or None")
+    _check_ids("targets", terms.targets_N, V)
+    if terms.teacher:
+        ids_NK, probs_NK, _ = terms.teacher
+        if ids_NK.ndim != 2 or len(ids_NK) != N or probs_NK.shape != ids_NK.shape:
+            found = f"ids {list(ids_NK.shape)} and probs {list(probs_NK.shape)}"
+            raise ValueError(f"the teacher has {found}; expected [{N}, K] for both")
+        _check_ids("the teacher's ids", ids_NK, V)
+    per_token = isinstance(shape.temperature, torch.Tensor)
+    if (not per_token or hidden_NH.device.type == "cpu") and not (torch.as_tensor(shape.temperature) > 0).all():
+        raise ValueError(f"temperature is {shape.temperature}; expected above 0")
+
+
+def _check_per_token(values: dict[str, Any], N: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and value.shape != (N,):
+            raise ValueError(f"{name} has shape {list(value.shape)}; expected [{N}], one per row of hidden")
+
+
+def _check_ids(name: str, ids: torch.Tensor, V: int) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} are of {ids.dtype}; expected integers")
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < V:
+        raise ValueError(
+            f"{name} run from {int(ids.min())} to {int(ids.max())}; expected token ids in [0, {V}): give trained tokens only"
+        )

@@ -1,0 +1,135 @@
+"""What the trained tokens of one micro-batch add to the loss: the objective, KL to a reference, entropy, a teacher.
+
+    loss = sum_n scale_n * (weight_n * -logp_n  +  kl_coef * k3_n  -  entropy_coef * entropy_n  +  distill_coef * divergence_n)
+
+The head (head.py) asks for it a chunk at a time; afterwards `sums` says in numbers what the tokens did. Knows nothing of
+batches, ranks, or which objective it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from wsft.loss.head import HeadOutput, Teacher
+from wsft.loss.objectives import LOG_RATIO_LIMIT, Objective
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How much the terms beside the objective count."""
+
+    kl: float = 0.0
+    entropy: float = 0.0
+    distill: float = 0.0
+    renormalize: bool = False  # the teacher's entries are taken to be all it says: their probabilities made to sum to 1
+
+    @property
+    def concern_every_token(self) -> bool:
+        """Whether a token may count that the objective gives no weight."""
+        return bool(self.kl or self.entropy or self.distill)
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """N trained tokens. NaN stands for what is not known of a token. All on one device, float32 unless it says otherwise."""
+
+    objective: Objective
+    coefficients: Coefficients
+    scale_N: torch.Tensor  # the reduction: what a token's terms are multiplied by
+    advantages_N: torch.Tensor
+    behavior_logp_N: torch.Tensor  # NaN: ratio 1
+    fixed_weights_N: torch.Tensor  # the weight where the record decides it, NaN where the objective does
+    temperature_N: torch.Tensor
+    sequence_N: torch.Tensor  # int64: which sequence a token is of, from 0 without gaps
+    ref_logp_N: torch.Tensor | None = None  # NaN: no KL term
+    teacher_ids_NK: torch.Tensor | None = None  # int64
+    teacher_probs_NK: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTerms:
+        return self._with_each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> TokenTerms:
+        return self._with_each(torch.Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTerms:
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{name: change(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+
+    @property
+    def of_sequences(self) -> bool:
+        return self.objective.of_sequences
+
+    def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, -d loss / d logp) of some tokens, as `head.TokenLoss` wants it."""
+        weights, _ = self.weigh(logp, rows)
+        loss = weights * -logp
+        if self.coefficients.kl:
+            log_ratio = self._to_reference(logp, rows)
+            loss = loss + self.coefficients.kl * _k3(log_ratio)
+            weights = weights + self.coefficients.kl * log_ratio.expm1()  # -d k3 / d logp
+        scale = self.scale_N[rows].to(logp.dtype)
+        return scale * loss, scale * weights
+
+    def weigh(self, logp: torch.Tensor, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weight, whether it was clipped) of some tokens, before the reduction's scale."""
+        behavior, advantages = (x[rows].to(logp.dtype) for x in (self.behavior_logp_N, self.advantages_N))
+        weights, clipped = self.objective(logp, behavior, advantages, self.sequence_N[rows])
+        fixed = self.fixed_weights_N[rows].to(logp.dtype)
+        return torch.where(fixed.isnan(), weights, fixed), clipped & fixed.isnan()
+
+    def head_options(self) -> dict[str, torch.Tensor | Teacher | None]:
+        """What the head takes beside this."""
+        entropy, distill = self.coefficients.entropy, self.coefficients.distill
+        teacher = None
+        if distill and self.teacher_ids_NK is not None:
+            teacher = Teacher(self.teacher_ids_NK, self.teacher_probs_NK, distill * self.scale_N)
+        bonus_N = entropy * self.scale_N if entropy else None
+        return {"temperature": self.temperature_N, "entropy_weights_N": bonus_N, "teacher": teacher}
+
+    def sums(self, out: HeadOutput) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Sums and maxima over the tokens, float64 scalars. A sum that is a mean's numerator stands beside its count."""
+        logp_N, N = out.logp_N, len(out.logp_N)
+        weights_N, clipped_N = self.weigh(logp_N)
+        advantages_N, known_N = self.advantages_N, ~self.behavior_logp_N.isnan()
+        log_ratio_N = (logp_N - self.behavior_logp_N.where(known_N, logp_N)).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        ratio_N = log_ratio_N.exp()
+        sums = {
+            "tokens": torch.ones_like(logp_N),
+            "positive": advantages_N > 0,
+            "logp_positive": logp_N.where(advantages_N > 0, 0),
+            "negative": advantages_N < 0,
+            "logp_negative": logp_N.where(advantages_N < 0, 0),
+            "entropy": out.entropy_N,
+            "weight": weights_N,
+            "weight_abs": weights_N.abs(),
+            "behavior": known_N,
+            "ratio": ratio_N * known_N,
+            "clipped": clipped_N & known_N,
+            "k1": -log_ratio_N,
+            "k3": _k3(log_ratio_N),
+        }
+        if self.ref_logp_N is not None:
+            sums |= {"reference": ~self.ref_logp_N.isnan(), "kl_reference": _k3(self._to_reference(logp_N, slice(None)))}
+        if self.teacher_probs_NK is not None:
+            sums |= {"teacher": self.teacher_probs_NK.sum(1) > 0, "divergence": out.divergence_N}
+        highest = ratio_N.where(known_N, 0).amax() if N else logp_N.new_zeros(())
+        return {name: x.double().sum() for name, x in sums.items()}, {"ratio": highest.double()}
+
+    def has_signal(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whether any token adds to the gradient, by what `sums` found; also where that is not a number."""
+        return sums["tokens" if self.coefficients.concern_every_token else "weight_abs"] != 0
+
+    def _to_reference(self, logp: torch.Tensor, rows: slice) -> torch.Tensor:
+        """log(reference / policy) of some tokens; 0 where the reference is not known."""
+        log_ratio = self.ref_logp_N[rows].to(logp.dtype) - logp
+        return log_ratio.nan_to_num(0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
+    """r - 1 - log r, with r = q/p: of samples of p an unbiased estimate of KL(p || q), never negative (Schulman 2020,
+    "Approximating KL divergence")."""
+    return log_ratio.expm1() - log_ratio

@@ -1,0 +1,219 @@
+"""Attention over packed rows: several sequences stand in one row, each sees itself alone, and the cost is the sum of their
+squares, not the square of the row. Sequences that begin alike may share the piece in which they do: it is computed once.
+
+Registered with transformers as `PACKED`; where the sequences begin travels as a keyword of its own, and where none share, as
+those that its flash attention takes (`cu_seq_lens_q`, ...). Without them a row is one sequence. Knows nothing of batches,
+losses or ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from wsft.model.packing import VarlenMetadata
+
+PACKED = "wsft_packed"
+_PROBED = "wsft_packed_probed"  # the same, while `learn_masks` sees which mask each layer is given
+# tensors that change nothing in attention where a model hands them to it; no other (sinks, biases, blocks) may be passed over
+_UNREAD = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which keys a query sees, by their places in the sequence.
+
+    Attributes:
+        window: the last so many, itself among them; None: all up to itself.
+        allows: instead of a window, transformers' mask function (batch, head, query, key) -> bool, broadcast over tensors.
+        known: False where a model masks in a way that is not understood.
+    """
+
+    window: int | None = None
+    allows: Callable[..., torch.Tensor] | None = None
+    known: bool = True
+
+    @classmethod
+    def of(cls, allows: Callable[..., torch.Tensor], length: int, device: torch.device) -> Mask:
+        """What a mask function comes to in sequences of up to that length."""
+        keys = torch.arange(length, device=device)
+
+        def row(query: int) -> torch.Tensor:
+            return allows(0, 0, torch.tensor(query, device=device), keys).expand(length)
+
+        try:
+            seen = row(length - 1).nonzero()
+            window = length - int(seen[0]) if len(seen) else 0
+            queries = {*range(8), window - 1, window, window + 1, 2 * window, length // 2, length - 2, length - 1}
+            rows = {q: row(q) for q in queries if 0 <= q < length}
+        except (RuntimeError, IndexError, TypeError):  # a model's own function, which takes single numbers only
+            return cls(known=False)
+        if all(torch.equal(found, (keys <= q) & (keys > q - window)) for q, found in rows.items()):
+            return cls(None if window == length else window)
+        return cls(allows=allows, known=not any(found[keys > q].any() for q, found in rows.items()))
+
+
+def register() -> None:
+    """Make `PACKED` a name for `attn_implementation`. It wants no masks, which are T x T: `learn_masks` looks at them once."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionInterface.register(_PROBED, _probed_attention)
+    AttentionMaskInterface.register(_PROBED, _probed_mask)
+
+
+# While `learn_masks` looks: storage of a mask -> the mask (lest its storage is used again), its function, and how far it sees;
+# attention layer -> the storages of the masks that it was given, None for none
+_masks: dict[int, tuple[torch.Tensor, Callable[..., torch.Tensor], int | None]] = {}
+_layers: dict[torch.nn.Module, set[int | None]] = {}
+
+
+def learn_masks(model: PreTrainedModel, run: Callable[[], object], length: int, device: torch.device) -> list[int]:
+    """Have each attention layer of a model that attends by `PACKED` keep, as `module.wsft_mask`, the mask that the model gives
+    it in sequences of up to that length. Returned are the lengths beyond which a mask is not only causal.
+
+    Args:
+        run: a forward pass of a few tokens.
+    """
+    model.set_attn_implementation(_PROBED)
+    run()
+    model.set_attn_implementation(PACKED)
+    found = {key: Mask.of(allows, length, device) for key, (_, allows, _) in _masks.items()}
+    for layer, keys in _layers.items():
+        masks = [Mask() if key is None else found.get(key, Mask(known=False)) for key in keys]
+        layer.wsft_mask = masks[0] if len(masks) == 1 else Mask(known=False)
+    reaches = [mask.window or _masks[key][2] or length for key, mask in found.items() if mask != Mask()]
+    _masks.clear()
+    _layers.clear()
+    return [reach for reach in reaches if reach < length]
+
+
+_SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")  # of masks that are not needed: what they are is asked here
+
+
+def _probed_mask(*args: object, mask_function: Callable, local_size: int | None = None, **kwargs: object) -> torch.Tensor:
+    mask = sdpa_mask(*args, mask_function=mask_function, local_size=local_size, **kwargs | dict.fromkeys(_SKIPS, False))
+    _masks[mask.data_ptr()] = mask, mask_function, local_size
+    return mask
+
+
+def _probed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    _layers.setdefault(module, set()).add(None if attention_mask is None else attention_mask.data_ptr())
+    return packed_attention(module, query, key, value, None, **kwargs)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    wsft_varlen: VarlenMetadata | None = None,
+    **others: object,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention [B, T, heads, D] of query [B, heads, T, D], key and value [B, kv_heads, T, D].
+
+    On a GPU, in half precision, one call of torch's variable-length flash attention; else a call of SDPA per sequence, on a
+    CPU in float32. What it does not know gives NaN, at which whoever tries it sees that it will not do: ZeRO-3 does not survive
+    an exception here. On the meta device, which has no NaN, it is a ValueError.
+    """
+    mask = getattr(module, "wsft_mask", Mask(sliding_window))
+    more = any(isinstance(value, torch.Tensor) and name not in _UNREAD for name, value in others.items())
+    causal = others.get("is_causal") is not False and getattr(module, "is_causal", True)
+    if more or attention_mask is not None or not causal or not mask.known:
+        if query.device.type == "meta":
+            raise ValueError("attention that packed rows do not know")
+        return query.new_full((*query.shape[:-1], value.shape[-1]), torch.nan).transpose(1, 2).contiguous(), None
+    dtype = query.dtype
+    if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
+        query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
+    if wsft_varlen is None:
+        return _sequence(query, key, value, scaling, dropout, mask, softcap).transpose(1, 2).to(dtype).contiguous(), None
+    if _is_flash(query.device, dtype) and query.shape[-1] <= 256 and softcap is None and not dropout and not mask.allows:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1 if mask.window is None else mask.window - 1, 0)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        if wsft_varlen.key_indices is not None:
+            k, v = k[wsft_varlen.key_indices], v[wsft_varlen.key_indices]
+        found = varlen_attn(
+            q, k, v, wsft_varlen.cu_seqlens_q, wsft_varlen.cu_seqlens_k, wsft_varlen.max_seqlen_q, wsft_varlen.max_seqlen_k,
+            scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return found.unsqueeze(0).contiguous(), None
+    # split, not sliced: the gradient of a slice is as large as the row
+    qs, ks, vs = (x.split(wsft_varlen.layout.lengths, dim=2) for x in (query, key, value))
+    parts = []
+    for i, parent in enumerate(wsft_varlen.layout.parents):
+        k, v = (x[i] if parent < 0 else torch.cat([x[parent], x[i]], dim=2) for x in (ks, vs))
+        parts.append(_sequence(qs[i], k, v, scaling, dropout, mask, softcap))
+    return torch.cat(parts, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+
+
+def kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """What `packed_attention` calls, in words."""
+    return "variable-length flash attention of torch" if _is_flash(device, dtype) else "torch's SDPA, sequence by sequence"
+
+
+def _is_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _sequence(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    mask: Mask,
+    softcap: float | None,
+) -> torch.Tensor:
+    """[B, heads, T, D] of the last T tokens of sequences, whose keys and values are all there."""
+    if query.device.type == "meta":
+        return _Fused.apply(query, key, value)
+    T, S, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
+    seen = None
+    if softcap is not None or T < S or (mask.window or S) < S or mask.allows:
+        places = torch.arange(S, device=query.device)
+        queries = places[S - T :, None]
+        seen = (places <= queries) & (places > queries - (mask.window or S))
+        if mask.allows:
+            seen = seen & mask.allows(0, 0, queries, places)
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, seen, dropout, is_causal=seen is None, scale=scaling, enable_gqa=grouped
+        )
+    if grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scores = softcap * torch.tanh(query @ key.mT * (scaling or query.shape[-1] ** -0.5) / softcap)
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+class _Fused(torch.autograd.Function):
+    """What fused attention keeps for its backward pass: where there are only sizes, SDPA would show the T x T scores of the
+    unfused one (see memory.py)."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])

@@ -1,0 +1,62 @@
+"""Floating point operations: of a training step, of a sequence, and of what a card is sold with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+
+from wsft.model.causal_lm import body_of
+
+# bf16 matrix products in TFLOP/s, without sparsity, as the data sheets have it
+RATED_TFLOPS = {
+    "A100": 312, "A800": 312, "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A6000": 155, "L4": 121, "L40": 181, "L40S": 362,
+    "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H20": 148, "H200": 989, "GH200": 989, "B200": 2250,
+    "GB200": 2500, "B300": 2250, "GB300": 2500, "3090": 71, "4090": 165, "5090": 210,
+}  # fmt: skip
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of a training step: those of a sequence of T tokens below lm_head, and those of a trained token in lm_head.
+
+    Args:
+        per_token: in the model's matrices, for each of T tokens.
+        per_pair: in attention, for each of T^2 pairs of tokens.
+        per_trained_token: in lm_head.
+    """
+
+    per_token: float
+    per_pair: float
+    per_trained_token: float
+
+
+def step_flops(model: PreTrainedModel, untrained: Collection[str] = ()) -> StepFlops:
+    """6 FLOPs per parameter and token (Chowdhery et al. 2022, "PaLM", appendix B).
+
+    2 of the 6 are the forward pass, 4 the backward; what is computed anew for checkpointed activations is not counted. Causal
+    attention is half a square. Of experts, those count that a token is sent to; what is untrained is not run.
+    """
+    config, used = model.config.get_text_config(), 0.0
+    named = config.to_dict()  # some attributes differ from layer to layer, and may not be asked of the config
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    experts = named.get("num_experts_per_tok")
+    passed_over = embeddings | {id(param) for name, param in model.named_parameters() if name in untrained}
+    for param in body_of(model).parameters():
+        if param.ndim > 1 and id(param) not in passed_over:
+            used += param.numel() * (experts / len(param) if experts and param.ndim == 3 else 1)
+    heads = named.get("num_attention_heads") or 0
+    width = heads * (named.get("head_dim") or config.hidden_size // max(1, heads))
+    of_head = 6.0 * model.get_output_embeddings().weight.numel()
+    return StepFlops(6.0 * used, 6.0 * config.num_hidden_layers * width, of_head)
+
+
+def rated_flops(device: torch.device) -> float | None:
+    """bf16 FLOP/s that the card is sold with; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [key for key in RATED_TFLOPS if all(re.search(rf"\b{word}\b", name) for word in key.split())]
+    return RATED_TFLOPS[max(known, key=len)] * 1e12 if known else None

@@ -1,0 +1,110 @@
+"""What a model does between hidden states and logits beside lm_head, seen in a pass without values on the meta device."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers import PreTrainedModel
+
+_MOVING = re.compile(
+    "slice|select|index|view|_unsafe_view|reshape|unsqueeze|squeeze|expand|permute|transpose|t|alias|clone|detach|_to_copy"
+)
+
+
+class HeadArithmetic(TorchDispatchMode):
+    """Of a pass to the logits, what is done to hidden states before the head, and to logits after it.
+
+    Attributes:
+        scale: the product of the numbers that both are multiplied by, up to a tanh of the logits, if there is one.
+        bound: the product of the numbers that its result is multiplied by; None: there is none.
+        vocab_size: how many logits there are, the first of those that the head makes; None: all.
+        unknown: names of other operations, of which the loss knows nothing, but for those that move numbers.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        head = model.get_output_embeddings()
+        self._hooks = [
+            *(module.register_forward_hook(lambda _, __, made: self._leave_body(made)) for module in model.modules()),
+            head.register_forward_pre_hook(lambda _, given: self._enter_head(given[0])),
+            head.register_forward_hook(lambda _, __, logits: self._leave_head(logits)),
+        ]
+        self._followed: dict[int, torch.Tensor] = {}
+        self._are_logits = False
+        self.vocab_size = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.scale, self.bound = 1.0, None
+        self.unknown: list[str] = []
+        self._followed.clear()
+
+    def _follow(self, tensor: torch.Tensor) -> None:
+        self._followed[tensor.untyped_storage()._cdata] = tensor
+
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._followed
+
+    def _leave_body(self, made: object) -> None:
+        """Of modules with hidden states that contain each other, the outer one is left last."""
+        hidden = getattr(made, "last_hidden_state", None)
+        if hidden is not None and not self._are_logits:
+            self._forget()
+            self._follow(hidden)
+
+    def _enter_head(self, hidden: torch.Tensor) -> None:
+        if self._followed and not self._follows(hidden):
+            self.unknown.append("other hidden states than the last")
+        self._followed.clear()
+
+    def _leave_head(self, logits: torch.Tensor) -> None:
+        self._are_logits = True
+        self._follow(logits)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        given, tensors = tree_flatten((args, kwargs or {}))[0], lambda tree: filter(torch.is_tensor, tree_flatten(tree)[0])
+        if any(map(self._follows, tensors(given))):
+            name = operation._schema.name.partition("::")[2]
+            self._note(name.removesuffix("_"), given)
+            for tensor in tensors(made):
+                self._follow(tensor)
+        return made
+
+    def _note(self, name: str, given: list[object]) -> None:
+        factor = _factor(name, given)
+        if factor is not None and self.bound is None:
+            self.scale *= factor
+        elif factor is not None:
+            self.bound *= factor
+        elif name == "tanh" and self._are_logits and self.bound is None:
+            self.bound = 1.0
+        elif not _MOVING.fullmatch(name):
+            self.unknown.append(name)
+
+    def options(self) -> dict[str, float | int]:
+        """The same as `LossHead` has it: bound * tanh(scale * logits / bound)."""
+        scale = self.scale if self.bound is None else self.scale * self.bound
+        found = {
+            "logit_scale": None if math.isclose(scale, 1) else scale,
+            "final_logit_softcapping": self.bound,
+            "vocab_size": self.vocab_size,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _factor(name: str, given: list[object]) -> float | None:
+    """By which an operation multiplies a tensor; None if it does not, or by more than one number, or one without a value."""
+    numbers = [x for x in given if isinstance(x, int | float) or (torch.is_tensor(x) and x.ndim == 0 and not x.is_meta)]
+    if name not in ("mul", "div") or len(numbers) != 1 or len(given) != 2:
+        return None
+    return float(numbers[0]) if name == "mul" else 1 / float(numbers[0])

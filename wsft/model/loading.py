@@ -1,0 +1,239 @@
+"""The tokenizer and the model, loaded (partitioned at once under ZeRO-3); which model is no start."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+
+from wsft.config import WeightedSFTConfig
+from wsft.errors import UserError
+from wsft.model.attention import PACKED, register
+from wsft.model.causal_lm import WeightedSFTModel, noise_in, not_causal, position_reaches
+from wsft.model.meta_passes import FEW, Passes
+from wsft.model.packing import Layout
+from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
+
+# of a model that looks its positions up, instead of computing rotations or distances
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
+
+log = logging.getLogger(__name__)
+# its table of parameters that are missing, of another shape or unexpected: `require_complete` says or refuses them
+logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
+
+
+def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
+    name = config.tokenizer_name or config.model_name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
+        ) from error
+    return tokenizer
+
+
+def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
+    """The model's own config: its shape is needed before its weights."""
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})") from error
+
+
+def class_for(config: PretrainedConfig) -> type:
+    """The auto class of transformers for what the checkpoint was saved as: of a multimodal model the whole, not its text part,
+    so that what is exported can take its place."""
+    saved_as = getattr(config, "architectures", None) or []
+    whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if whole and (whole.__name__ in saved_as or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """On the meta device: classes, names and shapes, no memory."""
+    with torch.device("meta"):
+        return class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
+    """UserError if it is no model that the run can train, by its classes and shapes: it may be on the meta device."""
+    name = type(model).__name__
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise UserError(f"{name} has no linear lm_head: wsft trains decoder-only language models")
+    quantization = getattr(model.config, "quantization_config", None)
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization.quant_method
+        raise UserError(
+            f"the checkpoint in {model.config.name_or_path!r} is quantized ({method}; quantization_config in its config.json): "
+            f"wsft trains weights in bf16 or float32; take one that is not, or save it dequantized (transformers can do some)"
+        )
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    has_table = any(_POSITION_TABLE.search(key) and tensor.ndim == 2 for key, tensor in tables)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if has_table and positions and config.max_token_len > positions:
+        raise UserError(
+            f"{name} has embeddings for {positions} positions, and max_token_len is {config.max_token_len}: set max_token_len "
+            f"to {positions} at most"
+        )
+    grow_from = [
+        reach for reach in position_reaches(model.config.get_text_config(), {"dynamic"}) if reach < config.max_token_len
+    ]
+    if grow_from:
+        raise UserError(
+            f"what {name} makes of a sequence depends on those that it was given before, for its rotary embeddings (rope_type "
+            f"dynamic) grow with the longest: set max_token_len to {min(grow_from)}, where they begin to"
+        )
+
+
+def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -> Passes:
+    """What the model tells without weights, in sequences of up to that length; in bf16, for which the products of experts have
+    a form on the meta device. By packed attention, else by its own, else by the one that is given a mask: as it runs first."""
+    empty = empty_model(config, trust_remote_code).to(torch.bfloat16)
+    model, own = WeightedSFTModel(empty), empty.config._attn_implementation
+
+    def loss(tokens: int, layout: Layout | None = None) -> torch.Tensor:
+        row, trained = torch.zeros(1, tokens, dtype=torch.int64, device="meta"), torch.arange(1, tokens, device="meta")
+        return model(row, trained, torch.ones(tokens - 1, device="meta"), layout).loss
+
+    def look(packed: bool) -> Passes:
+        passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if packed else None, longest)
+        row = torch.zeros(1, FEW, dtype=torch.int64, device="meta")
+        head = passes.head_arithmetic(lambda: model(row, None, None))
+        if head and head.unknown:
+            raise UserError(
+                f"{type(empty).__name__} does something between its hidden states and its logits that wsft does not know "
+                f"({some(head.unknown)}): train another model, or have loss.head.LossHead do it too"
+            )
+        if passes.whole and passes.sees_later:
+            raise not_causal(empty)
+        passes.logit_options = head.options() if head else {}
+        return passes
+
+    for attention in (PACKED, own, "eager"):
+        if model.attend_by(attention) and (passes := look(attention == PACKED)).whole:
+            return passes
+    model.attend_by(own)
+    return look(packed=False)
+
+
+def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:
+    """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are. Their names."""
+    frozen = passes.unreached()
+    for name, param in model.named_parameters():
+        param.requires_grad_(name not in frozen)
+    if frozen:
+        log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), some(sorted(frozen)))
+    return frozen
+
+
+def require_complete(name: str, config: WeightedSFTConfig) -> None:
+    """UserError if the checkpoint lacks parameters of the model, which transformers would give random values, or has them in
+    other shapes. Reads names and shapes only."""
+    try:
+        model, info = class_for(load_model_config(name, config)).from_pretrained(
+            name,
+            trust_remote_code=config.trust_remote_code,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    there = f"{len(others)} that are none of the model's ({some(others)})"
+    if missing:
+        raise UserError(
+            f"the checkpoint in {name!r} lacks {len(missing)} of the parameters of {type(model).__name__} ({some(missing)}), "
+            f"which would be random{f'; it has {there}' if others else ''}: save it whole, under the model's own names"
+        )
+    if info["mismatched_keys"]:
+        shapes = [f"{key}: {list(found)}, expected {list(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"])]
+        raise UserError(f"the checkpoint in {name!r} has {len(shapes)} parameters of other shapes ({some(shapes)})")
+    if others:
+        log.info("not used of the checkpoint in %s: %s", name, there)
+
+
+def some(names: list[str]) -> str:
+    """The first few, as a sentence names them."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
+    """A model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
+    register()
+    dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
+    empty = empty_model(load_model_config(name, config), config.trust_remote_code, dtype)
+    require_trainable(empty, config)
+    require_complete(name, config)
+    passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len)
+    # from_pretrained looks for this object (a weak global reference) to partition while it loads
+    zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
+    try:
+        with loading_as_without_zero3(empty):
+            model, info = class_for(empty.config).from_pretrained(
+                name,
+                dtype=dtype,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+    files = files_of(name)
+    made, others = made_of(empty, files)
+    lost = sorted(info["missing_keys"]) or (differing(model, files, made) if zero3 else [])
+    if lost:
+        raise UserError(
+            f"transformers did not load {len(lost)} parameters of {type(model).__name__} as they are in {name!r} "
+            f"({some(lost)}): they would be random; another version of transformers may load them, or another ZeRO stage"
+        )
+    del zero3
+    untrained = freeze_unreached(model, passes)
+    noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
+    if noise:
+        log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False) and getattr(text_config, "router_aux_loss_coef", 0):
+        coefficient = text_config.router_aux_loss_coef
+        log.info("the load-balancing loss that the model's config asks for (router_aux_loss_coef %s) is not added", coefficient)
+    wrapped = WeightedSFTModel(model)
+    if passes.attention == "eager" and not config.attn_implementation:
+        wrapped.attend_by("eager")  # its own code does not run without a mask
+    wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
+    wrapped.shortest, wrapped.logit_options = passes.shortest, passes.logit_options
+    wrapped.untrained, wrapped.not_loaded = untrained, len(others)
+    if config.gradient_checkpointing:
+        wrapped.recompute_activations()
+    return wrapped.train()
+
+
+def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: int) -> WeightedSFTModel:
+    """The frozen reference model, which scores the same tokens."""
+    size = load_model_config(config.ref_model_name, config).get_text_config().vocab_size
+    if size < vocab_size:
+        raise UserError(
+            f"the reference model {config.ref_model_name!r} has a vocabulary of {size}, the model one of {vocab_size}: "
+            f"it must know the same tokens"
+        )
+    return load_model(config.ref_model_name, config, ds).requires_grad_(False).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,256 @@
+"""What a model without weights tells: on the meta device, where tensors have sizes and no values, its code can be run, before
+anything is loaded, and so be asked what it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+from transformers import PretrainedConfig, PreTrainedModel
+
+from wsft.errors import UserError
+from wsft.model.head_arithmetic import HeadArithmetic
+
+# what a pass that looks at values ends with, or one that is given what its code does not know
+STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+
+
+# of a config, how many experts there are, and to how many of them a token is sent
+_EXPERTS = re.compile(r"(n|num|moe_num)_(routed_|local_)?experts")
+_CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts")
+
+
+class OneSequence(TorchFunctionMode):
+    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, it is told yes.
+
+    Attributes:
+        sees_later: whether attention of a sequence to itself was asked for without a mask, causal or other.
+    """
+
+    sees_later = False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is scaled_dot_product_attention:
+            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+            given = dict(zip(names, args, strict=False)) | (kwargs or {})
+            itself = given["query"].shape[-2] == given["key"].shape[-2] > 1
+            self.sees_later |= itself and given.get("attn_mask") is None and not given.get("is_causal")
+        return True if function is torch.Tensor.__bool__ and args[0].is_meta else function(*args, **(kwargs or {}))
+
+
+LENGTHS = 2, 8, 16, 32, 64, 136  # tokens of a sequence: the last are more than attention compresses into one
+FEW = 8
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Names of the parameters without a gradient after a backward pass, and the modules that were run."""
+
+    unreached: set[str]
+    ran: set[torch.nn.Module]
+
+
+@dataclass
+class Passes:
+    """Forward passes of an empty model: `run(T)` of one sequence of so many tokens, `run_packed()` of two in one row, None
+    where it has attention of its own that packed rows cannot have.
+
+    Attributes:
+        longest: tokens of the longest sequence in training.
+        whole: whether the model runs, but for modules of the classes in `routed`.
+        routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
+            with tokens: which of their children are run depends on the data.
+        sees_later: whether attention of a sequence to itself was asked for without a mask.
+        shortest: tokens from which on sequences run all of its modules that sequences of up to `longest` run.
+        logit_options: what lies between its hidden states and its logits, as options of `LossHead`.
+    """
+
+    model: PreTrainedModel
+    run: Callable[[int], torch.Tensor]
+    run_packed: Callable[[], torch.Tensor] | None
+    longest: int
+    whole: bool = False
+    routed: set[type[torch.nn.Module]] = field(default_factory=set)
+    shortest: int = LENGTHS[0]
+    sees_later: bool = False
+    logit_options: dict[str, float | int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        self._share_of_experts = _share_of_experts(self.model.config)
+        if self._pass(FEW) is None:
+            self._find_routed()
+        first = self._pass(FEW)
+        self.whole = first is not None
+        # where a recurrence is run token by token, a longer sequence takes seconds: backward only if it can change anything
+        found = [first, *(self._pass(length, backward=bool(first.unreached)) for length in self._others)] if first else []
+        passes = [each for each in found if each]
+        self._unreached = set.intersection(*(each.unreached for each in passes)) if self.whole else self._not_of_the_decoder()
+        while passes and self.shortest < self._others[-1] and passes[-1].ran - passes[1].ran:
+            self.shortest = min(length for length in (*LENGTHS, self._others[-1]) if length > self.shortest)
+            passes[1] = self._pass(self.shortest, backward=False) or passes[-1]
+
+    @property
+    def attention(self) -> str:
+        """What it attends by."""
+        return self.model.config._attn_implementation
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return LENGTHS[0], max(LENGTHS[0], min(LENGTHS[-1], self.longest))
+
+    def _pass(self, length: int, backward: bool = True) -> _Pass | None:
+        """Forward and backward, else no parameter is unreached; None if the model does not run."""
+        ran: set[torch.nn.Module] = set()
+        hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in self.model.modules()]
+        self.model.zero_grad()
+        try:
+            with self.standing_for_routed(), torch.set_grad_enabled(backward):
+                loss = self.run(length).sum()
+                if backward:
+                    loss.backward()
+        except STOPS:
+            return None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        unreached = {name for name, param in self.model.named_parameters() if backward and param.grad is None}
+        return _Pass(unreached, ran)
+
+    def _find_routed(self) -> None:
+        """Fill `routed`, until the model runs or it is not experts where its code stops."""
+        while True:
+            stopped, looked = self._where_it_stops()
+            if stopped is None or not looked or type(stopped) in self.routed or self._holds_layers(stopped):
+                return
+            self.routed.add(type(stopped))
+
+    def _where_it_stops(self) -> tuple[torch.nn.Module | None, bool]:
+        """The innermost module with parameters, None if the pass gets through; whether it stops since code looks at values."""
+        within: list[torch.nn.Module] = []
+        hooks = []
+        for module in self.model.modules():
+            hooks.append(module.register_forward_pre_hook(lambda module, _: within.append(module)))
+            hooks.append(module.register_forward_hook(lambda *_: within.pop() and None))
+        try:
+            with self.standing_for_routed(), torch.no_grad():
+                self.run(FEW)
+            return None, False
+        except STOPS as error:
+            # as torch says it of tensors without values
+            looked = isinstance(error, NotImplementedError) or "meta" in str(error)
+            return next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model), looked
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _holds_layers(self, module: torch.nn.Module) -> bool:
+        embedding = self.model.get_input_embeddings()
+        return any(child is embedding for child in module.modules()) or module is self.model
+
+    @contextlib.contextmanager
+    def standing_for_routed(self) -> Iterator[None]:
+        """Inside, modules of these classes, of any model, do not look at values: they take the memory that they would."""
+        forwards = {cls: cls.forward for cls in self.routed}
+        for cls in self.routed:
+            cls.forward = functools.partialmethod(_stand_in, self._share_of_experts)
+        try:
+            with OneSequence() as mode:
+                yield
+            self.sees_later |= mode.sees_later
+        finally:
+            for cls, forward in forwards.items():
+                cls.forward = forward
+
+    def head_arithmetic(self, logits: Callable[[], torch.Tensor]) -> HeadArithmetic | None:
+        """What the model does around its head in a pass to its logits; None if it does not run."""
+        try:
+            with self.standing_for_routed(), torch.no_grad(), HeadArithmetic(self.model) as head:
+                kept = logits().shape[-1]
+                head.vocab_size = kept if kept < len(self.model.get_output_embeddings().weight) else None
+            return head
+        except STOPS:
+            return None
+
+    def takes_packed_rows(self) -> bool:
+        """False if its code refuses them, or cannot run them, or nothing is known of it: ZeRO-3 does not survive an exception.
+        Whether what it computes is right is for its logps to show."""
+        if not self.whole or self.run_packed is None or self.shortest > LENGTHS[0]:
+            return False
+        try:
+            with self.standing_for_routed(), torch.no_grad():
+                self.run_packed()
+            return True
+        except STOPS:
+            return False
+
+    def unreached(self) -> set[str]:
+        """Names of the parameters that no text reaches, such as a vision tower's: those without a gradient after a backward
+        pass; of a model that does not run, those of a multimodal one that are not of its text decoder.
+
+        Raises:
+            UserError: the model's code keeps gradients from parameters in evaluation mode, in which it is trained.
+        """
+        model, found = self.model, self._unreached
+        if not found:
+            return found
+        model.train()  # as the model's own code has it
+        in_training = [each.unreached for each in map(self._pass, (FEW, *self._others)) if each]
+        kept = sorted(found - set.intersection(*in_training)) if in_training else []
+        model.eval()
+        if kept:
+            raise UserError(
+                f"{type(model).__name__} keeps gradients from {len(kept)} parameters ({', '.join(kept[:3])}, ...) in "
+                f"evaluation mode, in which wsft trains so that nothing is random: they would learn nothing; change its code"
+            )
+        return found
+
+    def _not_of_the_decoder(self) -> set[str]:
+        model = self.model
+        if model.config.get_text_config() is model.config:
+            return set()
+        of_text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+        kept = {id(param) for module in of_text for param in module.parameters()}
+        return {name for name, param in model.named_parameters() if id(param) not in kept}
+
+
+def _share_of_experts(config: PretrainedConfig) -> float:
+    """Of all experts, those that a token is sent to; 1 where the config does not say."""
+    named = {**config.to_dict(), **config.get_text_config().to_dict()}
+    named |= {name: value for within in list(named.values()) if isinstance(within, dict) for name, value in within.items()}
+    chosen, experts = (
+        max((value for name, value in named.items() if pattern.fullmatch(str(name)) and isinstance(value, int)), default=0)
+        for pattern in (_CHOSEN, _EXPERTS)
+    )
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
+
+
+def _stand_in(module: torch.nn.Module, share: float, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """What each token's experts hold for their backward pass: what goes into each of their products, and comes out. All that it
+    is given, such as a router's weights, gets a gradient."""
+    params, others = list(module.parameters()), [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, torch.Tensor)]
+    width = sum(sum(p.shape[-2:]) * (len(p) if p.ndim > 2 else 1) for p in params if p.ndim > 1)
+    return _Holding.apply(x, int(share * width) * (x.numel() // x.shape[-1]), *params, *others)
+
+
+class _Holding(torch.autograd.Function):
+    """As many numbers as its input has, from all that it is given; so many more are held for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, held, *others):
+        ctx.save_for_backward(x.new_empty(held))
+        ctx.others = others
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradients = (torch.empty_like(other) if other.is_floating_point() else None for other in ctx.others)
+        return torch.empty_like(grad), None, *gradients

@@ -1,0 +1,283 @@
+"""Batches as flat arrays, padded rows, and the plan by which ranks share them. Pure and deterministic.
+
+Knows nothing of ranks (it takes their number and returns every share), of networks, of models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from wsft.loss.advantages import NORMALIZATIONS, Override, Shaping, override
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.model.packing import Layout, Prefixes
+from wsft.rollouts.decoder import REASONS, Decoder, Rollout
+
+REDUCTIONS = ("mean", "sequence_mean", "constant", "sum")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R rollouts of N tokens in all, end to end. The same on every rank; each field travels as one message."""
+
+    tokens: np.ndarray  # [N] int64
+    loss_mask: np.ndarray  # [N] bool
+    advantages: np.ndarray  # [N] float64
+    behavior_logp: np.ndarray  # [N] float32, NaN where there is none
+    ref_logp: np.ndarray  # [N] float32, NaN where there is none; [0] if nobody asked
+    teacher_sizes: np.ndarray  # [N] int64, how many entries the teacher has for a token; [0] if nobody asked
+    teacher_ids: np.ndarray  # [sum of teacher_sizes] int64
+    teacher_logp: np.ndarray  # [sum of teacher_sizes] float32
+    lengths: np.ndarray  # [R] int64
+    overrides: np.ndarray  # [R] int64, advantages.Override
+    temperatures: np.ndarray  # [R] float64, NaN where the record has none
+    scores: np.ndarray  # [R] float64, NaN where the record has none
+    env_ids: np.ndarray  # [R] int64, -1 where the record has none
+    weight_versions: np.ndarray  # [R] float64, the step whose weights sampled it; NaN where the record does not say
+    counts: np.ndarray  # [len(decoder.REASONS)] int64, what was left out on the way here
+
+    @classmethod
+    def of(cls, rollouts: list[Rollout], counts: np.ndarray) -> Batch:
+        def flat(name: str, dtype: type) -> np.ndarray:
+            return np.concatenate([np.zeros(0, dtype), *(getattr(r, name) for r in rollouts)])
+
+        def each(name: str, dtype: type) -> np.ndarray:
+            return np.array([getattr(r, name) for r in rollouts], dtype=dtype)
+
+        return cls(
+            tokens=flat("tokens", np.int64),
+            loss_mask=flat("loss_mask", np.bool_),
+            advantages=flat("advantages", np.float64),
+            behavior_logp=flat("behavior_logp", np.float32),
+            ref_logp=flat("ref_logp", np.float32),
+            teacher_sizes=flat("teacher_sizes", np.int64),
+            teacher_ids=flat("teacher_ids", np.int64),
+            teacher_logp=flat("teacher_logp", np.float32),
+            lengths=np.array([len(r.tokens) for r in rollouts], dtype=np.int64),
+            overrides=each("override", np.int64),
+            temperatures=each("temperature", np.float64),
+            scores=each("score", np.float64),
+            env_ids=each("env_id", np.int64),
+            weight_versions=each("weight_version", np.float64),
+            counts=counts,
+        )
+
+    @classmethod
+    def empty(cls) -> Batch:
+        return cls.of([], np.zeros(len(REASONS), dtype=np.int64))
+
+    @classmethod
+    def joined(cls, parts: Iterable[Batch]) -> Batch:
+        parts = list(parts)
+        fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(cls)}
+        counts = sum(fields.pop("counts"))
+        return cls(counts=counts, **{name: np.concatenate(arrays) for name, arrays in fields.items()})
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.loss_mask.sum())
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Sequences left out (or truncated), by reason."""
+        return {reason: int(n) for reason, n in zip(REASONS, self.counts, strict=True) if n}
+
+    def spans(self) -> list[slice]:
+        """Where each rollout lies in the flat arrays."""
+        ends = np.cumsum(self.lengths)
+        return [slice(int(end - n), int(end)) for end, n in zip(ends, self.lengths, strict=True)]
+
+    @property
+    def trained_tokens(self) -> np.ndarray:
+        """Of each rollout [R] int64."""
+        before_N = np.concatenate([[0], np.cumsum(self.loss_mask)])
+        ends_R = np.cumsum(self.lengths)
+        return before_N[ends_R] - before_N[ends_R - self.lengths]
+
+    def prefixes(self, rows: Iterable[int]) -> Prefixes:
+        """Which of these rollouts begin alike."""
+        return Prefixes.of(self.tokens, self.loss_mask, self.lengths, rows)
+
+    def of_weight(self, objective: Objective) -> Batch:
+        """This batch with only those tokens trained that the objective may give a weight other than 0. To be asked for after
+        the reductions were counted, and final advantages set: it changes no sum."""
+        silent_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
+        if objective.silent_without_advantage:
+            silent_N = silent_N | (self.advantages == 0)
+        left = dataclasses.replace(self, loss_mask=self.loss_mask & ~silent_N)
+        if objective.of_sequences:  # which sees all trained tokens of a sequence, or none
+            whole_N = np.repeat(left.trained_tokens > 0, self.lengths)
+            left = dataclasses.replace(self, loss_mask=self.loss_mask & whole_N)
+        return left
+
+    def with_final_advantages(self, shaping: Shaping) -> Batch:
+        """Advantages shaped over the trained, not overridden tokens of this whole batch, then overridden."""
+        overrides = np.repeat(self.overrides, self.lengths)
+        advantages = shaping.apply(self.advantages, self.loss_mask & (overrides == Override.NONE))
+        advantages = np.where(self.loss_mask, override(advantages, overrides), 0.0)
+        return dataclasses.replace(self, advantages=advantages)
+
+    def scales(self, reduction: str, max_token_len: int) -> np.ndarray:
+        """What the loss of each rollout's tokens is multiplied by [R], float64. S rollouts have trained tokens.
+
+        mean: 1 / trained tokens of the batch. sequence_mean: 1 / (S * the rollout's trained tokens), the mean of the rollouts'
+        means, as in GRPO. constant: 1 / (S * max_token_len), as in Dr. GRPO (arXiv:2503.20783). sum: 1.
+        """
+        trained = self.trained_tokens
+        sequences = max(int((trained > 0).sum()), 1)
+        divisors = {
+            "mean": max(self.num_trained, 1),
+            "sequence_mean": sequences * np.maximum(trained, 1),
+            "constant": sequences * max_token_len,
+            "sum": 1,
+        }
+        return np.broadcast_to(1 / np.asarray(divisors[reduction], dtype=np.float64), trained.shape)
+
+
+class AtroposBatchProcessor:
+    """Turns what `GET /batch` returns into tensors.
+
+    Args:
+        pad_token_id: fills rows to the longest one; any id that the model embeds, for padding is neither trained nor attended
+            to. 0 is one in every model; a tokenizer's own may lie beyond the model's embedding.
+        advantage_normalization, advantage_clip, negative_advantage_scale: see `advantages.Shaping`; over the trained tokens
+            of the whole batch.
+        decoding: see `decoder.Decoder`.
+    """
+
+    def __init__(
+        self,
+        pad_token_id: int = 0,
+        *,
+        advantage_normalization: str = "none",
+        advantage_clip: float | None = None,
+        negative_advantage_scale: float = 1.0,
+        **decoding: Any,
+    ):
+        if advantage_normalization not in NORMALIZATIONS:
+            expected = ", ".join(NORMALIZATIONS)
+            raise ValueError(f"advantage_normalization is {advantage_normalization!r}, expected one of {expected}")
+        self.pad_token_id = pad_token_id
+        self.shaping = Shaping(advantage_normalization, advantage_clip, negative_advantage_scale)
+        self.decoder = Decoder(**decoding)
+
+    def process_atropos_batch(self, groups: list[dict]) -> Batch:
+        """Validated rollouts with final advantages. Malformed sequences are left out and counted in `.rejected`.
+
+        Raises:
+            ValueError: if `groups` is no list of groups at all (the server's `{"batch": null}` gives None: poll again).
+        """
+        if not isinstance(groups, list):
+            raise ValueError(f"expected the list under 'batch' of GET /batch, found {type(groups).__name__}")
+        return self.decode(groups).with_final_advantages(self.shaping)
+
+    def decode(self, groups: list[dict]) -> Batch:
+        """As `process_atropos_batch`, without shaping and overrides, which need the global batch."""
+        return Batch.of(self.decoder.batch(groups), self.decoder.take_counts())
+
+    def to_tensors(self, processed: Batch, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """Padded rows, all [B, T]: tokens int64, loss_masks bool, advantages float32, attention_mask bool, and
+        inference_logprobs float32, NaN where there is none."""
+        rows = range(len(processed.lengths))
+        return {name: tensor.to(device) for name, tensor in pad(processed, rows, self.pad_token_id).items()}
+
+
+def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2) -> dict[str, torch.Tensor]:
+    """The given rollouts as right-padded rows, all [B, T]; no rollout gives one row of pad tokens, trained nowhere.
+
+    T is `shortest` at least: of one token, the code of some models takes it for one that is being sampled."""
+    spans = batch.spans()
+    spans = [spans[i] for i in rows] or [slice(0, 0)]
+    shape = len(spans), max(shortest, *(s.stop - s.start for s in spans))
+    padded = {
+        "tokens": torch.full(shape, pad_token_id, dtype=torch.int64),
+        "loss_masks": torch.zeros(shape, dtype=torch.bool),
+        "advantages": torch.zeros(shape, dtype=torch.float32),
+        "inference_logprobs": torch.full(shape, math.nan, dtype=torch.float32),
+        "attention_mask": torch.zeros(shape, dtype=torch.bool),
+    }
+    for b, span in enumerate(spans):
+        n = span.stop - span.start
+        padded["tokens"][b, :n] = torch.from_numpy(batch.tokens[span])
+        padded["loss_masks"][b, :n] = torch.from_numpy(batch.loss_mask[span])
+        padded["advantages"][b, :n] = torch.from_numpy(batch.advantages[span])
+        padded["inference_logprobs"][b, :n] = torch.from_numpy(batch.behavior_logp[span])
+        padded["attention_mask"][b, :n] = True
+    return padded
+
+
+def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, Layout]:
+    """The given rollouts in one row: tokens [1, T] int64, flat positions of the trained ones [N], the layout.
+
+    Neighbours of one cluster share a segment. No rollout gives two pad tokens, trained nowhere.
+    """
+    spans, segments, parents = batch.spans(), [], []
+    for _, neighbours in itertools.groupby(rows, key=lambda i: prefixes.clusters[i]):
+        cluster, parent = list(neighbours), -1
+        n = int(prefixes.lengths[cluster[0]]) if len(cluster) > 1 else 0
+        if n:
+            parent, start = len(segments), spans[cluster[0]].start
+            segments.append(slice(start, start + n))
+            parents.append(-1)
+        segments += [slice(spans[i].start + n, spans[i].stop) for i in cluster]
+        parents += [parent] * len(cluster)
+    if not segments:
+        return torch.full((1, 2), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), Layout.of([2])
+    tokens, trained = (np.concatenate([field[segment] for segment in segments]) for field in (batch.tokens, batch.loss_mask))
+    layout = Layout(tuple(segment.stop - segment.start for segment in segments), tuple(parents))
+    return torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(np.flatnonzero(trained)), layout
+
+
+def token_terms(
+    batch: Batch, rows: list[int], scales_R: np.ndarray, objective: Objective, coefficients: Coefficients, temperature: float
+) -> TokenTerms:
+    """The trained tokens of the given rollouts, in their order. `temperature` is for rollouts that have none of their own."""
+    spans = batch.spans()
+    at = [span.start + np.flatnonzero(batch.loss_mask[span]) for span in (spans[i] for i in rows)]
+    sizes = [len(positions) for positions in at]
+    at_N = np.concatenate([np.zeros(0, np.int64), *at])  # in the flat arrays
+    row_N = np.repeat(np.array(rows, dtype=np.int64), sizes)
+
+    def float32(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values.astype(np.float32))
+
+    fixed_R = np.select([batch.overrides == Override.ZERO, batch.overrides == Override.SFT], [0.0, 1.0], np.nan)
+    temperatures_R = np.where(np.isnan(batch.temperatures), temperature, batch.temperatures)
+    terms = TokenTerms(
+        objective=objective,
+        coefficients=coefficients,
+        scale_N=float32(scales_R[row_N]),
+        advantages_N=float32(batch.advantages[at_N]),
+        behavior_logp_N=float32(batch.behavior_logp[at_N]),
+        fixed_weights_N=float32(fixed_R[row_N]),
+        temperature_N=float32(temperatures_R[row_N]),
+        sequence_N=torch.from_numpy(np.unique(row_N, return_inverse=True)[1].astype(np.int64)),
+    )
+    if coefficients.kl and len(batch.ref_logp):  # else a reference model will say
+        terms = dataclasses.replace(terms, ref_logp_N=float32(batch.ref_logp[at_N]))
+    if coefficients.distill:
+        ids_NK, probs_NK = _teacher(batch, at_N, coefficients.renormalize)
+        terms = dataclasses.replace(terms, teacher_ids_NK=torch.from_numpy(ids_NK), teacher_probs_NK=float32(probs_NK))
+    return terms
+
+
+def _teacher(batch: Batch, at_N: np.ndarray, renormalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's entries at the given flat positions, ids and probabilities [N, K], filled up with probability 0."""
+    sizes_N = batch.teacher_sizes[at_N]
+    K = max(1, sizes_N.max(initial=0))
+    there_NK = np.arange(K) < sizes_N[:, None]
+    starts_N = (np.cumsum(batch.teacher_sizes) - batch.teacher_sizes)[at_N]
+    from_NK = (starts_N[:, None] + np.arange(K))[there_NK]
+    ids_NK, probs_NK = np.zeros(there_NK.shape, np.int64), np.zeros(there_NK.shape)
+    ids_NK[there_NK], probs_NK[there_NK] = batch.teacher_ids[from_NK], np.exp(batch.teacher_logp[from_NK].astype(np.float64))
+    if renormalize:
+        probs_NK /= np.maximum(probs_NK.sum(1, keepdims=True), np.finfo(np.float64).tiny)
+    return ids_NK, probs_NK

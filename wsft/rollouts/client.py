@@ -1,0 +1,436 @@
+"""A trainer's side of the Atropos API: register, fetch batches, outlive what the server does.
+
+Knows no torch, no ranks, no disk. The server pops a batch before it sends it and keeps nothing, so a `GET /batch` that
+may have reached it is never sent again: what may be lost is counted and said. Every fault that time or a new
+registration can heal is healed inside `poll`; the others are an `AtroposError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import time
+from dataclasses import KW_ONLY, dataclass, field
+from urllib.parse import urlsplit
+
+import requests
+from urllib3.exceptions import MaxRetryError, NewConnectionError
+
+from wsft.config import without_password
+from wsft.errors import UserError
+from wsft.rollouts.json_parser import parse_json
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+BATCH_READ_SECONDS = 900.0  # between two packets; 107 MB take the server 8 s and more to its first byte
+CONTROL_READ_SECONDS = 60.0  # the server answers nobody while it writes a big batch
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts that bring nothing
+REMIND_SECONDS = 30.0  # between two warnings about one outage
+STALL_SECONDS = 30.0  # of null, before the server is asked what it holds
+ERRORS_BEFORE_LOOK = 3  # of 500 in a row, before the registration is looked at
+UNREGISTERED = -1  # the batch_size in GET /info when no trainer is registered
+
+# gzip, the default of requests, more than doubles the server's time. A fresh connection per request: on one kept
+# alive, nobody can tell whether a request that failed was read.
+HEADERS = {"Accept-Encoding": "identity", "Connection": "close"}
+
+
+class AtroposError(UserError):
+    """The run cannot go on with this server: what was found, what was expected, what to do."""
+
+
+class _Fault(Exception):
+    """One request failed in a way that may heal."""
+
+    def __init__(self, reason: str, *, state: str = "unusable", quiet: bool = False):
+        super().__init__(reason)
+        self.state = state  # "server {state}"
+        self.quiet = quiet  # said already, or expected: not worth a warning until it lasts
+
+
+def decode(body: bytes) -> list[dict]:
+    """The groups of a body of `GET /batch`; none for null. ValueError if it is not JSON.
+
+    Long rows of numbers come back as arrays (parser.py); integers beyond 64 bits as floats, those beyond float range as
+    integers; neither is a token id.
+    """
+    groups = _parse(body).get("batch") or []
+    if not isinstance(groups, list):
+        raise ValueError(f"its batch is a JSON {type(groups).__name__}, not a list")
+    return groups
+
+
+def _parse(body: bytes) -> dict:
+    answer = parse_json(body)
+    if not isinstance(answer, dict):
+        raise ValueError(f"the body is a JSON {type(answer).__name__}, not an object")
+    return answer
+
+
+def _is_batch(body: bytes) -> bool:
+    """Whether a body surely is a batch, without parsing 107 MB: the null and the error answer are short.
+
+    A body without Content-Length (through a proxy) that was cut off lacks the end.
+    """
+    return len(body) > 1024 and body.startswith(b'{"batch":[{') and body.rstrip().endswith(b"}]}")
+
+
+def never_sent(error: requests.RequestException) -> bool:
+    """Whether a request surely did not reach the server: no name, no route, refused, or no connection in time."""
+    cause = error.args[0] if error.args else None
+    refused = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
+    return refused or isinstance(error, requests.ConnectTimeout)
+
+
+def _cause(error: requests.RequestException) -> str:
+    """The end of the chain that requests and urllib3 wrap around a failure: "[Errno 111] Connection refused"."""
+    return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
+
+
+def proxies_for(url: str) -> dict[str, None]:
+    """For requests: no proxy to this machine itself, whatever http_proxy says; to others, what the environment says."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return {"http": None, "https": None, "all": None}
+    return {}
+
+
+def _is_of_a_proxy(response: requests.Response) -> bool:
+    """Whether a proxy or gateway answers in the server's place, which names itself uvicorn and has no such answers. One that
+    waited for the server before it gave up may have brought it the request."""
+    return response.status_code in (502, 503, 504) and "uvicorn" not in response.headers.get("Server", "")
+
+
+def _proxy_in_words(response: requests.Response) -> str:
+    name = response.headers.get("Server") or response.headers.get("Via") or "without a name"
+    return (
+        f"a proxy ({name}) answers {response.status_code}, not the server; nothing is lost. Start what is behind it, or list "
+        f"the server's host in NO_PROXY"
+    )
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"atropos_url is {without_password(url)!r}; expected scheme, host and port, like http://localhost:8000")
+    return url.rstrip("/")
+
+
+@dataclass
+class AtroposClient:
+    """The trainer of one Atropos server. Nothing is sent before the first `poll`.
+
+    Args:
+        url: "http://host:port"; ValueError if it has no scheme or no host.
+        batch_size: sequences in a batch of this server.
+        timeout: seconds without interruption that the server may be unreachable or unusable. A server that answers
+            "nothing yet" is waited for without end: environments may be slow.
+        step: the trainer's own step, to be kept current by the trainer; a server that restarted is told it.
+        registers: False for a further rank that fetches for itself: it neither registers nor resets.
+
+    Attributes:
+        possibly_lost: batches that the server may have handed out and that never arrived.
+        state: a few words for a progress line.
+    """
+
+    url: str
+    _: KW_ONLY
+    batch_size: int
+    max_token_len: int
+    num_steps: int
+    timeout: float
+    step: int = 0
+    wandb_group: str = ""
+    wandb_project: str = ""
+    checkpoint_dir: str = ""
+    save_checkpoint_interval: int = 0
+    registers: bool = True
+
+    possibly_lost: int = field(default=0, init=False)
+    state: str = field(default="registering", init=False)
+
+    def __post_init__(self):
+        self.url = _checked_url(self.url)
+        self._shown = without_password(self.url)
+        self._registered = not self.registers
+        self._pause = FIRST_PAUSE
+        self._errors = 0  # 500s in a row
+        self._outage: _Outage | None = None
+        self._drought: _Drought | None = None
+
+    def poll(self) -> bytes | None:
+        """One attempt to fetch: the raw body of a non-empty batch, or None when there is none yet.
+
+        Paces itself: an attempt that brings nothing ends with a sleep of 0.05 s, growing to 1 s.
+        Raises AtroposError for what cannot heal: `timeout` exceeded, or a server registered for another batch.
+        """
+        try:
+            if not self._registered:
+                self._register()
+            body = self._fetch()
+            if body is None:
+                self._end_outage()
+                self._wait_for_environments()
+        except _Fault as fault:
+            body = None
+            self._outlast(fault)
+        if body is None:
+            time.sleep(self._pause)
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
+            return None
+        self._end_outage()
+        self._pause, self._drought, self.state = FIRST_PAUSE, None, "batch received"
+        return body
+
+    def look(self) -> tuple[str, bool]:
+        """What the server says of itself, in a sentence, and whether a run can begin there; nothing is taken or registered."""
+        try:
+            info, queued, size = self._info(), self._ask_json("/status").get("queue_size", 0), self._latest_group_size()
+        except _Fault as fault:
+            return f"{self._shown} does not answer ({fault}); a run would wait {self.timeout:g} s for it", True
+        try:
+            if info["batch_size"] != UNREGISTERED:
+                self._require_ours(info)
+        except AtroposError as error:
+            return str(error), False
+        if self.batch_size % size:
+            return (
+                f"the group posted last at {self._shown} has {size} sequences, of which no batch_size {self.batch_size} can be "
+                f"made: the sizes of groups must tile it; make batch_size a multiple of {size}, or change group_size"
+            ), False
+        known = "no trainer has registered" if info["batch_size"] == UNREGISTERED else "registered for this batch_size"
+        return f"{self._shown} answers: {known}, {queued} groups wait", True
+
+    def latest_example(self) -> dict:
+        """The group posted last, as a record; one without tokens where there is none. Nothing is taken from the run."""
+        try:
+            return self._ask_json("/latest_example")
+        except _Fault as fault:
+            raise AtroposError(f"{self._shown} gives no example: {fault}; start the server, or mend the URL") from fault
+
+    # -- the batch ----------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> bytes | None:
+        """The one place that sends GET /batch: the body of a batch, None when the server has none."""
+        try:
+            response = self._send("GET", "/batch", BATCH_READ_SECONDS)
+        except requests.RequestException as error:
+            if never_sent(error):
+                raise _Fault(f"it cannot be reached ({_cause(error)})", state="unreachable") from error
+            raise self._lost(f"broke off: {error!r}") from error
+        if _is_of_a_proxy(response) and response.elapsed.total_seconds() < CONNECT_SECONDS:
+            raise _Fault(f"GET /batch did not get there: {_proxy_in_words(response)}", state="unreachable")
+        if response.status_code >= 500:
+            raise self._server_error(response.status_code)
+        if response.status_code != 200:
+            raise _Fault(f"GET /batch answers {response.status_code} (is this an Atropos server?)")
+        self._errors = 0
+        body = response.content
+        if _is_batch(body):
+            return body
+        try:
+            answer = _parse(body)
+        except ValueError as error:
+            raise self._lost(f"brought {len(body)} bytes that are not an answer ({error})") from error
+        if answer.get("batch"):
+            return body
+        if answer.get("status") == "error":
+            raise self._forgotten(str(answer.get("message")))
+        if "batch" not in answer:
+            raise _Fault(f"GET /batch answers {body[:80]!r} (is this an Atropos server?)")
+        return None
+
+    def _lost(self, what: str) -> _Fault:
+        self.possibly_lost += 1
+        log.warning("GET /batch %s. A batch may be lost (%d so far); going on with the next", what, self.possibly_lost)
+        return _Fault(f"GET /batch {what}", quiet=True)
+
+    def _server_error(self, status_code: int) -> _Fault:
+        """A batch that holds NaN is lost with a 500; a server that was reset answers nothing else."""
+        fault = self._lost(f"was answered {status_code}")
+        self._errors += 1
+        if self.registers and self._errors % ERRORS_BEFORE_LOOK == 0:
+            self._look_at_registration()
+        return fault
+
+    def _forgotten(self, message: str) -> _Fault:
+        """The answer of a server that restarted, or where no trainer has registered yet."""
+        if self.registers:
+            log.warning("the Atropos server no longer knows this trainer (did it restart?): registering again")
+            self._registered = False
+        return _Fault(f"GET /batch answers {message!r}", state="without a trainer", quiet=True)
+
+    # -- registration -------------------------------------------------------------------------------------------------
+
+    def _register(self) -> None:
+        self.state = "registering"
+        self._post_registration()
+        info = self._info()
+        if info["batch_size"] == UNREGISTERED:
+            # An environment that posts to a server without a trainer makes the queue whose absence /register takes
+            # for "new server": from then on /register answers 200 and does nothing.
+            log.warning(
+                "the Atropos server accepted the registration and ignored it (an environment posted before any trainer "
+                "registered): resetting it, which drops what was posted, and registering again"
+            )
+            self._ask("GET", "/reset_data")
+            self._post_registration()
+            info = self._info()
+        if info["batch_size"] == UNREGISTERED:
+            raise _Fault("it answers /register with 200 and stays unregistered")
+        self._require_ours(info)
+        self._registered = True
+        asked = ", ".join(f"{name} {value}" for name, value in self._asked().items())
+        log.info("registered at %s with %s; environments can start now", self._shown, asked)
+
+    def _post_registration(self) -> None:
+        registration = self._asked() | {
+            "wandb_group": self.wandb_group,
+            "wandb_project": self.wandb_project,
+            "checkpoint_dir": self.checkpoint_dir,
+            "save_checkpoint_interval": self.save_checkpoint_interval,
+            "starting_step": self.step,
+            "num_steps": self.num_steps,
+        }
+        self._ask("POST", "/register", json=registration)
+
+    def _asked(self) -> dict:
+        return {"batch_size": self.batch_size, "max_token_len": self.max_token_len}
+
+    def _look_at_registration(self) -> None:
+        info = self._info()
+        if info["batch_size"] == UNREGISTERED:
+            log.warning("the Atropos server was reset: registering again")
+            self._registered = False
+        else:
+            self._require_ours(info)
+
+    def _require_ours(self, info: dict) -> None:
+        found = {key: info.get(key) for key in self._asked()}
+        if found != self._asked():
+            raise AtroposError(
+                f"the Atropos server at {self._shown} is registered with batch_size {found['batch_size']} and max_token_len "
+                f"{found['max_token_len']}; this run asks for batch_size {self.batch_size} and max_token_len "
+                f"{self.max_token_len}, and the server keeps its first registration. Restart the server, or wipe it with "
+                f"GET {self._shown}/reset_data (its queue is dropped), or run with the server's values."
+            )
+
+    def _info(self) -> dict:
+        info = self._ask_json("/info")
+        if "batch_size" not in info:
+            raise _Fault(f"GET /info answers {info} (is this an Atropos server?)")
+        return info
+
+    def _ask(self, method: str, path: str, **arguments) -> requests.Response:
+        """A request that hands nothing out and can be sent again."""
+        try:
+            response = self._send(method, path, CONTROL_READ_SECONDS, **arguments)
+        except requests.RequestException as error:
+            raise _Fault(f"{method} {path} failed ({_cause(error)})", state="unreachable") from error
+        if _is_of_a_proxy(response):
+            raise _Fault(f"{method} {path} did not get there: {_proxy_in_words(response)}", state="unreachable")
+        if response.status_code != 200:
+            raise _Fault(f"{method} {path} answers {response.status_code}: {response.text[:200]}")
+        return response
+
+    def _send(self, method: str, path: str, read_seconds: float, **arguments: object) -> requests.Response:
+        url = self.url + path
+        return requests.request(
+            method, url, headers=HEADERS, timeout=(CONNECT_SECONDS, read_seconds), proxies=proxies_for(url), **arguments
+        )
+
+    def _ask_json(self, path: str) -> dict:
+        response = self._ask("GET", path)
+        try:
+            return _parse(response.content)
+        except ValueError as error:
+            raise _Fault(f"GET {path} answers no JSON ({error}; is this an Atropos server?)") from error
+
+    # -- waiting ------------------------------------------------------------------------------------------------------
+
+    def _wait_for_environments(self) -> None:
+        self.state = "waiting for a batch"
+        if not self.registers:
+            return  # the rank that registers looks and warns for all
+        now = time.monotonic()
+        if self._drought is None:
+            self._drought = _Drought(next_look=now + STALL_SECONDS / 2)
+        if now >= self._drought.next_look:
+            self._drought.next_look = now + STALL_SECONDS / 2
+            self._look_at_queue(self._drought)
+
+    def _look_at_queue(self, drought: _Drought) -> None:
+        """Warn, once until a batch comes, of a queue that is long enough in two looks and forms no batch."""
+        # Reset under us and posted to since, the server answers null for ever.
+        self._look_at_registration()
+        queued = self._ask_json("/status").get("queue_size", 0)
+        sequences = queued * self._latest_group_size()
+        stuck = self.batch_size <= sequences and 0 < drought.queued <= queued
+        drought.queued = queued if self.batch_size <= sequences else 0
+        if stuck and not drought.warned:
+            drought.warned = True
+            log.warning(
+                "the Atropos server holds %d groups and forms no batch of %d sequences from them. The sizes of groups "
+                "must tile batch_size (8 cannot be made of 3s, nor of one 16), and an environment registered with "
+                "min_batch_allocation must not be silent: change batch_size or the environments' group_size, or restart "
+                "the server without the silent environment",
+                queued,
+                self.batch_size,
+            )
+
+    def _latest_group_size(self) -> int:
+        """Sequences in the group posted last: a hint at how many the queue holds, at least 1."""
+        try:
+            return max(1, len(self._ask_json("/latest_example").get("tokens") or []))
+        except _Fault:  # it answers 500 where that group holds a NaN
+            return 1
+
+    # -- outages ------------------------------------------------------------------------------------------------------
+
+    def _outlast(self, fault: _Fault) -> None:
+        """Count how long the server has been failing, say it now and then, end the run when it is too long."""
+        now = time.monotonic()
+        if self._outage is None:
+            self._outage = _Outage(since=now, next_warning=now + REMIND_SECONDS)
+        outage, down = self._outage, now - self._outage.since
+        self.state = f"server {fault.state}"
+        if down >= self.timeout:
+            raise AtroposError(
+                f"the Atropos server at {self._shown} has been {fault.state} for {down:.0f} s (limit {self.timeout:g} s): "
+                f"{fault}. Start it or correct --atropos_url, or wait longer with --atropos_timeout."
+            ) from fault
+        if now >= outage.next_warning or not (fault.quiet or outage.warned):
+            outage.next_warning, outage.warned = now + REMIND_SECONDS, True
+            log.warning(
+                "the Atropos server at %s is %s: %s. Trying again for another %.0f s",
+                self._shown,
+                fault.state,
+                fault,
+                self.timeout - down,
+            )
+
+    def _end_outage(self) -> None:
+        if self._outage is not None and self._outage.warned:
+            log.info("the Atropos server is back after %.0f s", time.monotonic() - self._outage.since)
+        self._outage = None
+
+
+@dataclass
+class _Outage:
+    """The server fails without interruption. Times are of time.monotonic()."""
+
+    since: float
+    next_warning: float
+    warned: bool = False
+
+
+@dataclass
+class _Drought:
+    """The server is well and has no batch."""
+
+    next_look: float
+    queued: int = 0  # groups at the last look, if they were enough for a batch
+    warned: bool = False

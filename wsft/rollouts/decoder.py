@@ -1,0 +1,260 @@
+"""Atropos records -> validated rollouts. What is malformed is left out, counted and named; it never ends a run.
+
+NumPy only: no torch, no HTTP, no ranks. What each field may hold stands in `records.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from wsft.loss.advantages import FROM_SCORES, Override, from_scores
+from wsft.rollouts import records
+from wsft.rollouts.records import Malformed, is_group
+
+log = logging.getLogger(__name__)
+
+# Why a sequence is left out.
+REJECTED = (
+    "record is not a group",
+    "tokens are not a list of integers",
+    "fewer than two tokens",
+    "token id outside the vocabulary",
+    "no mask",
+    "mask length differs from tokens",
+    "mask is neither labels nor 0/1",
+    "override is neither true nor false",
+    "advantages do not fit the tokens",
+    "advantage of a trained token is not finite",
+    "no finite score and no advantages",
+    "teacher does not fit the tokens",
+    "longer than max_token_len",
+    "has images",
+    "no token is trained",  # of a batch that has no other sequences
+    "line is not JSON",
+)
+# What was made of a sequence that is trained all the same.
+MENDED = (
+    "truncated to max_token_len",
+    "trained without inference_logprobs: they do not fit the tokens",
+    "trained without ref_logprobs: they do not fit the tokens",
+    "trained at the run's temperature: its own is not a number above 0",
+)
+REASONS = REJECTED + MENDED
+FAULTS_KEPT = 1000  # of each reason, between two looks: a file may be nothing but faults
+
+
+class Origin(NamedTuple):
+    """Where a sequence comes from: its record, what messages call that ("group 3", "line 17"), its number in it."""
+
+    record: Any
+    name: str
+    sequence: int | None  # None: of no sequence, but of the record
+
+    def __str__(self) -> str:
+        return self.name if self.sequence is None else f"{self.name}, sequence {self.sequence}"
+
+
+class Fault(NamedTuple):
+    origin: Origin
+    detail: str  # what was found
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sequence. Arrays of [T] stand at the token's own position; position 0 is never trained.
+
+    What its record does not have is NaN or -1; a field that the decoder was not asked to read is an array of no entries.
+    """
+
+    tokens: np.ndarray  # [T] int64
+    loss_mask: np.ndarray  # [T] bool
+    advantages: np.ndarray  # [T] float64, 0 where untrained; neither shaped over the batch nor overridden yet
+    behavior_logp: np.ndarray  # [T] float32, the sampler's
+    ref_logp: np.ndarray  # [T] float32
+    teacher_sizes: np.ndarray  # [T] int64, the number of the teacher's entries
+    teacher_ids: np.ndarray  # [sum of sizes] int64
+    teacher_logp: np.ndarray  # [sum of sizes] float32
+    override: Override
+    temperature: float
+    score: float
+    env_id: int
+    weight_version: float  # the trainer's step whose weights sampled it
+    origin: Origin
+
+
+@dataclass
+class Decoder:
+    """The rules by which records become rollouts, and the count of what they left out.
+
+    Args:
+        max_token_len: longest sequence; None for any.
+        overlong: "drop" or "truncate" what is longer.
+        score_advantages: "group_norm", "group_center", "rloo" or "raw" (see `advantages.from_scores`).
+        vocab_size: token ids must be below it; None for no limit.
+        record_temperature: take a record's own temperature.
+        reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
+        group_sizes: what the run has seen before, see `_groups`.
+    """
+
+    max_token_len: int | None = None
+    overlong: str = "drop"
+    score_advantages: str = "group_norm"
+    vocab_size: int | None = None
+    record_temperature: bool = True
+    reads_reference: bool = False
+    reads_teacher: bool = False
+    group_sizes: dict[int, int] = field(default_factory=dict)  # env_id -> sequences of its largest record so far
+    rejected: Counter = field(default_factory=Counter, init=False)  # reason -> sequences, since it was last taken
+    faults: dict[str, list[Fault]] = field(default_factory=dict, init=False)  # reason -> the first of them
+
+    def __post_init__(self):
+        for name, known in {"overlong": ("drop", "truncate"), "score_advantages": FROM_SCORES}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.max_token_len is not None and self.max_token_len < 2:
+            raise ValueError(f"max_token_len is {self.max_token_len}, expected at least 2, or None for any length")
+
+    def batch(self, found: list[Any], names: Sequence[str] | None = None) -> list[Rollout]:
+        """The good sequences of the records of one batch, some of which may be parts of one group. `names` are for messages."""
+        advantages = {}
+        for numbers in self._groups(found):
+            advantages |= zip(numbers, self._score_advantages([found[n] for n in numbers]), strict=True)
+        names = names or [f"group {n}" for n in range(len(found))]
+        return [r for n, record in enumerate(found) for r in self._record(record, advantages[n], names[n])]
+
+    def reject(self, reason: str, origin: Origin, detail: str) -> None:
+        assert reason in REASONS, reason
+        self.rejected[reason] += 1
+        kept = self.faults.setdefault(reason, [])
+        if len(kept) < FAULTS_KEPT:
+            kept.append(Fault(origin, detail))
+
+    def take_counts(self) -> np.ndarray:
+        """Counts [len(REASONS)] int64 since the last call; each reason is logged once with its first example."""
+        for reason, count in self.rejected.items():
+            what = f"left out: {reason}" if reason in REJECTED else reason
+            first = self.faults[reason][0]
+            log.warning("%d sequence(s) %s (first: %s: %s)", count, what, first.origin, first.detail)
+        counts = np.array([self.rejected[reason] for reason in REASONS], dtype=np.int64)
+        self.forget()
+        return counts
+
+    def forget(self) -> None:
+        self.rejected.clear()
+        self.faults.clear()
+
+    def _groups(self, found: list[Any]) -> list[list[int]]:
+        """The numbers of the records of a batch, those that are parts of one group together.
+
+        The server keeps a record that is smaller than its environment's group size back until others of that environment fill
+        it up, then releases them together, in the order in which they came. What fills up may be another prompt's: parts of one
+        group have one env_id and one prompt, each is smaller than a group, and together they are no larger than one. So large
+        is what the record's group_overrides say, else the largest record of the environment that was seen so far. Where that is
+        one sequence, which nothing could be compared with, no size is known, and those of one prompt in a batch are one group.
+        """
+        sizes = [len(record["tokens"]) if is_group(record) else 0 for record in found]
+        for record, size in zip(found, sizes, strict=True):
+            if size:
+                env_id = records.env_id(record)
+                self.group_sizes[env_id] = max(size, self.group_sizes.get(env_id, 0))
+        groups: list[list[int]] = []
+        incomplete: dict[Any, list[int]] = {}  # prompt -> the last of `groups` that is of it, while it lacks sequences
+        for number, (record, size) in enumerate(zip(found, sizes, strict=True)):
+            prompt = records.prompt(record)
+            whole = self._group_size(record) if prompt else 0
+            if size >= whole:  # or of no prompt
+                groups.append([number])
+                continue
+            group = incomplete.get(prompt, [])
+            if group and sum(sizes[i] for i in group) + size <= whole:
+                group.append(number)
+            else:
+                incomplete[prompt] = [number]
+                groups.append(incomplete[prompt])
+        return groups
+
+    def _group_size(self, record: dict) -> float:
+        said, largest = records.group_size(record), self.group_sizes[records.env_id(record)]
+        return said or (largest if largest > 1 else math.inf)
+
+    def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
+        """For each of the records, which are one group, the advantages of its sequences from the scores of all."""
+        sizes = [len(part["tokens"]) if is_group(part) else 0 for part in parts]
+        places = [(part, i) for part, size in zip(parts, sizes, strict=True) for i in range(size)]
+        scores = np.array([records.score(*place) for place in places])
+        free = np.array([records.override(*place) is Override.NONE for place in places], dtype=bool)
+        return np.split(from_scores(scores, np.isfinite(scores) & free, self.score_advantages), np.cumsum(sizes)[:-1])
+
+    def _record(self, record: Any, score_advantages: np.ndarray, name: str) -> list[Rollout]:
+        if not is_group(record):
+            found = f"expected an object with a list of tokens, found {records.short(record)}"
+            self.reject("record is not a group", Origin(record, name, None), found)
+            return []
+        rollouts = []
+        for i, advantage in enumerate(score_advantages):
+            origin = Origin(record, name, i)
+            try:
+                rollouts.append(self._rollout(origin, advantage))
+            except Malformed as fault:
+                self.reject(fault.reason, origin, fault.detail)
+        return rollouts
+
+    def _rollout(self, origin: Origin, score_advantage: float) -> Rollout:
+        group, _, i = origin
+        tokens = records.tokens(group, i, self.vocab_size)
+        trained = records.loss_mask(group, i, tokens)
+        if records.has_images(group, i):
+            raise Malformed("has images", "wsft trains on text: their placeholder tokens alone would be trained on")
+        override = records.override(group, i)
+        if override is None:
+            raise Malformed("override is neither true nor false", "set_advantage_to_zero and sft must be true, false or null")
+        free = override is Override.NONE
+        advantages = records.advantages(group, i, score_advantage, trained) if free else np.zeros(len(tokens))
+        sizes, ids, logp = records.teacher(group, i, trained, self.vocab_size) if self.reads_teacher else _NO_TEACHER
+        limit = len(tokens) if self.max_token_len is None else self.max_token_len
+        if len(tokens) > limit:
+            detail = f"{len(tokens)} tokens, max_token_len {limit}"
+            if self.overlong == "drop":
+                raise Malformed("longer than max_token_len", detail)
+            self.reject("truncated to max_token_len", origin, detail)
+        unknown = np.full(len(tokens), np.nan, dtype=np.float32)
+        behavior_logp = self._mended(origin, unknown, records.logps, group, i, "inference_logprobs", trained)
+        ref_logp = _NO_TEACHER[2]
+        if self.reads_reference:
+            ref_logp = self._mended(origin, unknown, records.logps, group, i, "ref_logprobs", trained)
+        temperature = self._mended(origin, math.nan, records.temperature, group, i) if self.record_temperature else math.nan
+        entries = int(sizes[:limit].sum())
+        return Rollout(
+            tokens=tokens[:limit],
+            loss_mask=trained[:limit],
+            advantages=advantages[:limit],
+            behavior_logp=behavior_logp[:limit],
+            ref_logp=ref_logp[:limit],
+            teacher_sizes=sizes[:limit],
+            teacher_ids=ids[:entries],
+            teacher_logp=logp[:entries],
+            override=override,
+            temperature=temperature,
+            score=records.score(group, i),
+            env_id=records.env_id(group),
+            weight_version=records.weight_version(group, i),
+            origin=origin,
+        )
+
+    def _mended(self, origin: Origin, instead: Any, read: Callable, *args: Any) -> Any:
+        """What `read` finds, or something instead of what is malformed, which is counted."""
+        try:
+            return read(*args)
+        except Malformed as fault:
+            self.reject(fault.reason, origin, fault.detail)
+            return instead
+
+
+_NO_TEACHER = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)

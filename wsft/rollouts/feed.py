@@ -1,0 +1,184 @@
+"""How every rank gets the same batch at the same time.
+
+A source (sources.py) is asked in a thread of its own, `prefetch_batches` ahead of the step that trains: a batch is fetched,
+journalled and decoded while the one before it trains, and the main thread answers the other ranks meanwhile. Ranks never wait
+for data inside one collective: they meet about once a second and say whether they have theirs. So a run may wait for hours, an
+error on the fetching rank reaches all, and nobody's collective times out.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from wsft.config import WeightedSFTConfig
+from wsft.distributed.signals import Stop
+from wsft.distributed.world import World
+from wsft.errors import UserError
+from wsft.rollouts.batch import Batch
+from wsft.rollouts.decoder import REASONS
+from wsft.rollouts.sources import EndOfData, Position, Source
+
+log = logging.getLogger(__name__)
+
+EMPTY_BATCHES_ALLOWED = 3
+POLL_S = 1.0  # the ranks meet about as often
+LAST_WORD_S = 30.0  # for a request that is under way when the run ends
+
+
+class _Ahead:
+    """A thread that does one thing after the other, until one fails: those behind it then fail likewise, for a batch must not
+    be fetched in the place of one that could not be. It does not keep the process from ending, as a pool's would."""
+
+    def __init__(self):
+        self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def submit(self, action: Callable[[], Any]) -> Future:
+        future = Future()
+        self._jobs.put((future, action))
+        return future
+
+    def _work(self) -> None:
+        failure = None
+        while True:
+            future, action = self._jobs.get()
+            try:
+                if failure:
+                    raise failure
+                future.set_result(action())
+            except BaseException as error:
+                failure = error
+                future.set_exception(error)
+
+
+class _Word(IntEnum):
+    """What a rank says at each meeting. STOP has the code of why added to it: one rank that was asked to stop is enough."""
+
+    WAIT = 0
+    READY = 1
+    END = 2
+    FAILED = 3
+    STOP = 100
+
+
+class Feed:
+    """The global batches of a run, the same on every rank; advantages are as decoded, not yet shaped over the batch.
+
+    Attributes:
+        batches: how many the run has taken so far; the number of the next one in the journal.
+        stopped: why the run should stop, as any rank was asked to (signals.py); 0 if it should not.
+        possibly_lost: batches that may have been lost between server and trainer, over all ranks and restarts.
+        position: of the source on rank 0, behind the last batch taken.
+    """
+
+    def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, facts: dict[str, Any]):
+        self._config, self._source, self._world, self._stop = config, source, world, stop
+        # learn once who fetches
+        self._fetching = [rank for rank, has in enumerate(world.words(int(source is not None))) if has]
+        self.batches, self._lost_before = facts.get("batches", 0), facts.get("possibly_lost", 0)
+        self.possibly_lost, self.position = self._lost_before, facts.get("position")
+        self.stopped, self._pruned_gib = 0, self.journal_gib
+        self._over, self._ahead = threading.Event(), _Ahead()
+        self._taking: dict[int, Future] = {}  # number of a batch -> it and the position behind it, in the making
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps, to go on from here."""
+        return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
+
+    def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
+        """The next batch with a trained token in it; None at the end of the data or if the run should stop. What was passed
+        over on the way counts in it as left out. `waiting` is told of every fruitless second."""
+        left_out = np.zeros(len(REASONS), dtype=np.int64)
+        for _ in range(EMPTY_BATCHES_ALLOWED):
+            batch = self._exchange(step, waiting)
+            if batch is None:
+                return None
+            if not batch.num_trained:
+                left_out[REASONS.index("no token is trained")] += len(batch.lengths)
+            batch = replace(batch, counts=batch.counts + left_out)
+            if batch.num_trained:
+                return batch
+            left_out = batch.counts
+            log.info(
+                "a batch held no usable sequence (left out since the last step: %s): passed over", batch.rejected or "none"
+            )
+        raise UserError(
+            f"{EMPTY_BATCHES_ALLOWED} batches in a row held no usable sequence (left out: {batch.rejected or 'none'}): do the "
+            f"environments use the tokenizer of the model, a max_token_len no larger than the trainer's, and masks that train "
+            f"any token?"
+        )
+
+    def _exchange(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
+        world, mine, error = self._world, None, None
+        word = _Word.WAIT if self._source else _Word.READY
+        while True:
+            if word == _Word.WAIT and not self._stop.code:
+                try:
+                    mine = self._take(step)
+                    word = _Word.READY if mine is not None else _Word.WAIT
+                except EndOfData:
+                    word = _Word.END
+                except Exception as failure:  # whatever it is, the other ranks must hear of it
+                    word, error = _Word.FAILED, failure
+            stopping = self._stop.code and word != _Word.FAILED
+            words = world.words(_Word.STOP + self._stop.code if stopping else word)
+            if _Word.FAILED in words:
+                world.agree(error)
+            self.stopped = max(0, max(words) - _Word.STOP)
+            if self.stopped or _Word.END in words:
+                return None  # what is READY here is in the journal, and comes again
+            if _Word.WAIT not in words:
+                break
+            waiting(self._source.state if self._source else "")
+        part, self.position = mine or (None, None)
+        batch = Batch.joined(world.broadcast(part, Batch, source) for source in self._fetching)
+        self._taking.pop(self.batches, None)
+        self.batches += 1
+        self.possibly_lost = self._lost_before + sum(world.words(self._source.possibly_lost if self._source else 0))
+        return batch
+
+    def _take(self, step: int) -> tuple[Batch, Position] | None:
+        """The next batch if it is there within a second, while those behind it come; none beyond the last step's."""
+        ahead = min(self._config.prefetch_batches, self._config.training_steps - step - 1)
+        for number in range(self.batches, self.batches + ahead + 1):
+            if number not in self._taking:
+                job = functools.partial(self._source.take, number, step, self._over)
+                self._taking[number] = self._ahead.submit(job)
+        first = self._taking[self.batches]
+        return first.result() if wait([first], timeout=POLL_S).done else None
+
+    @property
+    def journal_gib(self) -> float:
+        """What this rank's journal takes on disk."""
+        return self._source.journal_bytes / 2**30 if self._source else 0.0
+
+    def journal_is_full(self) -> bool:
+        """Whether to save now, so that pruning to the oldest of the kept checkpoints holds the journals to journal_gib."""
+        since_last = len(self._fetching) * (self.journal_gib - self._pruned_gib)
+        return any(self._world.words(int(since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1))))
+
+    def prune(self, below: int) -> None:
+        """Forget the batches below that number: a checkpoint that is kept has them in its parameters."""
+        if self._source:
+            self._source.prune(below)
+            self._pruned_gib = self.journal_gib
+
+    def close(self) -> None:
+        """The run ends: let what is under way arrive."""
+        self._over.set()
+        if wait(self._taking.values(), timeout=LAST_WORD_S).not_done:
+            log.warning(
+                "a request to the Atropos server is still unanswered after %.0f s: a batch that it hands out now is lost",
+                LAST_WORD_S,
+            )

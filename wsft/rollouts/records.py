@@ -1,0 +1,259 @@
+"""The fields of an Atropos record, each read and checked by one function. What cannot be right is a `Malformed`.
+
+NumPy only: no torch, no HTTP, no ranks. The record format and every fault handled here were seen on the real server.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from wsft.loss.advantages import Override
+
+IGNORED = -100  # the label of an untrained token in Atropos masks
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_COLDEST = 0.01  # temperature: below it sampling is greedy in effect, and the gradient that much larger
+_LOGP_ROUNDING = 1e-3  # of a logp above 0, as bf16 samplers make them
+# What lies below is no logp but a sentinel for one that is not known: vLLM writes -9999.0 for -inf and NaN in its JSON. The
+# smallest float32 has the logarithm -103.3, and no sampler draws a token of a probability that it rounds to 0. A reference
+# model scores tokens that it did not draw.
+_LOWEST_LOGP = {"inference_logprobs": -103.5, "ref_logprobs": -1000.0}
+
+
+class Malformed(Exception):
+    """What a record says cannot be used: one of `decoder.REASONS`, and what was found in its place."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
+
+
+def short(value: Any) -> str:
+    """A value in at most 60 characters; reprlib, because the whole may be huge or nested too deeply for repr."""
+    text = reprlib.repr(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+def is_group(record: Any) -> bool:
+    return isinstance(record, dict) and isinstance(record.get("tokens"), list)
+
+
+# -- of the whole record --------------------------------------------------------------------------------------------------
+
+
+def env_id(group: dict) -> int:
+    """-1 where there is none."""
+    value = group.get("env_id")
+    return value if type(value) is int and 0 <= value < 2**63 else -1
+
+
+def group_size(record: dict) -> int | None:
+    """The completions that its environment samples for one prompt, where its group_overrides say it."""
+    overrides = record.get("group_overrides")
+    value = overrides.get("group_size") if isinstance(overrides, dict) else None
+    return value if type(value) is int and value > 0 else None
+
+
+def prompt(record: Any) -> tuple[int, bytes] | None:
+    """(env_id, tokens of the first sequence before its first trained one): what parts of one group have in common. None where
+    that is but the token that begins every text."""
+    if not is_group(record) or not record["tokens"] or env_id(record) < 0:
+        return None
+    try:
+        first = tokens(record, 0, None)
+        mask = loss_mask(record, 0, first)
+    except Malformed:
+        return None
+    return (env_id(record), first[: mask.argmax()].tobytes()) if mask.argmax() > 1 else None
+
+
+# -- of sequence i --------------------------------------------------------------------------------------------------------
+
+
+def tokens(group: dict, i: int, vocab_size: int | None) -> np.ndarray:
+    """[T] int64."""
+    values = group["tokens"][i]
+    ids = _array(values, {int}, np.int64)
+    if ids is None:
+        raise Malformed("tokens are not a list of integers", f"found {short(values)}")
+    if len(ids) < 2:
+        raise Malformed("fewer than two tokens", f"found {len(ids)}: nothing predicts the first token of a sequence")
+    _require_in_vocabulary(ids, vocab_size, "environments must use the tokenizer of the model")
+    return ids
+
+
+def loss_mask(group: dict, i: int, ids: np.ndarray) -> np.ndarray:
+    """[T] bool from labels (-100, or the token id itself) or 0/1. False at position 0: nothing predicts it."""
+    values = _row(group, "masks", i)
+    if values is None:
+        raise Malformed("no mask", "expected one value per token")
+    mask = _array(values, {int, float, bool}, np.float64)  # exact for token ids
+    if mask is None:
+        raise Malformed("mask is neither labels nor 0/1", f"found {short(values)}")
+    if len(mask) != len(ids):
+        raise Malformed("mask length differs from tokens", f"{len(mask)} mask values, {len(ids)} tokens")
+    ignored = mask == IGNORED
+    if not ignored.any() and np.isin(mask, (0, 1)).all():
+        trained = mask == 1
+    else:
+        wrong = np.flatnonzero(~ignored & (mask != ids))
+        if len(wrong):
+            found = f"found {short(values[wrong[0]])} at position {wrong[0]}, where the token is {ids[wrong[0]]}"
+            raise Malformed("mask is neither labels nor 0/1", found)
+        trained = ~ignored
+    trained[0] = False
+    return trained
+
+
+def score(group: dict, i: int) -> float:
+    """NaN where there is no finite number; true and false are 1 and 0."""
+    value = _row(group, "scores", i)
+    return float(value) if isinstance(value, int | float) and _finite(value) else math.nan
+
+
+def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> np.ndarray:
+    """[T] float64, 0 where untrained: the token-level row, one number for the sequence, or what its score makes."""
+    row = _row(group, "advantages", i)
+    if _absent(row):
+        if not _finite(from_score):
+            raise Malformed("no finite score and no advantages", "a sequence needs one of the two")
+        values = np.array([from_score])
+    else:
+        values = _array(row if isinstance(row, list | np.ndarray) else [row], {int, float}, np.float64)
+        if values is None or len(values) not in (1, len(trained)):
+            raise Malformed("advantages do not fit the tokens", f"found {short(row)}, expected {len(trained)} numbers")
+    values = np.broadcast_to(values, trained.shape)
+    if not _finite(values[trained]).all():
+        raise Malformed("advantage of a trained token is not finite", f"found {values[trained & ~_finite(values)][0]}")
+    return np.where(trained, values, 0.0)
+
+
+def has_images(group: dict, i: int) -> bool:
+    """Its own entry, or what is no list and so stands for all."""
+    images = group.get("images")
+    own = _row(group, "images", i) if isinstance(images, list) else images
+    return len(own) > 0 if isinstance(own, np.ndarray) else bool(own)
+
+
+def override(group: dict, i: int) -> Override | None:
+    """The sequence's own, else its group's; set_advantage_to_zero wins over sft. None for a "false" in quotes."""
+    own, shared = _row(group, "overrides", i), group.get("group_overrides")
+    places = [place for place in (own, shared) if isinstance(place, dict)]
+    zero, sft = (
+        next((place[name] for place in places if place.get(name) is not None), None)  # null says nothing
+        for name in ("set_advantage_to_zero", "sft")
+    )
+    if any(flag not in (None, False, True) for flag in (zero, sft)):  # 0 and 1 are equal to them
+        return None
+    if zero:
+        return Override.ZERO
+    return Override.SFT if sft else Override.NONE
+
+
+def temperature(group: dict, i: int) -> float:
+    """As `_said`; NaN where nobody says it."""
+    value = _said(group, i, "temperature")
+    if value is None:
+        return math.nan
+    if not (_is_number(value) and value >= _COLDEST and _finite(value)):
+        raise Malformed("trained at the run's temperature: its own is not a number above 0", f"found {short(value)}")
+    return float(value)
+
+
+def weight_version(group: dict, i: int) -> float:
+    """The trainer's step whose weights sampled it, as `_said`; NaN where nobody says it."""
+    value = _said(group, i, "weight_version")
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:  # as SGLang writes it
+        value = int(value)
+    return float(value) if type(value) is int and 0 <= value < 2**53 else math.nan
+
+
+def logps(group: dict, i: int, name: str, trained: np.ndarray) -> np.ndarray:
+    """`inference_logprobs` or `ref_logprobs` [T] float32 of the trained tokens. NaN where there is none: at placeholders, which
+    are 1.0, and whatever else is no logp (`_LOWEST_LOGP`)."""
+    row = _row(group, name, i)
+    if _absent(row):
+        return np.full(len(trained), np.nan, dtype=np.float32)
+    values = _array(row, {int, float, type(None)}, np.float64)  # null becomes NaN
+    if values is None or len(values) != len(trained):
+        found = f"found {short(row)}, expected {len(trained)} numbers"
+        raise Malformed(f"trained without {name}: they do not fit the tokens", found)
+    known = trained & (values <= _LOGP_ROUNDING) & (values >= _LOWEST_LOGP[name])
+    return np.where(known, values.clip(max=0), np.nan).astype(np.float32)
+
+
+def teacher(group: dict, i: int, trained: np.ndarray, vocab_size: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """distill_token_ids and distill_logprobs: how many entries each token has [T], 0 where untrained; ids and logps of all."""
+    ids, logps = _row(group, "distill_token_ids", i), _row(group, "distill_logprobs", i)
+    sizes, reason = np.zeros(len(trained), np.int64), "teacher does not fit the tokens"
+    if not ids and not logps:
+        return sizes, np.zeros(0, np.int64), np.zeros(0, np.float32)
+    for name, rows in {"distill_token_ids": ids, "distill_logprobs": logps}.items():
+        if not isinstance(rows, list) or len(rows) != len(trained):
+            raise Malformed(reason, f"{name} is {short(rows)}, expected a list for each of {len(trained)} tokens")
+    entries = [(t, ids[t] or [], logps[t] or []) for t in np.flatnonzero(trained).tolist()]
+    for t, row_ids, row_logps in entries:
+        if not isinstance(row_ids, list) or not isinstance(row_logps, list) or len(row_ids) != len(row_logps):
+            raise Malformed(reason, f"found {short(row_ids)} and {short(row_logps)} at position {t}, expected equally many")
+    flat_ids = _array([x for _, row, _ in entries for x in row], {int}, np.int64)
+    flat_logps = _array([x for _, _, row in entries for x in row], {int, float}, np.float64)
+    if flat_ids is None or flat_logps is None or not (flat_logps <= _LOGP_ROUNDING).all():
+        raise Malformed(reason, "expected integers in distill_token_ids, and numbers up to 0 in distill_logprobs")
+    _require_in_vocabulary(flat_ids, vocab_size, "those of distill_token_ids must be the model's own")
+    sizes[trained] = [len(row) for _, row, _ in entries]
+    return sizes, flat_ids, flat_logps.clip(-_FLOAT32_MAX, 0).astype(np.float32)
+
+
+# -- what they share ------------------------------------------------------------------------------------------------------
+
+
+def _row(group: dict, name: str, i: int) -> Any:
+    """Entry i of a per-sequence field; None where the field is null, empty, shorter, or no list."""
+    rows = group.get(name)
+    return rows[i] if isinstance(rows, list) and i < len(rows) else None
+
+
+def _absent(row: Any) -> bool:
+    """Null and empty both occur."""
+    return row is None or (isinstance(row, list | np.ndarray) and not len(row))
+
+
+def _said(group: dict, i: int, name: str) -> Any:
+    """What overrides[i] says, else generation_params, else group_overrides: the precedence of Atropos' own trainer."""
+    said = (_row(group, "overrides", i), group.get("generation_params"), group.get("group_overrides"))
+    return next((d[name] for d in said if isinstance(d, dict) and d.get(name) is not None), None)
+
+
+def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:
+    """A flat list of numbers of these types as an array; None if it is anything else. The parser made arrays of some already.
+
+    The types are looked at first: left to itself NumPy makes 1 of a true among integers, and of one long string among
+    thousands of numbers an array of as many such strings.
+    """
+    if isinstance(values, np.ndarray):
+        return values.astype(dtype, copy=False) if {"i": int, "f": float}.get(values.dtype.kind) in types else None
+    if not isinstance(values, list) or not types.issuperset(map(type, values)):
+        return None
+    try:
+        return np.array(values, dtype)
+    except OverflowError:  # an integer too large
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> Any:
+    """Whether a number, or each of an array, is finite in float32, which the loss is computed in. NaN compares false."""
+    return abs(value) <= _FLOAT32_MAX
+
+
+def _require_in_vocabulary(ids: np.ndarray, vocab_size: int | None, hint: str) -> None:
+    limit = vocab_size if vocab_size is not None else 2**31
+    outside = ids[(ids < 0) | (ids >= limit)]
+    if len(outside):
+        raise Malformed("token id outside the vocabulary", f"found {outside[0]}, expected 0 to {limit - 1}: {hint}")

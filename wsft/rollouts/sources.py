@@ -1,0 +1,259 @@
+"""Where batches come from: a file of records, or an Atropos server and its journal."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import logging
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from wsft.config import WeightedSFTConfig
+from wsft.distributed.world import World
+from wsft.errors import UserError
+from wsft.rollouts.batch import AtroposBatchProcessor, Batch
+from wsft.rollouts.client import AtroposClient, decode
+from wsft.rollouts.decoder import Origin, Rollout
+from wsft.rollouts.journal import Journal
+from wsft.rollouts.json_parser import parse_json
+from wsft.rollouts.records import is_group
+
+log = logging.getLogger(__name__)
+
+SMALLEST_ROOM = 8 * 2**20  # bytes free on disk without which no batch is fetched
+
+# What a source needs to go on behind a batch, as JSON: the sizes of groups seen so far (see decoder.py), the place in a file
+Position = dict[str, Any]
+
+
+class EndOfData(Exception):
+    """The source has nothing more."""
+
+
+class Source(Protocol):
+    state: str  # for the progress line
+    possibly_lost: int  # batches that may have been lost between server and trainer
+    journal_bytes: int  # on disk
+
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
+        """Batch `number` of the run (or this rank's part of it), asked for after `step` optimizer steps, and the position
+        behind it. Waits for it, or until the run is over. EndOfData if there will be none."""
+
+    def prune(self, below: int) -> None:
+        """Batches below this number will not be asked for again."""
+
+
+class FileSource:
+    """One pass over a JSONL file of groups, in file order, `batch_size` good sequences at a time; the last may be smaller.
+
+    Lines are decoded a chunk at a time: as many as hold `batch_size` sequences, as a server would hand them out, so that parts
+    of one group get the advantages that they get from a server.
+
+    Args:
+        position: where to go on: the chunk's first byte and line, the byte behind it, how many of its good sequences are taken
+            already, a digest of all that was read.
+    Raises:
+        UserError: no such file, or what was read of it has changed; lines may have been appended.
+    """
+
+    state = "reading"
+    possibly_lost = journal_bytes = 0
+
+    def __init__(self, path: str, batch_size: int, processor: AtroposBatchProcessor, position: Position | None = None):
+        if not Path(path).is_file():
+            raise UserError(f"data {path!r} is not a file: expected JSONL, one Atropos group a line")
+        self._path, self._batch_size, self._processor = Path(path), batch_size, processor
+        self._digest = hashlib.blake2b(digest_size=16)
+        if position:
+            self._require_unchanged(position)
+        begin = position or {"offset": 0, "line": 1, "end": 0, "taken": 0}
+        self._rollouts = self._read(begin["offset"], begin["line"], begin["end"], begin["taken"])
+
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
+        rollouts, position = self.rollouts()
+        counts = self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
+        if not rollouts:
+            raise EndOfData
+        return Batch.of(rollouts, counts), position
+
+    def rollouts(self) -> tuple[list[Rollout], Position | None]:
+        """Those of the next batch, none at the end, and the position behind them."""
+        taken = list(islice(self._rollouts, self._batch_size))
+        return [rollout for rollout, _ in taken], taken[-1][1] if taken else None
+
+    def prune(self, below: int) -> None: ...
+
+    def _require_unchanged(self, position: Position) -> None:
+        size, end = self._path.stat().st_size, position["end"]
+        if end > 2**30:
+            log.info("looking whether %s is as it was, up to %.1f GiB", self._path, end / 2**30)
+        with self._path.open("rb") as file:
+            while block := file.read(min(2**20, end - file.tell())):
+                self._digest.update(block)
+        if size < end or self._digest.hexdigest() != position["digest"]:
+            found = f"it has {size} bytes, of which {end} were read" if size < end else "those bytes differ"
+            raise UserError(
+                f"data {str(self._path)!r} has changed in the part that this run has read ({found}): put the file back as it "
+                f"was (lines may be appended), or start another run in another output_dir"
+            )
+
+    def _read(self, offset: int, line: int, end: int, taken: int) -> Iterator[tuple[Rollout, Position]]:
+        decoder, read_before = self._processor.decoder, end
+        with self._path.open("rb") as file:
+            file.seek(offset)
+            while True:
+                sizes = dict(decoder.group_sizes)
+                texts, found, names = self._chunk(file, line, end)
+                if not texts:
+                    return
+                if file.tell() > read_before:
+                    self._digest.update(b"".join(texts))
+                rollouts = decoder.batch(found, names)
+                if taken:
+                    decoder.forget()  # it was counted when its first sequences were taken
+                place = {"offset": offset, "line": line, "end": file.tell(), "digest": self._digest.hexdigest()}
+                for i in range(taken, len(rollouts)):
+                    yield rollouts[i], place | {"taken": i + 1, "group_sizes": sizes}
+                offset, line, end, taken = file.tell(), line + len(texts), 0, 0
+
+    def _chunk(self, file: BinaryIO, line: int, end: int) -> tuple[list[bytes], list[Any], list[str]]:
+        """Lines up to the byte `end`, or where that is 0 as many as hold a batch; the records in them, and their names."""
+        texts, found, names, sequences = [], [], [], 0
+        while (file.tell() < end if end else sequences < self._batch_size) and (text := file.readline()):
+            number = line + len(texts)
+            texts.append(text)
+            text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
+            if not text.strip():
+                continue
+            try:
+                record = parse_json(text)
+            except ValueError as error:
+                origin = Origin(text, f"line {number} of {self._path}", None)
+                self._processor.decoder.reject("line is not JSON", origin, str(error))
+                continue
+            found.append(record)
+            names.append(f"line {number}")
+            sequences += len(record["tokens"]) if is_group(record) else 0
+        return texts, found, names
+
+
+class AtroposSource:
+    """Batches of a live server, each in the journal before anything decodes it; first those that a resumed run finds there.
+
+    Args:
+        journal: of this rank. Its records are numbered as the batches of the run.
+        others: journals that the run wrote with another number of fetching ranks.
+    """
+
+    def __init__(self, client: AtroposClient, processor: AtroposBatchProcessor, journal: Journal, others: list[Journal]):
+        self._client, self._processor, self._journal, self._others = client, processor, journal, others
+        self._replays_others = client.registers
+        self._largest = SMALLEST_ROOM
+
+    @property
+    def state(self) -> str:
+        return self._client.state
+
+    @property
+    def possibly_lost(self) -> int:
+        return self._client.possibly_lost + self._journal.torn
+
+    @property
+    def journal_bytes(self) -> int:
+        return self._journal.size
+
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
+        batch = self._batch(number, step, over)
+        return batch, {"group_sizes": dict(self._processor.decoder.group_sizes)}
+
+    def _batch(self, number: int, step: int, over: threading.Event) -> Batch:
+        if number in self._journal:
+            return self._decoded(self._journal.read(number))
+        elsewhere = [journal for journal in self._others if number in journal]
+        if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
+            parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
+            return Batch.joined([Batch.empty(), *parts])
+        self._client.step = step  # a server that restarts is told where the run is
+        while not over.is_set():
+            self._journal.require_room(2 * self._largest)  # before the server hands it out
+            body = self._client.poll()
+            if body is not None:
+                self._largest = max(self._largest, len(body))
+                self._journal.append(number, body)
+                return self._decoded(body)
+        raise EndOfData
+
+    def _decoded(self, body: bytes) -> Batch:
+        try:
+            groups = decode(body)
+        except ValueError as error:  # it must not end the run, least of all each resumed one again
+            groups = []
+            self._processor.decoder.reject("record is not a group", Origin(None, "a whole batch", None), str(error))
+        return self._processor.decode(groups)
+
+    def prune(self, below: int) -> None:
+        for journal in [self._journal, *(self._others if self._replays_others else [])]:
+            journal.prune(below)
+
+
+def open_source(
+    config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: Position | None
+) -> Source | None:
+    """This rank's source; None on a rank that only listens. `position` is where a resumed run goes on."""
+    fetching = fetching_ranks(config, world.size)
+    if world.rank >= fetching:
+        return None
+    if position:
+        processor.decoder.group_sizes |= {int(env_id): size for env_id, size in position["group_sizes"].items()}
+    if config.data is not None:
+        return FileSource(config.data, config.batch_size, processor, position)
+    client = client_of(config, fetching, registers=world.rank == 0)
+    folder = Path(config.output_dir) / "journal"
+    mine = {rank: folder / f"{rank}_of_{fetching}" for rank in range(fetching)}
+    others = [Journal(path, read_only=True) for path in sorted(folder.glob("*_of_*")) if path not in mine.values()]
+    return AtroposSource(client, processor, Journal(mine[world.rank]), others)
+
+
+def fetching_ranks(config: WeightedSFTConfig, num_ranks: int) -> int:
+    """How many fetch for themselves. UserError where they cannot share the batch."""
+    fetching = num_ranks if config.fetch_mode == "per_rank" else 1
+    if config.batch_size % fetching:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be shared by {fetching} ranks in fetch_mode per_rank: "
+            f"make it a multiple of {fetching}, or use fetch_mode rank0"
+        )
+    return fetching
+
+
+def client_of(config: WeightedSFTConfig, fetching: int, registers: bool) -> AtroposClient:
+    """Of one of so many ranks that fetch."""
+    return AtroposClient(
+        config.atropos_url,
+        batch_size=config.batch_size // fetching,
+        max_token_len=config.max_token_len,
+        num_steps=config.training_steps,
+        timeout=config.atropos_timeout,
+        wandb_group=config.wandb_group or "",
+        wandb_project=config.wandb_project or "",
+        checkpoint_dir=config.output_dir,
+        save_checkpoint_interval=config.save_steps,
+        registers=registers,
+    )
+
+
+def processor_of(config: WeightedSFTConfig, vocab_size: int) -> AtroposBatchProcessor:
+    return AtroposBatchProcessor(
+        advantage_normalization=config.advantage_normalization,
+        advantage_clip=config.advantage_clip,
+        negative_advantage_scale=config.negative_advantage_scale,
+        max_token_len=config.max_token_len,
+        overlong=config.overlong,
+        score_advantages=config.score_advantages,
+        vocab_size=vocab_size,
+        record_temperature=config.record_temperature,
+        reads_reference=config.kl_coef > 0 and config.ref_model_name is None,
+        reads_teacher=config.distill_coef > 0,
+    )

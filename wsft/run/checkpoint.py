@@ -1,0 +1,295 @@
+"""Checkpoints: complete or absent. A folder `step_N` is written aside, its facts (checkpoint.json) last, then renamed.
+
+    step_N/deepspeed/        DeepSpeed's sharded parameters, optimizer, schedule
+    step_N/random_R.pt       random generators of rank R
+    step_N/hugging_face/     the base model's own config, tokenizer and code, so that export needs nothing else
+    step_N/checkpoint.json   step, feed position, settings, versions, and the size of every file
+
+Knows what the engine saves by its folder only, and nothing of Atropos or of what a batch is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from wsft.atomic_files import atomic_write, sync
+from wsft.config import RESUME_MAY_CHANGE, WeightedSFTConfig
+from wsft.distributed.deepspeed_files import convert
+from wsft.distributed.engine import Engine
+from wsft.distributed.world import World
+from wsft.errors import UserError
+from wsft.run.base_files import write_files
+
+log = logging.getLogger(__name__)
+
+SHARED_WAIT_S = 30.0  # a network file system may show a new file late
+FACTS = "checkpoint.json"
+DEEPSPEED, HUGGING_FACE = "deepspeed", "hugging_face"
+_NAME = re.compile(r"step_(\d+)")
+_PARTIAL, _CONVERTED = ".partial", ".converted"  # behind the name of a checkpoint: what is not, or no longer, one
+_OPEN = ".nfs"  # how the name of a deleted file begins on NFS while a process holds it open
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. `facts` is its checkpoint.json."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.facts["step"]
+
+    @classmethod
+    def at(cls, folder: Path) -> Checkpoint:
+        """UserError, saying what is missing, if there is no complete checkpoint in the folder."""
+        if not (folder / FACTS).is_file():
+            there = "there is no such folder" if not folder.exists() else f"it has no {FACTS}, which is written last"
+            raise UserError(
+                f"{folder} is not a complete checkpoint: {there}. Give a folder like output_dir/checkpoints/step_100"
+            )
+        facts = json.loads((folder / FACTS).read_text())
+        for name, size in facts["files"].items():
+            found = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if found != size:
+                raise UserError(
+                    f"the checkpoint {folder} is damaged: {name} has {found} bytes, expected {size}; use another one"
+                )
+        return cls(folder, facts)
+
+
+def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: dict[str, str | None], place: Path) -> None:
+    """UserError naming every setting that differs from those of the run begun in `place`, of those that decide what is
+    learned. Other differences are said.
+
+    Args:
+        was: the facts of that run's checkpoint; without one yet, its settings alone.
+        contents: what the settings name now (fingerprint.py); at another path it may be the same.
+    """
+    now, was_there, was = config.public(), was.get("contents", {}), was["config"]
+    changed = [name for name in now if name in was and was[name] != now[name]]
+    free = RESUME_MAY_CHANGE - ({"training_steps"} if config.lr_scheduler != "constant" else set())  # its schedule ends there
+    free |= {name for name in contents if was_there.get(name) and was_there[name] == contents[name]}
+    wrong = [f"{name} is {now[name]!r} and was {was[name]!r}" for name in changed if name not in free]
+    if wrong:
+        raise UserError(
+            f"this is not the run of {place}: {'; '.join(wrong)}. Resume with the settings it was begun with (its config.yaml "
+            f"holds them), or start another run in another output_dir"
+        )
+    silent = {"resume", "output_dir", "overwrite_output_dir"}
+    others = [f"{name} {now[name]} (was {was[name]})" for name in changed if name not in silent]
+    if others:
+        log.info("resumed with other settings: %s", ", ".join(others))
+
+
+def all_in(folder: Path) -> list[Checkpoint]:
+    """The complete checkpoints in the folder, oldest first. A damaged one is said and passed over."""
+    found = []
+    for path in sorted(folders_in(folder), key=lambda path: int(_NAME.fullmatch(path.name)[1])):
+        if (path / FACTS).exists():
+            try:
+                found.append(Checkpoint.at(path))
+            except (UserError, OSError, ValueError, KeyError) as error:
+                log.warning("passing over %s: %s", path, error)
+    return found
+
+
+def folders_in(folder: Path, suffix: str = "") -> list[Path]:
+    """Those whose whole name is step_N and the suffix. What else stands there, and links, are somebody else's."""
+    found = [path for path in folder.glob(f"step_*{suffix}") if _NAME.fullmatch(path.name.removesuffix(suffix))]
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def save(
+    folder: Path,
+    facts: dict[str, Any],
+    engine: Engine,
+    files: dict[str, bytes] | None,
+    world: World,
+) -> Checkpoint:
+    """Save `facts["step"]` in the folder of checkpoints. A collective. `files` are those of the base
+    model, of rank 0; only there the checkpoint knows all of its own. UserError if it cannot be
+    written; then nothing of it is left, and the older checkpoints are as they were."""
+    final = folder / f"step_{facts['step']}"
+    aside = folder / f"{final.name}{_PARTIAL}"
+    try:
+        world.on_rank_0(lambda: _make_anew(aside))
+        written, error = engine.save(aside / DEEPSPEED)
+        world.agree(error)
+        written += world.together(lambda: _save_random(aside / f"random_{world.rank}.pt"))
+        written = sum(world.words(written))
+        sizes = world.on_rank_0(lambda: _finish(aside, final, facts, files, written))
+    except Exception as error:
+        if world.rank == 0:
+            _remove(aside)
+        older = all_in(folder)[-1:]
+        raise UserError(
+            f"checkpoint {final.name} cannot be saved in {folder} ({_root(error)}). "
+            f"{f'{older[0].folder.name} there is whole' if older else 'There is no older one'}; what was fetched is in the "
+            f"journal. Mend that and go on with --resume"
+        ) from error
+    return Checkpoint(final, facts | {"files": sizes or {}})
+
+
+@contextlib.contextmanager
+def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any], world: World) -> Iterator[Path | None]:
+    """The folder for `Engine.load`, None at step 0. `facts` are this start's; of another number of ranks, the state is
+    converted for as long as the context lasts, and `ds` says so to DeepSpeed."""
+    if start is None:
+        yield None
+        return
+    for name in ("stage", "precision", "optimizer"):
+        if start.facts[name] != facts[name]:
+            raise UserError(
+                f"{start.folder} was saved with {name} {start.facts[name]}, the DeepSpeed JSON and this machine make it "
+                f"{facts[name]}: resume with the JSON it was begun with"
+            )
+    changed = _differences(start.facts["deepspeed"], facts["deepspeed"])
+    if changed:  # it would be overwritten from the checkpoint
+        raise UserError(
+            f"{start.folder} was saved with another DeepSpeed JSON: {'; '.join(changed)}. Resume with the one it was begun "
+            f"with, or start another run in another output_dir"
+        )
+    saved = start.folder / DEEPSPEED
+    if start.facts["num_ranks"] == world.size or facts["stage"] == 0:
+        yield saved
+        return
+    log.info("the checkpoint is of %d rank(s): converting it for %d", start.facts["num_ranks"], world.size)
+    converted = start.folder.with_name(f"{start.folder.name}{_CONVERTED}")
+    with world.taking_its_time():
+        world.on_rank_0(lambda: _convert(saved, converted))
+    ds["checkpoint"] = ds.get("checkpoint", {}) | {"load_universal": True}
+    try:
+        yield converted
+        world.words(0)  # all have read it
+    finally:
+        if world.rank == 0:
+            _remove(converted)
+
+
+def _differences(was: Any, now: Any, path: str = "") -> list[str]:
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return [] if was == now else [f"{path} is {now!r} and was {was!r}"]
+    names = sorted(was.keys() | now.keys())
+    return [text for name in names for text in _differences(was.get(name), now.get(name), f"{path}.{name}".lstrip("."))]
+
+
+def _convert(saved: Path, converted: Path) -> None:
+    _make_anew(converted)
+    convert(saved, converted)
+
+
+def _make_anew(folder: Path) -> None:
+    _remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _finish(aside: Path, final: Path, facts: dict, files: dict[str, bytes], written: int) -> dict[str, int]:
+    """The size of each file. `written` is how many bytes all ranks have written into the folder."""
+    deadline = time.monotonic() + SHARED_WAIT_S
+    # DeepSpeed may write more by itself, as what it has offloaded to NVMe; a network file system may show files late
+    while (seen := sum(_sizes(aside).values())) < written and time.monotonic() < deadline:
+        time.sleep(1)
+    if seen < written:
+        raise OSError(f"rank 0 sees {seen} of the {written} bytes that all ranks wrote: output_dir must be one that they share")
+    write_files(aside / HUGGING_FACE, files)
+    sizes = _sizes(aside)
+    for name in sizes:
+        sync(aside / name)
+    atomic_write(aside / FACTS, json.dumps(facts | {"files": sizes}, indent=1))
+    if (final / FACTS).exists():  # a damaged one, passed over at the start
+        _remove(final)
+    aside.rename(final)
+    sync(final.parent)
+    return sizes
+
+
+def prune(folder: Path, keep: int) -> list[Checkpoint]:
+    """Delete all but the newest `keep` checkpoints, and what a killed save left. Those that are kept, oldest first."""
+    checkpoints = all_in(folder)
+    for old in checkpoints[:-keep]:
+        delete(old.folder)
+    for suffix in (_PARTIAL, _CONVERTED):
+        for left in folders_in(folder, suffix):
+            _remove(left)
+    return checkpoints[-keep:]
+
+
+def delete(folder: Path) -> None:
+    """A checkpoint. Half deleted it does not look complete, and the next `prune` goes on with it."""
+    partial = folder.with_name(f"{folder.name}{_PARTIAL}")
+    _remove(partial)
+    try:
+        folder.rename(partial)
+    except OSError as error:
+        return _say_once(f"{folder} cannot be deleted ({error.strerror}): it stays until it can be")
+    _remove(partial)
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a process holds a file open on NFS, or may not write there
+        _say_once(f"{folder} cannot be deleted ({error.strerror}): what is left of it stays until it can be")
+
+
+@functools.cache
+def _say_once(words: str) -> None:
+    log.warning("%s", words)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Name -> bytes of each file in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(_OPEN)]
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def _save_random(path: Path) -> int:
+    """The bytes it took."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": [version, internal, gauss]}
+    state["numpy"] = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    torch.save(state, path)
+    return path.stat().st_size
+
+
+def load_random(checkpoint: Checkpoint, rank: int) -> None:
+    """Put this rank's random generators back. A rank that the checkpoint did not have keeps its own."""
+    path = checkpoint.folder / f"random_{rank}.pt"
+    if not path.exists():
+        return
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _root(error: BaseException) -> BaseException:
+    """What began it: torch reports a full disk as a RuntimeError about positions."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return error

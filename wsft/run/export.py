@@ -1,0 +1,145 @@
+"""A checkpoint as a Hugging Face folder, without a GPU:
+
+    python -m wsft.export runs/first/checkpoints/step_1000 OUT
+
+Parameters are put together one at a time into a file that is mapped into memory, from which transformers writes shards of
+safetensors. So hardly more than one shard is ever held, and what transformers does to a model's names on the way to disk is
+done. For as long as it runs, the disk holds the model twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from wsft.atomic_files import sync
+from wsft.distributed.deepspeed_files import saved_parameters
+from wsft.errors import UserError
+from wsft.logs import configure_logging
+from wsft.model.loading import empty_model
+from wsft.model.weight_files import files_of, made_of, read
+from wsft.run.base_files import read_files, write_files
+from wsft.run.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
+
+log = logging.getLogger(__name__)
+
+SHARD = "5GB"
+OTHERS = "model-others.safetensors"  # what is copied out of the base model's files
+
+
+def export(checkpoint: Checkpoint, out: Path) -> None:
+    """Write the model of a checkpoint, in the precision it was trained in, with its tokenizer. Complete or absent: a folder
+    that stands there is replaced at the end. OSError if the disk is full."""
+    model = _empty_model(checkpoint)
+    aside = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        untrained, copied = _as_they_were(checkpoint, model)
+        with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), aside / "mapped") as state:
+            trained = {name: tensor for name, tensor in state.items() if name not in untrained}
+            model.save_pretrained(aside, state_dict=trained, max_shard_size=SHARD)
+        if copied:
+            _add(copied, aside)
+        for name in ("config.json", "generation_config.json"):  # as transformers writes them today
+            (aside / name).unlink(missing_ok=True)
+        write_files(aside, read_files(checkpoint.folder / HUGGING_FACE))
+        for path in aside.rglob("*"):
+            if path.is_file():
+                sync(path)
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+        sync(out.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model on the meta device: its classes, names and shapes, no memory."""
+    folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.facts["config"]["trust_remote_code"]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.facts["precision"]]
+    return empty_model(config, trusts, dtype)
+
+
+def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """What is copied out of the files of the base model: the names of parameters that were not trained; the tensors that make
+    them, and those of which transformers makes nothing, such as layers that predict further tokens."""
+    named, facts = checkpoint.facts["config"]["model_name"], checkpoint.facts
+    files = files_of(named)
+    if facts.get("not_loaded") and not files:
+        log.warning(
+            "%s is not there any more: %d tensors of it that are not of the model are missing in what is exported",
+            named, facts["not_loaded"],
+        )  # fmt: skip
+    made, others = made_of(model, files)
+    untrained = [each for each in made if set(facts.get("untrained", [])).issuperset(each.targets)]
+    copied = [*others, *(name for each in untrained for name in each.sources)]
+    return {name for each in untrained for name in each.targets}, {name: read(files[name], name) for name in copied}
+
+
+def _add(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the tensors into a file of their own in a folder of safetensors, and all into its index."""
+    single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index_path.exists():
+        index = json.loads(index_path.read_text())
+    else:
+        # a file of its former name would be taken for the whole model
+        single = single.rename(folder / "model-00001-of-00001.safetensors")
+        with safe_open(single, "pt") as file:
+            index = {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(file.keys(), single.name)}
+    save_file(tensors, folder / OTHERS, metadata={"format": "pt"})
+    index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+    index["weight_map"] |= dict.fromkeys(tensors, OTHERS)
+    index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def _mapped_state(model: PreTrainedModel, saved: dict[str, torch.Tensor], path: Path) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's state in its own types, in a file that is mapped into memory; tied names share their place."""
+    empty = model.state_dict(keep_vars=True)
+    missing = [name for name in empty if name not in saved]
+    if missing:
+        raise UserError(f"the checkpoint lacks {missing[:3]} of {type(model).__name__}: was it saved by this version of wsft?")
+    distinct = {id(tensor): name for name, tensor in reversed(empty.items())}
+    sizes = [empty[name].nbytes + -empty[name].nbytes % 64 for name in distinct.values()]
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, sum(sizes)))  # a full disk is an error here, not a SIGBUS later
+    mapped, places, offset = torch.from_file(str(path), shared=True, size=sum(sizes), dtype=torch.uint8), {}, 0
+    for (key, name), size in zip(distinct.items(), sizes, strict=True):
+        place = mapped[offset : offset + empty[name].nbytes].view(empty[name].dtype).view(empty[name].shape)
+        places[key] = place.copy_(saved[name].contiguous())
+        offset += size
+    yield {name: places[id(tensor)] for name, tensor in empty.items()}
+    path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wsft.export", description="Write a checkpoint as a Hugging Face folder.")
+    parser.add_argument("checkpoint", type=Path, help="a folder like output_dir/checkpoints/step_100")
+    parser.add_argument("out", type=Path, help="a new folder")
+    args = parser.parse_args()
+    configure_logging(0)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        if args.out.exists():
+            raise UserError(f"{args.out} exists: name a new folder")
+        export(Checkpoint.at(args.checkpoint), args.out)
+    except (UserError, OSError) as error:
+        sys.exit(f"export: error: {error}")
+    print(f"the model of {args.checkpoint} is in {args.out}")

@@ -1,0 +1,238 @@
+"""What a run tells: one progress line, metrics.jsonl, wandb. Floats only; no tensors, no process groups.
+
+Rank 0 gets a `Metrics`, the others a `Silence`, so that nobody asks for ranks where something is logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from requests.utils import get_netrc_auth
+from tqdm import tqdm
+
+from wsft.config import WeightedSFTConfig, without_password
+from wsft.errors import UserError
+from wsft.logs import write_line
+
+log = logging.getLogger(__name__)
+
+QUIET_S = 10.0  # without a terminal, a wait is said after this long, then every WAIT_S
+WAIT_S = 60.0
+WANDB_S = 60.0  # to begin, and to take what is left at the end
+FAILED_S = 5.0  # of a run that failed, whose other ranks wait to hear why
+
+
+class Metrics:
+    """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again.
+
+    They only report: what goes wrong in one is said once, and never reaches the run.
+    """
+
+    def __init__(self, config: WeightedSFTConfig, folder: Path, step: int):
+        self._starts = 1 + _forget_after(step, folder / "metrics.jsonl")
+        self._file = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._line = (_TerminalLine if sys.stderr.isatty() else _LogLines)(config.training_steps, step)
+        self._wandb, self._said = None, set()
+        if config.wandb_project:
+            log.info("logging to the W&B project %s, too", config.wandb_project)
+            self._try("W&B", self._open_wandb, config, folder)
+
+    def doing(self, what: str) -> None:
+        """What the run is at: "waiting for a batch", "training"."""
+        self._try("the progress line", self._line.doing, what)
+
+    def warn(self, text: str) -> None:
+        """What is the same on every rank, and said once."""
+        log.warning("%s", text)
+
+    def step(self, values: dict[str, Any]) -> None:
+        """One step's values. What is not finite is written as null, which every JSON reader takes."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean |= {"time/at": round(time.time(), 3), "run/starts": self._starts}
+        self._try("metrics.jsonl", self._file.write, json.dumps(clean) + "\n")
+        if self._wandb:
+            finite = {k: v for k, v in clean.items() if v is not None}
+            self._try("W&B", self._wandb.log, finite, step=values["step"])
+        self._try("the progress line", self._line.step, values)
+
+    def sync(self) -> None:
+        """What was told is on disk, before a checkpoint says that it need not come again."""
+        self._try("metrics.jsonl", os.fsync, self._file.fileno())
+
+    def close(self, failed: bool = False) -> None:
+        self._try("the progress line", self._line.close)
+        self._try("metrics.jsonl", self._file.close)
+        if self._wandb:
+            self._try("W&B", _finish, self._wandb, failed)
+
+    def _try(self, name: str, action: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        try:
+            action(*args, **kwargs)
+        except Exception as error:
+            if name not in self._said:
+                others = "is given up" if name == "W&B" else "is not whole"
+                log.warning(
+                    "%s fails, and %s; the run goes on (%s: %s)", name, others, type(error).__name__, _first_line(error)
+                )
+            self._said.add(name)
+            if name == "W&B":
+                self._wandb = None
+                # what it would do as Python ends could last, or fail with a traceback
+                threading.Thread(target=_forget_wandb, daemon=True).start()
+
+    def _open_wandb(self, config: WeightedSFTConfig, folder: Path) -> None:
+        self._wandb = _open_wandb(config, folder)
+
+
+class Silence:
+    """The sinks of every other rank."""
+
+    def doing(self, what: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def step(self, values: dict[str, Any]) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self, failed: bool = False) -> None: ...
+
+
+class _TerminalLine:
+    """One line that stays: tqdm's, with its time left."""
+
+    def __init__(self, total: int, step: int):
+        form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self._bar = tqdm(total=total, initial=step, desc="starting", bar_format=form, file=sys.stderr, dynamic_ncols=True)
+
+    def doing(self, what: str) -> None:
+        self._bar.set_description_str(what)
+
+    def step(self, values: dict[str, Any]) -> None:
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, {values['tokens/per_second']:.0f} tokens/s, {values['memory/peak_gib']:.1f} GiB",
+            refresh=False,
+        )
+        self._bar.update(values["step"] - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _LogLines:
+    """Where stderr is a file or a pipe: a line a step, and a word on what is done first or waited for long."""
+
+    def __init__(self, total: int, step: int):
+        self._total, self._from, self._start = total, step, time.monotonic()
+        self._what, self._since, self._next = "", 0.0, 0.0
+        self._said = set()
+
+    def doing(self, what: str) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._since, self._next = what, now, now + QUIET_S
+            if what not in self._said:
+                write_line(what)
+            self._said.add(what)
+        elif now >= self._next:
+            write_line(f"{what} ({now - self._since:.0f} s)")
+            self._next = now + WAIT_S
+
+    def step(self, values: dict[str, Any]) -> None:
+        step, spent = values["step"], time.monotonic() - self._start
+        left = tqdm.format_interval(spent / (step - self._from) * (self._total - step))
+        said = f"loss {values['loss']:+.4f}  grad_norm {values['grad_norm']:.3g}  {values['tokens/per_second']:.0f} tokens/s"
+        times = f"{values['time/step']:.1f} s, {values['time/wait']:.1f} s of it waiting  left {left}"
+        times += f"  peak {values['memory/peak_gib']:.1f} GiB"
+        write_line(f"step {step}/{self._total}  {said}  {times}")
+
+    def close(self) -> None: ...
+
+
+def _forget_after(step: int, path: Path) -> int:
+    """Keep the lines up to the step, less one that a killed process left unfinished; how many starts of the run wrote any."""
+    if not path.exists():
+        return 0
+    lines = {text: json.loads(text) for text in path.read_text().split("\n") if text.endswith("}")}
+    aside = path.with_name(".metrics.jsonl")
+    aside.write_text("".join(f"{text}\n" for text, line in lines.items() if line["step"] <= step))
+    aside.rename(path)
+    return max((line.get("run/starts", 1) for line in lines.values()), default=0)
+
+
+def require_wandb(config: WeightedSFTConfig) -> None:
+    """UserError if W&B is asked for, and is not installed or has no key. Asks nobody over the network."""
+    if not config.wandb_project:
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("wandb_project is set, but wandb is not installed: pip install wandb") from error
+    settings = wandb.setup().settings
+    if settings.mode != "online" or settings.api_key or "WANDB_IDENTITY_TOKEN_FILE" in os.environ:
+        return
+    if not get_netrc_auth(settings.base_url):
+        raise UserError(
+            f"wandb_project is set, but there is no key for {settings.base_url}: run `wandb login`, set WANDB_API_KEY, or "
+            f"WANDB_MODE=offline, or leave wandb_project out"
+        )
+
+
+def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
+    import wandb
+
+    sys.argv = [without_password(argument) for argument in sys.argv]  # wandb keeps the command line
+    identity = folder / "wandb_id"  # a resumed run goes on in the same W&B run
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    return wandb.init(
+        id=identity.read_text(),
+        resume="allow",
+        project=config.wandb_project,
+        group=config.wandb_group,
+        name=config.wandb_run_name,
+        dir=folder,
+        config=config.public(),
+        settings=wandb.Settings(silent=True, init_timeout=WANDB_S),
+    )
+
+
+def _forget_wandb() -> None:
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.teardown()
+
+
+def _finish(run: Any, failed: bool) -> None:
+    """What is still on its way to W&B may be on it for ever."""
+    errors: list[Exception] = []
+
+    def finish() -> None:
+        try:
+            run.finish(exit_code=int(failed))
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=finish, daemon=True)
+    thread.start()
+    thread.join(FAILED_S if failed else WANDB_S)
+    if thread.is_alive():
+        raise TimeoutError("it has not taken the last steps yet")
+    if errors:
+        raise errors[0]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
