@@ -25,8 +25,9 @@ class HeadArithmetic(TorchDispatchMode):
         unknown: names of other operations, of which the loss knows nothing, but for those that move numbers.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, tokens: int):
         super().__init__()
+        self._tokens = tokens
         head = model.get_output_embeddings()
         self._hooks = [
             *(module.register_forward_hook(lambda _, __, made: self._leave_body(made)) for module in model.modules()),
@@ -57,7 +58,7 @@ class HeadArithmetic(TorchDispatchMode):
             self._follow(hidden)
 
     def _enter_head(self, hidden: torch.Tensor) -> None:
-        if self._followed and not self._follows(hidden):
+        if (self._followed and not self._follows(hidden)) or hidden.shape[:-1].numel() != self._tokens:
             self.unknown.append("other hidden states than the last")
         self._followed.clear()
 

@@ -171,9 +171,9 @@ class Passes:
                 cls.forward = forward
 
     def head_arithmetic(self, logits: Callable[[], torch.Tensor]) -> HeadArithmetic | None:
-        """What the model does around its head in a pass to its logits; None if it does not run."""
+        """What the model does around its head in a pass of `FEW` tokens to its logits; None if it does not run."""
         try:
-            with self.standing_for_routed(), torch.no_grad(), HeadArithmetic(self.model) as head:
+            with self.standing_for_routed(), torch.no_grad(), HeadArithmetic(self.model, FEW) as head:
                 kept = logits().shape[-1]
                 head.vocab_size = kept if kept < len(self.model.get_output_embeddings().weight) else None
             return head
