@@ -4,6 +4,7 @@ or refused in a sentence, by run and dry run alike. CI has one of each cause by 
     python tests/test_zoo.py TABLE.jsonl [NAMES...] [SETTING=VALUE...]     # a line for each: error, layout, what was said
 """
 
+import contextlib
 import json
 import math
 import re
@@ -63,7 +64,7 @@ def reference(folder, batches, dtype):
         total = sum(mask[t] != -100 for _, mask, _ in rows for t in range(1, len(mask)))
         model.zero_grad()
         for tokens, mask, advantages in rows:
-            logp = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
+            logp = logits_of(model, torch.tensor([tokens]))[0].log_softmax(-1)
             trained = [t for t in range(1, len(tokens)) if mask[t] != -100]
             loss = -sum(advantages[t] * logp[t - 1, tokens[t]] for t in trained) / total
             loss.backward()
@@ -74,12 +75,23 @@ def reference(folder, batches, dtype):
     return dict(model.named_parameters())
 
 
+def logits_of(model, tokens):
+    try:
+        return model(input_ids=tokens, use_cache=False).logits
+    except AttributeError:  # of Llama 4's multimodal class, in transformers 5.24
+        return model.language_model(input_ids=tokens, use_cache=False).logits
+
+
 def reference_in_float64(folder, batches):
-    """Or in float32, where the model's code runs in nothing else."""
+    """Or in float32, where the model's code runs in nothing else. What it raises, where it does not run at all."""
     try:
         return reference(folder, batches, torch.float64)
     except RuntimeError:
-        return reference(folder, batches, torch.float32)
+        with contextlib.suppress(RuntimeError):
+            return reference(folder, batches, torch.float32)
+    except Exception as error:
+        return error
+    return RuntimeError("the model does not run")
 
 
 def worst(found, wanted):
@@ -117,6 +129,8 @@ def train(names, folder, rng, bf16=False, **changes):
         if not final.exists():
             row["refused"] = sentence(said)
             continue
+        if isinstance(values, Exception):
+            raise values
         row["layout"] = layouts.pop(0)
         found = {key: param.detach() for key, param in reading(final, torch.float32).named_parameters()}
         row["error"], row["worst"] = worst(found, values)
@@ -134,7 +148,8 @@ def unlike(exported, original, trained):
     """What an export has otherwise than the original: names, shapes, and values that no text reaches."""
     found = sorted(exported.keys() ^ original.keys())
     found += [name for name in exported.keys() & original.keys() if exported[name].shape != original[name].shape]
-    still = [name for name, param in trained.items() if name in original and torch.equal(param, original[name].double())]
+    still = [name for name, param in trained.items() if name in original and param.grad is None]
+    still = [name for name in still if torch.equal(trained[name], original[name].double())]
     return found + [name for name in [OTHER, *still] if not torch.equal(exported[name], original[name])]
 
 

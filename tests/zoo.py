@@ -66,7 +66,6 @@ NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32},
     },
-    "doge": {"keep_window_size": 64},  # beyond it, its code picks among equals, by the length of the row
     "dory": {"num_hidden_layers": 2, "layer_types": None},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}, "audio_config": {"adapter_in_dim": 32}},
     "dots3_note_text": {"num_key_value_heads": 4},

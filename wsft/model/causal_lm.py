@@ -10,6 +10,7 @@ import functools
 import inspect
 import itertools
 import logging
+import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ from wsft.model.packing import Layout, varlen_kwargs
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they keep packed sequences apart themselves
 
 LARGE_LOGITS = 300.0  # beyond any bound that a model puts on them
+
+_SPAN = re.compile(r"window|chunk|block|budget|top_?k")
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ class WeightedSFTModel(torch.nn.Module):
         self.takes_packed_rows = True
         # tokens that a row has at least, for all its modules to be run: where a rank ran others, ZeRO-3 would wait for ever
         self.shortest = 2
+        # whether logits are asked of the language model in it, for its own pass does not run (Llama 4 in transformers 5.24)
+        self.scored_by_text_model = False
         # what lies between hidden states and logits: options of the head
         self.logit_options: dict[str, float | int] = {}
         # names of parameters that no text reaches, and how many tensors of the files are not of the model
@@ -106,7 +111,8 @@ class WeightedSFTModel(torch.nn.Module):
             weights, options: as there, for the N tokens. Without weights, the model's own logits [B, T, V] are returned.
         """
         if weights is None:
-            return self.model(input_ids=tokens_BT, use_cache=False).logits
+            model = text_model_in(self.model) if self.scored_by_text_model else self.model
+            return model(input_ids=tokens_BT, use_cache=False).logits
         packing = varlen_kwargs(layout, tokens_BT.device) if layout else {}
         hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
@@ -172,8 +178,8 @@ class WeightedSFTModel(torch.nn.Module):
         """Try packed and padded rows: sequences must get the logps that each has alone, with the model's own attention.
 
         Where they do in one row, `packs` is set, and packed attention stays; else the model's own. `shares` is set where the
-        same holds of sequences that share the piece in which they begin, `pads` where it does of rows of one batch. One of the
-        sequences is longer than any window of the model's masks, and than what its position encodings treat alike.
+        same holds of sequences that share the segment in which they begin, `pads` where it does of rows of one batch. One
+        sequence is longer than any window of the model's masks, and than what its position encodings treat alike.
 
         Args:
             max_token_len: of the longest sequence in training.
@@ -196,10 +202,13 @@ class WeightedSFTModel(torch.nn.Module):
             self.attend_by(own)
         elif own in FLASH and getattr(config, "sliding_window", None):
             reaches.append(min(config.sliding_window, max_token_len))
-        longest = max(11, min(max(reaches, default=0) + 9, max_token_len))
+        spans = [*reaches, *_spans_in(config.to_dict(), max_token_len)]
+        longest = max(11, min(max([*spans, 31]) + 9, max_token_len))
         sizes = [6, longest - 6, 8, 3]
         tokens = torch.arange(sum(sizes), device=device) * 7919 % vocab
-        tokens[3::4] = tokens[:-3:4][: len(tokens[3::4])]  # as in texts: where a code picks among equals, rows may show it
+        # half of them are of four, as some are again and again in texts: a code that picks among equals is shown by rows
+        half = torch.arange(len(tokens[1::2]), device=device)
+        tokens[1::2] = tokens[half**2 // 3 % 4]
         pieces = begun, first, other, second = tokens.split(sizes)
         sequences = [torch.cat([begun, first]), other, torch.cat([begun, second])]
 
@@ -238,11 +247,13 @@ class WeightedSFTModel(torch.nn.Module):
             self.shares = fits(found, [alone[0][-len(first) + 1 :], alone[1], alone[2][-2:]])
         if not self.packs:
             self.attend_by(own)
-        self.pads = self.packs or fits(self._padded_logps(sequences), alone)
+        self.pads = self.packs or fits(self._padded_logps(sequences, max_token_len), alone)
         self.train(mode)
 
-    def _padded_logps(self, sequences: list[torch.Tensor]) -> torch.Tensor:
+    def _padded_logps(self, sequences: list[torch.Tensor], max_token_len: int) -> torch.Tensor:
+        """Of rows that are padded all, the longest too."""
         rows = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        rows = torch.nn.functional.pad(rows, (0, max(0, min(9, max_token_len - rows.shape[1]))))
         trained = torch.zeros_like(rows, dtype=torch.bool)
         for row, sequence in zip(trained, sequences, strict=True):
             row[1 : len(sequence)] = True
@@ -274,12 +285,31 @@ def not_causal(model: PreTrainedModel) -> UserError:
     )
 
 
+def _spans_in(config: dict[str, Any], most: int) -> list[int]:
+    """Numbers of tokens below `most` that a model's config names, beyond which its code may treat them otherwise."""
+    named = {name: value for name, value in config.items() if _SPAN.search(str(name))}
+    return [value for value in named.values() if type(value) is int and value < most]
+
+
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
     """What makes the hidden states that the head is given."""
-    if model.base_model is not model:
-        return model.base_model
-    embedding = model.get_input_embeddings()  # Llama 4's text model has the name that its multimodal one is known by
-    return next(child for child in model.children() if any(module is embedding for module in child.modules()))
+    body, head, embedding = model, model.get_output_embeddings(), model.get_input_embeddings()
+    while _holds(body, head):
+        named = getattr(body, "base_model", body)
+        # Llama 4's text model has the name that its multimodal one is known by
+        body = named if named is not body else next(child for child in body.children() if _holds(child, embedding))
+    return body
+
+
+def text_model_in(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost model that has both embedding and head: of a multimodal one, its language model may be."""
+    parts = model.get_output_embeddings(), model.get_input_embeddings()
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    return [inner for inner in models if all(_holds(inner, part) for part in parts)][-1]
+
+
+def _holds(module: torch.nn.Module, part: torch.nn.Module) -> bool:
+    return any(each is part for each in module.modules())
 
 
 def _recompute(layer: torch.nn.Module, checkpoint: Callable, function: Callable, *args: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from typing import Any
@@ -67,9 +68,18 @@ def class_for(config: PretrainedConfig) -> type:
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """On the meta device: classes, names and shapes, no memory."""
-    with torch.device("meta"):
-        return class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    """On the meta device: classes, names and shapes, no memory. UserError if there is no such model."""
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not known and not getattr(config, "auto_map", None):
+        raise UserError(
+            f"transformers has no causal language model for {type(config).__name__} (model_type {config.model_type}): wsft "
+            f"trains decoder-only language models"
+        )
+    try:
+        with torch.device("meta"):
+            return class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"a model of {type(config).__name__} cannot be made: {_first_line(error)}") from error
 
 
 def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
@@ -103,10 +113,25 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
 
 
 def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -> Passes:
-    """What the model tells without weights, in sequences of up to that length; in bf16, for which the products of experts have
-    a form on the meta device. By packed attention, else by its own, else by the one that is given a mask: as it runs first."""
-    empty = empty_model(config, trust_remote_code).to(torch.bfloat16)
+    """What the model tells without weights, in sequences of up to that length. UserError if it is none that can be trained."""
+    # in bf16, for which the products of experts have a form on the meta device; some code does not run in it
+    for dtype, by_text_model in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        passes = _passes_in(dtype, by_text_model, config, trust_remote_code, longest)
+        if not passes.failure:
+            return passes
+    raise UserError(
+        f"{type(passes.model).__name__} does not run on a sequence of tokens alone, in this version of transformers "
+        f"({type(passes.failure).__name__}: {_first_line(passes.failure)}): wsft cannot train it"
+    )
+
+
+def _passes_in(
+    dtype: torch.dtype, by_text_model: bool, config: PretrainedConfig, trust_remote_code: bool, longest: int
+) -> Passes:
+    """By packed attention, else by its own, else by the one that is given a mask: as it runs first."""
+    empty = empty_model(config, trust_remote_code).to(dtype)
     model, own = WeightedSFTModel(empty), empty.config._attn_implementation
+    model.scored_by_text_model = by_text_model
 
     def loss(tokens: int, layout: Layout | None = None) -> torch.Tensor:
         row, trained = torch.zeros(1, tokens, dtype=torch.int64, device="meta"), torch.arange(1, tokens, device="meta")
@@ -123,7 +148,7 @@ def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -
             )
         if passes.whole and passes.sees_later:
             raise not_causal(empty)
-        passes.logit_options = head.options() if head else {}
+        passes.logit_options, passes.scored_by_text_model = head.options() if head else {}, by_text_model
         return passes
 
     for attention in (PACKED, own, "eager"):
@@ -218,6 +243,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
         wrapped.attend_by("eager")  # its own code does not run without a mask
     wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
     wrapped.shortest, wrapped.logit_options = passes.shortest, passes.logit_options
+    wrapped.scored_by_text_model = passes.scored_by_text_model
     wrapped.untrained, wrapped.not_loaded = untrained, len(others)
     if config.gradient_checkpointing:
         wrapped.recompute_activations()

@@ -70,6 +70,8 @@ class Passes:
             with tokens: which of their children are run depends on the data.
         sees_later: whether attention of a sequence to itself was asked for without a mask.
         shortest: tokens from which on sequences run all of its modules that sequences of up to `longest` run.
+        failure: what the model's code raises that is not for want of values.
+        scored_by_text_model: as `WeightedSFTModel` has it.
         logit_options: what lies between its hidden states and its logits, as options of `LossHead`.
     """
 
@@ -82,6 +84,8 @@ class Passes:
     shortest: int = LENGTHS[0]
     sees_later: bool = False
     logit_options: dict[str, float | int] = field(default_factory=dict)
+    failure: Exception | None = None
+    scored_by_text_model: bool = False
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -90,6 +94,8 @@ class Passes:
             self._find_routed()
         first = self._pass(FEW)
         self.whole = first is not None
+        if self.whole or self.routed:  # a stand-in may give other shapes than what it stands for
+            self.failure = None
         # where a recurrence is run token by token, a longer sequence takes seconds: backward only if it can change anything
         found = [first, *(self._pass(length, backward=bool(first.unreached)) for length in self._others)] if first else []
         passes = [each for each in found if each]
@@ -117,7 +123,8 @@ class Passes:
                 loss = self.run(length).sum()
                 if backward:
                     loss.backward()
-        except STOPS:
+        except STOPS as error:
+            self.failure = None if _looks_at_values(error) else error
             return None
         finally:
             for hook in hooks:
@@ -145,9 +152,8 @@ class Passes:
                 self.run(FEW)
             return None, False
         except STOPS as error:
-            # as torch says it of tensors without values
-            looked = isinstance(error, NotImplementedError) or "meta" in str(error)
-            return next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model), looked
+            stopped = next((module for module in reversed(within) if any(True for _ in module.parameters())), self.model)
+            return stopped, _looks_at_values(error)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -177,7 +183,9 @@ class Passes:
                 kept = logits().shape[-1]
                 head.vocab_size = kept if kept < len(self.model.get_output_embeddings().weight) else None
             return head
-        except STOPS:
+        except STOPS as error:
+            if self.whole and not _looks_at_values(error):
+                self.failure = error  # between hidden states and logits
             return None
 
     def takes_packed_rows(self) -> bool:
@@ -222,6 +230,11 @@ class Passes:
         return {name for name, param in model.named_parameters() if id(param) not in kept}
 
 
+def _looks_at_values(error: Exception) -> bool:
+    """Whether it is what torch says of tensors without values."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error)
+
+
 def _share_of_experts(config: PretrainedConfig) -> float:
     """Of all experts, those that a token is sent to; 1 where the config does not say."""
     named = {**config.to_dict(), **config.get_text_config().to_dict()}
@@ -233,10 +246,10 @@ def _share_of_experts(config: PretrainedConfig) -> float:
     return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
-def _stand_in(module: torch.nn.Module, share: float, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+def _stand_in(module: torch.nn.Module, share: float, *args: object, **kwargs: object) -> torch.Tensor:
     """What each token's experts hold for their backward pass: what goes into each of their products, and comes out. All that it
     is given, such as a router's weights, gets a gradient."""
-    params, others = list(module.parameters()), [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, torch.Tensor)]
+    params, (x, *others) = list(module.parameters()), filter(torch.is_tensor, tree_flatten((args, kwargs))[0])
     width = sum(sum(p.shape[-2:]) * (len(p) if p.ndim > 2 else 1) for p in params if p.ndim > 1)
     return _Holding.apply(x, int(share * width) * (x.numel() // x.shape[-1]), *params, *others)
 

@@ -134,7 +134,8 @@ def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) 
     reads its share of the files."""
     params = dict(model.named_parameters())
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    in_memory = all(param.ds_tensor.numel() * ranks >= param.ds_numel for param in params.values())  # not on NVMe
+    partitioned = [param for param in params.values() if hasattr(param, "ds_tensor")]
+    in_memory = all(param.ds_tensor.numel() * ranks >= param.ds_numel for param in partitioned)  # not on NVMe
     made = [each for each in made if each.keeps and params.keys() >= set(each.targets)]
     if not made or not in_memory:
         return []
@@ -154,7 +155,10 @@ def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) 
 
 
 def _part_of(param: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter that is partitioned, without what fills the last part."""
+    """What this rank holds of a parameter that is partitioned, without what fills the last part; of one that is not yet, as of
+    a model within a model, rank 0 has all."""
+    if not hasattr(param, "ds_tensor"):
+        return param.detach().flatten()[: param.numel() if dist.get_rank() == 0 else 0]
     part = param.ds_tensor.detach().flatten()
     return part[: max(0, param.ds_numel - dist.get_rank() * part.numel())]
 
