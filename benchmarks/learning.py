@@ -41,7 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from wsft.distributed.deepspeed_files import saved_parameters
 from wsft.distributed.world import free_port
-from wsft.run.checkpoint import DEEPSPEED, FACTS, Checkpoint
+from wsft.run.checkpoint import DEEPSPEED, METADATA, Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = {
@@ -207,7 +207,7 @@ def act(plan: Plan, environment: Environment) -> list[tuple[int, float]]:
         step = plan.sampled_at(window)
         if step != loaded:
             checkpoint = plan.folder / "run" / "checkpoints" / f"step_{step}"
-            wait_until((checkpoint / FACTS).exists, environment.trainer, environment.log)
+            wait_until((checkpoint / METADATA).exists, environment.trainer, environment.log)
             load(policy, checkpoint)
             loaded = step
         generator = torch.Generator().manual_seed(plan.seed * 100_000 + window)

@@ -233,10 +233,10 @@ def make_random_model(shape: str) -> str:
 def parse_args() -> argparse.Namespace:
     import torch
 
-    from wsft.device import multiplies
+    from wsft.device import has_native_matmul
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    native = "bfloat16" if multiplies(device, torch.bfloat16) else "float32"
+    native = "bfloat16" if has_native_matmul(device, torch.bfloat16) else "float32"
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?")
     parser.add_argument("--shape", choices=QWEN)

@@ -116,7 +116,7 @@ def look_at(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTCon
     question |= {"server": None if config.data else config.atropos_url}
     named = (config.model_name, config.deepspeed)
     question |= {"files": [name for name in named if isinstance(name, str) and Path(name).exists()]}
-    here = f"{shlex.quote(sys.executable)} launch/hosts.py --facts %h {shlex.quote(json.dumps(question).replace('%', '%%'))}"
+    here = f"{shlex.quote(sys.executable)} launch/hosts.py --metadata %h {shlex.quote(json.dumps(question).replace('%', '%%'))}"
     folder = shlex.quote(os.getcwd())
     command = f"cd {folder} && test -x {shlex.quote(sys.executable)} || {{ echo absent; exit; }}; PYTHONPATH={folder} {here}"
     asked = pdsh(list(slots), command, "-u", str(LOOK_S), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -150,7 +150,7 @@ def any_gpus(answers: dict[str, dict[str, Any]]) -> bool:
     return any(answer.get("gpus") for answer in answers.values())
 
 
-def facts(host: str, question: dict[str, Any]) -> dict[str, Any]:
+def metadata(host: str, question: dict[str, Any]) -> dict[str, Any]:
     """Of the machine this runs on, which the hostfile calls `host`."""
     import torch
 
@@ -288,8 +288,8 @@ class Launch:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--facts":
-        print(json.dumps(facts(sys.argv[2], json.loads(sys.argv[3]))))
+    if sys.argv[1] == "--metadata":
+        print(json.dumps(metadata(sys.argv[2], json.loads(sys.argv[3]))))
         sys.exit()
     try:
         sys.exit(main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "", sys.argv[3:]))

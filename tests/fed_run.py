@@ -89,7 +89,7 @@ class Feeder(threading.Thread):
         return requests.get(f"{self.url}/{what}", timeout=60).json()
 
     def arrived(self):
-        saved = max((c.facts["feed"]["batches"] for c in all_in(self.folder / "checkpoints")), default=0)
+        saved = max((c.metadata["feed"]["batches"] for c in all_in(self.folder / "checkpoints")), default=0)
         ranks = [self.folder / "journal" / f"{rank}_of_{self.parts}" for rank in range(self.parts)]
         journals = [Journal(path, read_only=True).numbers for path in ranks]
         return sum(max(saved, numbers[-1] + 1 if numbers else 0) for numbers in journals)

@@ -36,6 +36,6 @@ def write_run(folder, steps, seed=0, lines=None, **settings):
     config = WeightedSFTConfig(**{"model_name": "some/model", "training_steps": steps, "output_dir": str(folder)} | settings)
     (folder / "config.yaml").write_text(config.to_yaml())
     (folder / "state.json").write_text(json.dumps({"state": "running", "step": steps, "reason": "", "time": "-"}))
-    facts = {"step": steps, "num_ranks": 8, "stage": 3, "precision": "bf16", "versions": {"torch": "2.13.0"}}
-    (folder / "checkpoints" / f"step_{steps}" / "checkpoint.json").write_text(json.dumps(facts))
+    metadata = {"step": steps, "num_ranks": 8, "stage": 3, "precision": "bf16", "versions": {"torch": "2.13.0"}}
+    (folder / "checkpoints" / f"step_{steps}" / "checkpoint.json").write_text(json.dumps(metadata))
     return folder

@@ -124,11 +124,11 @@ def test_what_does_not_fit_names_the_smallest_change_that_does(settings, tmp_pat
         ("70B on 4 x 8 GPUs", LLAMA_70B, "zero3", 32),
     ],
 )
-def test_what_fits_where_in_the_readme_is_what_the_dry_run_says(row, shape, name, ranks, settings, tmp_path, capsys):
+def test_what_fits_where_in_the_launchers_readme_is_what_the_dry_run_says(row, shape, name, ranks, settings, tmp_path, capsys):
     there = dict(device="auto", gpu_memory_gib=79, ranks=ranks, deepspeed=f"ds_configs/{name}.json")
     fits, text = told(settings, capsys, model_name=make_shape(tmp_path / "model", **shape), **there)
     assert fits, text
-    line = re.search(rf"^\| {row} .*\| `{name}.json` \|.*", (ROOT / "README.md").read_text(), re.M)[0]
+    line = re.search(rf"^\| {row} .*\| `{name}.json` \|.*", (ROOT / "launch" / "README.md").read_text(), re.M)[0]
     gpu, host, disk = (float(x) for x in re.findall(r"([\d.]+) GiB", line))
     assert gpu == pytest.approx(figure(text, "the most at a time"), abs=0.06)
     # of each rank, what the kernel holds of its libraries differs from machine to machine

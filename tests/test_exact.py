@@ -87,7 +87,7 @@ def test_parameters_do_not_depend_on_ranks_stage_or_micro_batches(
                 model_name=models[model], data=data, deepspeed=ds, batch_size=BATCH_SIZE, micro_batch_tokens=micro_batch_tokens,
                 learning_rate=LEARNING_RATE, max_grad_norm=0, advantage_normalization=normalization, device="cpu",
                 output_dir=str(tmp_path / f"run{i}"), packing=(model + stage // 2 + stage) % 2 == 0,
-                gradient_checkpointing=bool(i % 3), skip_weightless=bool(i % 5), prefetch_batches=i % 3,
+                gradient_checkpointing=bool(i % 3), skip_zero_weight=bool(i % 5), prefetch_batches=i % 3,
                 share_prefixes=bool(i % 7),
             )
         )  # fmt: skip

@@ -138,7 +138,7 @@ def test_objectives_and_terms_move_the_parameters_as_their_papers_say(num_ranks,
             runs[case, out] = settings | dict(
                 model_name=tiny_model, data=data, deepspeed=ds, batch_size=BATCH_SIZE, micro_batch_tokens=micro_batch_tokens,
                 learning_rate=LEARNING_RATE, max_grad_norm=0, device="cpu", output_dir=str(out), max_token_len=MAX_TOKEN_LEN,
-                packing=stage == 3, skip_weightless=stage == 3, prefetch_batches=stage,
+                packing=stage == 3, skip_zero_weight=stage == 3, prefetch_batches=stage,
             )  # fmt: skip
     (tmp_path / "runs.json").write_text(json.dumps([*runs.values()]))
     for code, output in run_ranks(["tests/train_many.py", tmp_path / "runs.json"], num_ranks, timeout=400):

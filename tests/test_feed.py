@@ -169,7 +169,7 @@ class OneRank:
     def words(self, word):
         return [word]
 
-    def agree(self, error):
+    def raise_on_all_ranks(self, error):
         raise error
 
     def broadcast(self, arrays, like, source):

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 # top to bottom; a folder, or a module beside the folders, may import only from those below it
 FLOORS = """
-trainer dry_run export loss_head
+trainer dry_run export loss_head reference
 inspect report environment
 run
 rollouts

@@ -242,10 +242,10 @@ def test_what_is_shown_is_what_training_weighs(policy, tmp_path):
     data = write_groups(tmp_path / "groups.jsonl", sampled(policy, temperature=1.3))
     settings = dict(objective="importance_sampling", objective_args={"cap": 1.1}, reduction="sequence_mean")
     found = inspect(data, None, WeightedSFTConfig(model_name=policy, device="cpu", **settings), policy)
-    tokens, trained = view_of(found, policy)["tokens"], found.sight.batch.loss_mask
+    tokens, trained = view_of(found, policy)["tokens"], found.view.batch.loss_mask
     ratio = np.exp(tokens["logp"] - tokens["behavior_logp"])[trained]
     assert np.allclose(tokens["ratio"][trained], ratio) and ratio.std() > 0.1
-    wanted = found.sight.batch.advantages[trained] * ratio.clip(max=1.1)
+    wanted = found.view.batch.advantages[trained] * ratio.clip(max=1.1)
     assert np.allclose(tokens["weight"][trained], wanted, atol=1e-5) and not tokens["weight"][~trained].any()
 
 
@@ -295,7 +295,7 @@ def test_a_run_is_looked_at_by_its_journal_and_its_own_settings(tiny_model, rng,
         said = run_inspect(tmp_path / "run", "--batch", number, "--show", 0)
         assert f"batch {number}" in said and "all 4 sequences" in said
     config = WeightedSFTConfig.from_args([f"--config={tmp_path}/run/config.yaml"])
-    newest = inspect(str(tmp_path / "run"), None, config, None).sight
+    newest = inspect(str(tmp_path / "run"), None, config, None).view
     assert newest.batch.tokens.tolist() == list(chain(*groups[held[-1]]["tokens"]))
     said = run_inspect(tmp_path / "run", "--batch", 99, code=1)
     assert f"holds batches {held[0]} to {held[-1]}, not 99" in said
@@ -314,7 +314,7 @@ def test_looking_at_a_server_takes_nothing_from_the_run(tiny_model, rng, tmp_pat
             for n, group in enumerate(groups):
                 post_group(server.url, env_id, group)
                 seen = inspect(server.url, None, config, None)
-                assert seen.sight.batch.tokens.tolist() == list(chain(*group["tokens"])), n
+                assert seen.view.batch.tokens.tolist() == list(chain(*group["tokens"])), n
                 while len(steps_of(tmp_path / "run")) <= n:
                     assert all(process.poll() is None for process in processes) or n == len(groups) - 1
                     inspect(server.url, None, config, None)
@@ -349,7 +349,7 @@ def test_what_cannot_be_looked_at_is_said_in_a_sentence(words, said, tiny_model)
 def test_a_file_is_looked_at_batch_by_batch_as_it_is_trained(tiny_model, rng, tmp_path):
     data = write_groups(tmp_path / "groups.jsonl", [make_group(rng, [5, 6, 7]) for _ in range(4)])
     config = WeightedSFTConfig(model_name=tiny_model, batch_size=5)
-    lengths = [inspect(data, n, config, None).sight.batch.lengths.tolist() for n in range(4)]
+    lengths = [inspect(data, n, config, None).view.batch.lengths.tolist() for n in range(4)]
     assert lengths == [[5, 6, 7, 5, 6], [7, 5, 6, 7, 5], [6, 7], []]
 
 

@@ -129,7 +129,7 @@ def test_a_larger_vocabulary_in_float32_agrees_over_many_chunks():
 def test_bf16_differs_from_exact_by_its_own_rounding(chunk_tokens, native, monkeypatch):
     """Logits and their gradient are rounded to 8 bits: each entry is off by up to 1/256, the gradients by little more. Where a
     CPU does not multiply bf16 they are not."""
-    monkeypatch.setattr(loss_head, "multiplies", lambda device, dtype: native or dtype == torch.float32)
+    monkeypatch.setattr(loss_head, "has_native_matmul", lambda device, dtype: native or dtype == torch.float32)
     monkeypatch.setattr(loss_head, "CONVERTED_BYTES", 4 * 32 * 150)  # three parts of lm_head
     inputs = make_inputs(256, 32, 400, torch.bfloat16)
     found = head_loss(*inputs, chunk_tokens=chunk_tokens)
@@ -152,7 +152,7 @@ def slow(name):
 @pytest.mark.parametrize("name", [slow("temperature"), slow("temperatures"), slow("softcap"), slow("all")])
 def test_one_kernel_computes_what_many_do(name, monkeypatch):
     """As on a GPU, where torch.compile makes it; chunks are of two sizes."""
-    monkeypatch.setattr(loss_head, "fuses", lambda device: True)
+    monkeypatch.setattr(loss_head, "can_compile", lambda device: True)
     assert_twins(make_inputs(dtype=torch.float32), make_options(name, dtype=torch.float32), 5, 1e-5)
     inputs, few = make_inputs(dtype=torch.bfloat16), make_options(name, dtype=torch.bfloat16)
     fused = head_loss(*inputs, **few)
@@ -287,7 +287,7 @@ def test_without_gradients_the_values_are_the_same():
 )
 def test_three_matrix_products_are_made_and_none_for_a_gradient_nobody_wants(trained, products, monkeypatch):
     hidden, lm_head, targets, weights = make_inputs(dtype=torch.bfloat16)  # in float32 torch does not count addmm_
-    monkeypatch.setattr(loss_head, "multiplies", lambda *_: True)
+    monkeypatch.setattr(loss_head, "has_native_matmul", lambda *_: True)
     for leaf, on in zip((hidden, lm_head), trained, strict=True):
         leaf.requires_grad_(on)
     with FlopCounterMode(display=False) as counter:
@@ -428,7 +428,7 @@ def test_eight_times_the_tokens_take_no_more_memory():
 @pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
 def test_nothing_looks_at_what_the_device_has_yet_to_compute(name, monkeypatch):
     """Tensors without values, as those that a GPU has not come to yet: whoever looked would wait for it."""
-    monkeypatch.setattr(loss_head, "multiplies", lambda *_: True)
+    monkeypatch.setattr(loss_head, "has_native_matmul", lambda *_: True)
     monkeypatch.setattr(loss_head, "memory_bytes", lambda _: 2**20)
 
     def some(*shape, dtype=torch.float32):

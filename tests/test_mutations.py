@@ -376,7 +376,7 @@ LARGEST = 2.0**128 - 2.0**104  # of float32
 TRUNCATED = "truncated to max_token_len"
 NO_TEMPERATURE = "trained at the run's temperature: its own is not a number above 0"
 NO_LOGPS = {name: f"trained without {name}: they do not fit the tokens" for name in LOGPS}
-MENDED = {TRUNCATED, NO_TEMPERATURE, *NO_LOGPS.values()}
+REPAIRED = {TRUNCATED, NO_TEMPERATURE, *NO_LOGPS.values()}
 WIDEST = dict(vocab_size=None, max_token_len=None, overlong="truncate")  # rules by which most is good
 WIDEST |= dict(record_temperature=False, reads_reference=False, reads_teacher=False)
 
@@ -827,8 +827,8 @@ def check(number):
     verdicts = judge_all(records, rules)
     good = [verdict for verdict in verdicts if not verdict.reasons]
     mended = Counter(reason for verdict in good for reason in verdict.mended)
-    assert {reason: n for reason, n in batch.rejected.items() if reason in MENDED} == mended
-    counted = {reason: n for reason, n in batch.rejected.items() if reason not in MENDED}
+    assert {reason: n for reason, n in batch.rejected.items() if reason in REPAIRED} == mended
+    counted = {reason: n for reason, n in batch.rejected.items() if reason not in REPAIRED}
     assert len(batch.lengths) + sum(counted.values()) == len(verdicts)
     assert_counts_can_be(counted, verdicts)
     assert_is(batch, good, rules)

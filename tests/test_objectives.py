@@ -216,7 +216,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_tokens_cost_three_products_sequences_four_and_no_tensor_holds_all_logits(name, monkeypatch):
-    monkeypatch.setattr(loss_head, "multiplies", lambda *_: True)
+    monkeypatch.setattr(loss_head, "has_native_matmul", lambda *_: True)
     data = make()
     terms = data.terms(Case(name, {}), Coefficients(0.1, 0.1, 0.1), torch.float32, **make_beside(data)[0])
     leaves = data.leaves(torch.bfloat16)  # in float32 torch does not count addmm_

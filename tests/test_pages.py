@@ -32,7 +32,7 @@ def make_view(rollouts, group_size=2, prompt=2, policy=True, **changes):
         members = [*range(begin, min(begin + group_size, len(rollouts)))]
         scores = [described[i]["score"] for i in members]
         groups.append(dict(name=f"group {len(groups)}", env_id=None, scores=scores, rejected=[], rollouts=members))
-    view = dict(title="runs/first, batch 7", facts={"objective": "ppo_clip", "policy": "the sampler's logps"}, findings=[])
+    view = dict(title="runs/first, batch 7", metadata={"objective": "ppo_clip", "policy": "the sampler's logps"}, findings=[])
     return view | dict(pieces=[*pieces], groups=groups, rollouts=described, tokens=tokens) | changes
 
 
@@ -262,7 +262,7 @@ def test_hostile_text_is_shown_and_never_acts(show, width):
     texts = [*HOSTILE]
     rejected = [{"sequence": 0, "reason": texts[0], "detail": texts[1] + texts[5]}]
     groups = [{"name": texts[1] + texts[5], "env_id": texts[0], "scores": [None], "rejected": rejected, "rollouts": [0, 1]}]
-    odd = dict(title=texts[0], facts={texts[1]: texts[0], "long": texts[11]}, groups=groups)
+    odd = dict(title=texts[0], metadata={texts[1]: texts[0], "long": texts[11]}, groups=groups)
     findings = [{"text": " ".join(texts[:7]), "places": [[0, 3]], "more": 0}]
     floods = ["\u0301", "𝕏", "\t", " " * 3000, "ﷺ" * 300] * 50
     shown = show([texts, floods], context={"viewport": {"width": width, "height": 800}}, findings=findings, **odd)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from wsft.distributed.process_start import collective_timeout, gpu_of_this_rank
-from wsft.distributed.world import files_patience_s, first_host, ranks_from_environment
+from wsft.distributed.world import file_timeout_s, first_host, ranks_from_environment
 from wsft.errors import UserError
 
 # as SLURM 23.11 sets them
@@ -90,6 +90,6 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_that_its_task_sees()
 def test_collectives_outlast_the_watchdog():
     """Which can say why a run hangs: NCCL would abort it after ten minutes."""
     for step_timeout, size in ((1800, 0), (10, 0), (10, 2**40)):
-        patience_s = files_patience_s(step_timeout, size)
-        assert collective_timeout(patience_s).total_seconds() > patience_s >= max(600, 10 * step_timeout)
-    assert patience_s > 24 * 3600  # a tebibyte on the slowest of disks
+        timeout_s = file_timeout_s(step_timeout, size)
+        assert collective_timeout(timeout_s).total_seconds() > timeout_s >= max(600, 10 * step_timeout)
+    assert timeout_s > 24 * 3600  # a tebibyte on the slowest of disks

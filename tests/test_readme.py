@@ -1,16 +1,20 @@
 """The README's Python runs as it stands there."""
 
+import json
 import re
 import threading
 
 from atropos_server import atropos_server, post_group, register_env
 from conftest import RANK_VARIABLES, ROOT, make_group, write_groups
 
+from wsft.reference import reference
+from wsft.run.measurements import METRICS
+
 
 def test_the_three_uses_of_the_readme_run(tiny_model, tmp_path, rng, monkeypatch):
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    alone, server_batch, trainer = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    alone, server_batch, trainer = re.findall(r"```python\n(.*?)```", (ROOT / "wsft" / "README.md").read_text(), re.S)
 
     names = {}
     exec(alone, names)
@@ -35,8 +39,22 @@ def test_the_three_uses_of_the_readme_run(tiny_model, tmp_path, rng, monkeypatch
     before = set(threading.enumerate())
     exec(trainer, {"model": tiny_model, "data": data, "out": str(tmp_path / "out")})
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    found = {re.sub(r"env_\d+", "env_N", name) for line in lines for name in json.loads(line)}
+    assert found <= {name for names in METRICS for name in names.split()}
     left = set(threading.enumerate()) - before
     assert len(left) < 10, left
+
+
+def test_the_reference_is_what_the_code_says():
+    assert (ROOT / "wsft" / "REFERENCE.md").read_text() == reference(), "python -m wsft.reference > wsft/REFERENCE.md"
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    for readme in (ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("wsft/*/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)\)", readme.read_text()):
+            assert link.startswith("https://") or (readme.parent / link).exists(), f"{readme}: {link}"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 def test_the_paper_model_in_the_launchers_readme_is_what_its_script_computes(capsys):

@@ -321,7 +321,7 @@ def test_a_run_says_what_its_records_brought(source, settings, tmp_path, rng):
         assert step["advantage/std"] == pytest.approx(math.sqrt(1 - (4 / 18) ** 2))
         assert step["kl/reference"] > 0 and step["kl/teacher"] > 0
         assert step["ratio/max"] >= step["ratio/mean"] > 0 and 0 <= step["ratio/clipped"] < 1
-        assert (step["data/rejected"], step["data/mended"], step["data/sequences"]) == (0, 0, 4)
+        assert (step["data/rejected"], step["data/repaired"], step["data/sequences"]) == (0, 0, 4)
     assert [step["data/staleness"] for step in steps] == [0.0, 1.0]
 
 

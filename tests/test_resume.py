@@ -396,10 +396,10 @@ def test_a_checkpoint_that_holds_code_does_not_run_it(killed, untouched, tmp_pat
     folder = tmp_path / "run" / "checkpoints" / "step_4"
     whole = (folder / "checkpoint.json").read_text()
     for path in (folder / "random_0.pt", *folder.glob("deepspeed/*")):
-        kept, facts = path.read_bytes(), json.loads(whole)
+        kept, metadata = path.read_bytes(), json.loads(whole)
         torch.save(Evil(tmp_path / "ran"), path)
-        facts["files"][str(path.relative_to(folder))] = path.stat().st_size
-        (folder / "checkpoint.json").write_text(json.dumps(facts))
+        metadata["files"][str(path.relative_to(folder))] = path.stat().st_size
+        (folder / "checkpoint.json").write_text(json.dumps(metadata))
         with pytest.raises(Exception, match="Weights only load failed"):
             train_here(killed, resume=True)
         path.write_bytes(kept)

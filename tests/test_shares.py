@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsft.distributed.load_balancing import Cost, Load, imbalance, plan_shares
+from wsft.distributed.load_balancing import Cost, Load, assign_rollouts, imbalance
 from wsft.model.packing import Prefixes
 
 COST = Cost(1, 1 / (12 * 576))
@@ -16,7 +16,7 @@ def load_of(lengths, cost=COST, prefixes=None):
 
 
 def plan(lengths, num_ranks=2, budget=100, packed=True, cost=COST, prefixes=None):
-    return plan_shares(load_of(lengths, cost, prefixes), list(range(len(lengths))), num_ranks, budget, packed)
+    return assign_rollouts(load_of(lengths, cost, prefixes), list(range(len(lengths))), num_ranks, budget, packed)
 
 
 @given(st.lists(st.integers(2, 60), max_size=40), st.integers(1, 5), st.integers(2, 200), st.booleans())

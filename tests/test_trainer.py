@@ -175,10 +175,10 @@ def test_an_output_dir_that_cannot_be_is_a_sentence(settings, tmp_path):
 COMPILE = """
 import sys, time
 from torch.utils import cpp_extension
-from wsft.distributed.engine import _compiling_ops
+from wsft.distributed.op_compilation import compiling_ops
 cpp_extension._write_ninja_file_and_build_library = lambda **_: print("compiles", flush=True) or time.sleep(float(sys.argv[1]))
 cpp_extension._import_module_from_library = lambda *_: None
-with _compiling_ops():
+with compiling_ops():
     cpp_extension.load("op", ["op.cpp"], build_directory=sys.argv[2])
 print("goes on", flush=True)
 """
@@ -302,7 +302,7 @@ def test_rollouts_without_weight_are_not_run_and_count_all_the_same(settings, tm
     moved, said = [], []
     for skip in (True, False):
         final, (step,) = train(
-            settings, data=data, batch_size=4, skip_weightless=skip, learning_rate=1.0, overwrite_output_dir=True
+            settings, data=data, batch_size=4, skip_zero_weight=skip, learning_rate=1.0, overwrite_output_dir=True
         )
         moved.append(load_file(final / "model.safetensors"))
         said.append(step)

@@ -24,7 +24,7 @@ _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 # settings that a resumed run may be given anew: none of them changes what is learned, beyond rounding and the run's length
 RESUME_MAY_CHANGE = {
     *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
-    *("packing", "share_prefixes", "skip_weightless", "prefetch_batches"),
+    *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
@@ -34,7 +34,7 @@ RESUME_MAY_CHANGE = {
 PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume")
 
 # questions about a run, which are no part of it: not in config.yaml, and of no account to a resumed run
-QUESTIONS = {"dry_run", "ranks", "gpu_memory_gib"}
+DRY_RUN_FIELDS = {"dry_run", "ranks", "gpu_memory_gib"}
 
 
 class WeightedSFTConfig(BaseModel):
@@ -82,7 +82,7 @@ class WeightedSFTConfig(BaseModel):
         True,
         description="What neighbours in a batch begin with, as the prompt of a group, is run once a micro-batch; with packing.",
     )
-    skip_weightless: bool = Field(True, description="Compute nothing for tokens that surely carry no weight.")
+    skip_zero_weight: bool = Field(True, description="Compute nothing for tokens that surely carry no weight.")
     prefetch_batches: int = Field(1, ge=0, description="Batches fetched and decoded ahead of the one that trains.")
 
     # optimisation
@@ -216,14 +216,14 @@ class WeightedSFTConfig(BaseModel):
     def from_args(cls, argv: list[str] | None = None, prog: str = "train.py") -> WeightedSFTConfig:
         """Settings from `--config run.yaml` with flags on top. What is wrong is said on stderr; exit code 2."""
         parser = _parser(cls, prog)
-        flags, strangers = parser.parse_known_args(argv)
+        flags, unknown_args = parser.parse_known_args(argv)
         given = vars(flags)
         given.pop("local_rank")  # the deepspeed launcher passes it; LOCAL_RANK says the same
         path = given.pop("config")
         try:
             _require_home()
-            if strangers:
-                name = strangers[0].split("=")[0]
+            if unknown_args:
+                name = unknown_args[0].split("=")[0]
                 known = name.startswith("--")
                 raise ValueError(_unknown_setting(name[2:], "--") if known else f"unexpected argument {name!r}")
             return cls(**{**(_read_yaml(path) if path else {}), **given})
@@ -237,7 +237,7 @@ class WeightedSFTConfig(BaseModel):
 
     def public(self) -> dict[str, Any]:
         """The settings as they may be shown and stored: passwords in URLs and keys in the DeepSpeed dict are masked."""
-        return _masked(self.model_dump(exclude=QUESTIONS))
+        return _masked(self.model_dump(exclude=DRY_RUN_FIELDS))
 
     def to_yaml(self) -> str:
         """The whole config, less its secrets, as YAML, which `--config` reads back."""

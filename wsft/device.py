@@ -44,7 +44,7 @@ def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @functools.cache
-def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+def has_native_matmul(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device multiplies matrices of a type itself. On a CPU that does not, half precision takes 5 to 100 times as
     long as float32."""
     if device.type == "meta":  # nothing is multiplied there
@@ -56,7 +56,7 @@ def multiplies(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def fuses(device: torch.device) -> bool:
+def can_compile(device: torch.device) -> bool:
     """Whether torch.compile makes kernels for it that pay: on a CPU they gained nothing, and took 20 s to make. To be asked
     outside of a forward pass first: ZeRO-3 does not survive an exception there."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:

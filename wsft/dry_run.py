@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from wsft.config import WeightedSFTConfig
-from wsft.device import device_type, memory_bytes, multiplies
+from wsft.device import device_type, has_native_matmul, memory_bytes
 from wsft.distributed import deepspeed_config
 from wsft.distributed.engine import check_json
 from wsft.errors import UserError
-from wsft.inspect.checks import look
-from wsft.inspect.view import sight_of, take
+from wsft.inspect.checks import run_checks
+from wsft.inspect.view import batch_view, take
 from wsft.logs import configure_logging
 from wsft.loss.head import tokens_of_chunk
 from wsft.model.attention import register
@@ -94,7 +94,7 @@ class _Run:
         self.config, self.machine = config, machine
         require_wandb(config)
         self.shape = load_model_config(config.model_name, config)
-        native = config.device != "cpu" if machine.gpu_bytes else multiplies(torch.device("cpu"), torch.bfloat16)
+        native = config.device != "cpu" if machine.gpu_bytes else has_native_matmul(torch.device("cpu"), torch.bfloat16)
         hidden = self.shape.get_text_config().hidden_size
         self.config, self.ds = deepspeed_config.resolve(config, machine.num_ranks, machine.ranks_here, hidden, native)
         check_json(self.ds)
@@ -233,14 +233,14 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
             said, good = client_of(config, fetching, registers=False).look()
             return said, [] if good else [said]
         processor = processor_of(config, vocab_size_of(run.model, run.passes.logit_options))
-        sight = sight_of(take(config.data, 0, config, processor), config, processor, tokenizer)
+        view = batch_view(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
         return str(config.data or config.atropos_url), [str(error)]
-    if not sight.rollouts:
+    if not view.rollouts:
         return config.data, [f"data {config.data} holds no usable sequence: expected JSONL, one Atropos group a line"]
-    lengths = sight.batch.lengths
+    lengths = view.batch.lengths
     lines = [f"{config.data}: {len(lengths)} sequences in the first batch, the longest of {lengths.max()} tokens"]
-    return "\n".join(lines + [f"looks wrong: {finding.said(sight.names)}" for finding in look(sight)]), []
+    return "\n".join(lines + [f"looks wrong: {finding.said(view.names)}" for finding in run_checks(view)]), []
 
 
 def _look_at_disk(run: _Run, need: Needs) -> list[str]:

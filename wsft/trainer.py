@@ -20,10 +20,10 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from wsft.config import WeightedSFTConfig
-from wsft.device import multiplies
+from wsft.device import has_native_matmul
 from wsft.distributed import deepspeed_config
 from wsft.distributed.engine import Engine, MicroBatch, Reference, StepResult
-from wsft.distributed.load_balancing import Cost, Load, plan_shares
+from wsft.distributed.load_balancing import Cost, Load, assign_rollouts
 from wsft.distributed.process_start import start_ranks
 from wsft.distributed.signals import Stop, name_of
 from wsft.distributed.world import World, ranks_from_environment, ranks_on_this_host
@@ -42,7 +42,7 @@ from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, re
 from wsft.run.export import export
 from wsft.run.fingerprint import contents_of
 from wsft.run.measurements import missing, of_batch, of_plan, of_speed, of_tokens
-from wsft.run.metrics import Metrics, Silence, require_wandb
+from wsft.run.metrics import Metrics, NullMetrics, require_wandb
 from wsft.run.output_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,9 @@ class WeightedSFTTrainer:
             disable_progress_bar()  # of transformers: loading weights, writing shards
         with contextlib.closing(self.folder), Stop() as self.stop:
             world = start_ranks(self.config)
-            with world.ending_together(self.folder.failed):
+            with world.fail_together(self.folder.failed):
                 try:
-                    with world.taking_its_time():  # models may be downloaded
+                    with world.extended_timeout():  # models may be downloaded
                         self._set_up(world)
                 except _AskedToStop:  # nothing is trained yet that could be saved
                     world.on_rank_0(lambda: self.folder.write_state("preempted", "asked to stop before the first step"))
@@ -108,27 +108,27 @@ class WeightedSFTTrainer:
         empty = empty_model(model_config, self.config.trust_remote_code)
         world.expect_files(CHECKPOINT_BYTES * sum(param.numel() for param in empty.parameters()))
         self.tokenizer = load_tokenizer(self.config)
-        native_bf16 = multiplies(world.device, torch.bfloat16)
+        native_bf16 = has_native_matmul(world.device, torch.bfloat16)
         self.config, ds = deepspeed_config.resolve(
             self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16
         )
         contents = contents_of(self.config, model_config, self.tokenizer)
         with _private_files():
             start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
-        told = world.text_of_rank_0(self.folder.token)
-        world.together(lambda: self.folder.require_shared(told))
-        saved = json.loads(world.text_of_rank_0(json.dumps(start.facts if start else None)))  # which rank 0 has verified
+        told = world.broadcast_text(self.folder.token)
+        world.run_on_all_ranks(lambda: self.folder.require_shared(told))
+        saved = json.loads(world.broadcast_text(json.dumps(start.metadata if start else None)))  # which rank 0 has verified
         self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
-        facts = start.facts if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
+        metadata = start.metadata if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
         self.processor = processor_of(self.config, shape.vocab_size)
         with _private_files():
-            source = open_source(self.config, self.processor, world, facts["feed"].get("position"))
+            source = open_source(self.config, self.processor, world, metadata["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
         if precision == "bf16" and not native_bf16:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
-        self.facts = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
-        self.facts |= {"contents": contents, "deepspeed": deepspeed_config.what_learns(ds)}
+        self.metadata = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
+        self.metadata |= {"contents": contents, "deepspeed": deepspeed_config.what_learns(ds)}
         dtype = "bfloat16" if precision == "bf16" else "float32"
         self.base_files = world.on_rank_0(
             lambda: read_files(start.folder / HUGGING_FACE) if start else base_files(self.config, dtype)
@@ -136,10 +136,10 @@ class WeightedSFTTrainer:
         self._stop_if_asked()
         self.model = load_model(self.config.model_name, self.config, ds)
         self.processor.decoder.vocab_size = self.model.vocab_size
-        self.facts |= {"untrained": sorted(self.model.untrained), "not_loaded": self.model.not_loaded}
+        self.metadata |= {"untrained": sorted(self.model.untrained), "not_loaded": self.model.not_loaded}
         self._stop_if_asked()
         self.reference = self._load_reference(ds, self.model.vocab_size)
-        with resumable(start, self.facts, ds, world) as saved:
+        with resumable(start, self.metadata, ds, world) as saved:
             self.engine = Engine(self.config, ds, self.model, world)
             self.model.check_head(world.device)
             if saved:
@@ -150,11 +150,11 @@ class WeightedSFTTrainer:
         if start:
             load_random(start, world.rank)
         self.said_missing = set()
-        self.step, self.not_finite, self.bad = facts["step"], facts["not_finite"], facts["bad"]
-        self.without_signal = facts["without_signal"]
-        self.feed = Feed(self.config, source, world, self.stop, facts["feed"])
+        self.step, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
+        self.without_signal = metadata["without_signal"]
+        self.feed = Feed(self.config, source, world, self.stop, metadata["feed"])
         with _private_files():
-            self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else Silence()
+            self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else NullMetrics()
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
 
@@ -163,7 +163,7 @@ class WeightedSFTTrainer:
         ranks can."""
         models = [self.model, *([self.reference.model] if self.reference else [])]
         for model in models:
-            model.check_layouts(self.world.device, self.config.max_token_len, self.config.packing, self.world.all_say)
+            model.check_layouts(self.world.device, self.config.max_token_len, self.config.packing, self.world.all_true)
         packs, pads = all(model.packs for model in models), all(model.pads for model in models)
         self.shortest = max(model.shortest for model in models)
         shares = packs and self.config.share_prefixes and all(model.shares for model in models)
@@ -190,20 +190,20 @@ class WeightedSFTTrainer:
 
     def _stop_if_asked(self) -> None:
         """Loading a large model takes minutes: between its parts."""
-        if any(self.world.words(self.stop.code)):
+        if any(self.world.all_gather_int(self.stop.code)):
             raise _AskedToStop
 
     def _loop(self) -> None:
         self.unread: Callable[[], None] | None = None
         while self.step < self.config.training_steps:
             start = time.monotonic()
-            self.metrics.doing("waiting for a batch")
+            self.metrics.set_status("waiting for a batch")
             batch = self.feed.next(self.step, waiting=self._while_waiting)
             if batch is None:
                 break
             batch = batch.with_final_advantages(self.processor.shaping)
             wait = time.monotonic() - start
-            self.metrics.doing("training")
+            self.metrics.set_status("training")
             result, values, flops = self._train_on(batch)
             self.step += 1
             self._report()
@@ -222,7 +222,7 @@ class WeightedSFTTrainer:
 
     def _while_waiting(self, state: str) -> None:
         self._report()
-        self.metrics.doing(state)
+        self.metrics.set_status(state)
 
     def _report(self) -> None:
         """Write what the last step came to, unless that was done: where a device queues its work after the next step was given
@@ -246,7 +246,7 @@ class WeightedSFTTrainer:
             self.metrics.close()
             return None
         log.info("trained %d step(s); writing the model to %s", self.step, self.folder.final)
-        with self.world.taking_its_time():
+        with self.world.extended_timeout():
             self.world.on_rank_0(lambda: export(self.saved, self.folder.final))
         self.world.on_rank_0(lambda: self.folder.write_state("finished", "training_steps reached or data at its end"))
         self.metrics.close()
@@ -254,20 +254,20 @@ class WeightedSFTTrainer:
 
     def _save(self) -> None:
         self._report()  # a checkpoint knows how many steps were not finite
-        self.metrics.doing("saving a checkpoint")
+        self.metrics.set_status("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
         counts = {"not_finite": self.not_finite, "without_signal": self.without_signal, "bad": self.bad}
-        facts = self.facts | {"step": self.step, "feed": self.feed.facts} | counts
-        facts["config"] = self.config.public()
-        facts["versions"] = {name: version(name) for name in PACKAGES}
-        with self.world.taking_its_time():
-            self.saved = save(self.folder.checkpoints, facts, self.engine, self.base_files, self.world)
+        metadata = self.metadata | {"step": self.step, "feed": self.feed.metadata} | counts
+        metadata["config"] = self.config.public()
+        metadata["versions"] = {name: version(name) for name in PACKAGES}
+        with self.world.extended_timeout():
+            self.saved = save(self.folder.checkpoints, metadata, self.engine, self.base_files, self.world)
         self.folder.step = self.step
         self.world.on_rank_0(lambda: self.folder.write_state("running", ""))
         kept = self.world.on_rank_0(lambda: prune(self.folder.checkpoints, self.config.keep_checkpoints))
-        self.feed.prune(self.world.words(kept[0].facts["feed"]["batches"] if kept else 0)[0])
-        size, spent = sum(self.saved.facts["files"].values()) / 2**30, time.monotonic() - start
+        self.feed.prune(self.world.all_gather_int(kept[0].metadata["feed"]["batches"] if kept else 0)[0])
+        size, spent = sum(self.saved.metadata["files"].values()) / 2**30, time.monotonic() - start
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
     def _train_on(self, batch: Batch) -> tuple[Callable[[], StepResult], dict[str, float], float]:
@@ -277,12 +277,12 @@ class WeightedSFTTrainer:
         values = of_batch(batch, self.step)
         # counted over the whole batch before the first backward: the step does not depend on how it is split
         scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
-        if self.config.skip_weightless and not self.coefficients.concern_every_token:
+        if self.config.skip_zero_weight and not self.coefficients.concern_every_token:
             batch = batch.of_weight(self.objective)
-        rows = np.flatnonzero(batch.trained_tokens if self.config.skip_weightless else batch.lengths).tolist()
+        rows = np.flatnonzero(batch.trained_tokens if self.config.skip_zero_weight else batch.lengths).tolist()
         prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
         load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
-        shares = plan_shares(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
+        shares = assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
         values |= of_plan(shares, load, self.packs)
         micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in shares[self.world.rank]]
         flops = sum(load.of(rows) for share in shares for rows in share) + self.flops.per_trained_token * batch.num_trained

@@ -103,7 +103,7 @@ class Engine:
         model.run = self._engine.__call__
         _require_rates(self._engine, ds)
         for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with NCCL's timeout, 10 minutes
-            dist.distributed_c10d._set_pg_timeout(collective_timeout(world.patience_s), group)
+            dist.distributed_c10d._set_pg_timeout(collective_timeout(world.timeout_s), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
         self._without_gradient = _note_gradients(model)
@@ -134,16 +134,16 @@ class Engine:
             signals.append(terms.has_signal(sums))
             found.append(({"loss": out.loss.detach().double()} | sums, maxima))
         learning_rate = engine.get_lr()[0]
-        signal = self.world.highest({"signal": torch.stack(signals).any()})["signal"] > 0
+        signal = self.world.reduce_max({"signal": torch.stack(signals).any()})["signal"] > 0
         grad_norm, applied = self._apply(signal)
         peak = {"gib": torch.tensor(self._peak.gib())}
         sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
 
         def result() -> StepResult:
             unreached = self._parameters_without_gradient() if signal else []
-            all_sums = self.world.sums({name: x.sum() for name, x in sums.items()})
-            highest = self.world.highest({name: x.amax() for name, x in maxima.items()})
-            norm, peak_gib = float(grad_norm) if applied or not signal else math.nan, self.world.highest(peak)["gib"]
+            all_sums = self.world.reduce_sum({name: x.sum() for name, x in sums.items()})
+            highest = self.world.reduce_max({name: x.amax() for name, x in maxima.items()})
+            norm, peak_gib = float(grad_norm) if applied or not signal else math.nan, self.world.reduce_max(peak)["gib"]
             return StepResult(
                 all_sums.pop("loss"), norm, learning_rate, applied, signal, unreached, all_sums, highest, peak_gib
             )
@@ -154,7 +154,7 @@ class Engine:
         if not self._without_gradient:
             return []
         found, self._without_gradient = self._without_gradient, {}
-        had = self.world.highest({name: torch.tensor(not missing) for name, missing in found.items()})
+        had = self.world.reduce_max({name: torch.tensor(not missing) for name, missing in found.items()})
         return [name for name in found if not had[name]]
 
     def _apply(self, signal: bool) -> tuple[float | torch.Tensor, bool]:

@@ -71,7 +71,7 @@ class Load:
         return bundles
 
 
-def plan_shares(load: Load, rows: Bin, num_ranks: int, micro_batch_tokens: int, packed: bool) -> list[list[Bin]]:
+def assign_rollouts(load: Load, rows: Bin, num_ranks: int, micro_batch_tokens: int, packed: bool) -> list[list[Bin]]:
     """shares[rank][round] = those of the rollouts `rows` in one forward pass; as many rounds on every rank, the dearest first.
 
     A micro-batch has at most `micro_batch_tokens` tokens: packed their sum, prefixes counted once, else the longest times

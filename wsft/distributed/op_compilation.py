@@ -83,7 +83,7 @@ def choose_adam(ds: dict[str, Any], world: World) -> None:
             get_accelerator().create_op_builder(builder).load(verbose=False)
     except Exception as failure:  # of many kinds, from ninja's to DeepSpeed's own
         error = failure
-    if world.all_say(error is None):
+    if world.all_true(error is None):
         return
     params |= {"torch_adam": True, "fused": True}
     reason = _last_line(error) if error else "another rank says why"

@@ -19,7 +19,7 @@ from wsft.config import WeightedSFTConfig
 from wsft.device import device_type
 from wsft.distributed.deepspeed_files import trust_no_pickle
 from wsft.distributed.op_compilation import compiling_ops, tolerate_missing_shared_memory_op
-from wsft.distributed.world import World, files_patience_s, ranks_on_this_host
+from wsft.distributed.world import World, file_timeout_s, ranks_on_this_host
 from wsft.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     # that a user can mend
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), compiling_ops():
-        backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(files_patience_s(config.step_timeout))
+        backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(file_timeout_s(config.step_timeout))
         _meet_anew(backend, timeout)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     set_seed(config.seed)
@@ -84,9 +84,9 @@ def gpu_of_this_rank(env: Mapping[str, str], num_gpus: int) -> int:
     raise UserError(f"local rank {local_rank} has no GPU of its own, {num_gpus} are visible: start fewer ranks")
 
 
-def collective_timeout(patience_s: float) -> timedelta:
+def collective_timeout(timeout_s: float) -> timedelta:
     """After which a collective aborts the process: later than the watchdog, which can say why (watchdog.py)."""
-    return timedelta(seconds=patience_s + 60)
+    return timedelta(seconds=timeout_s + 60)
 
 
 def _use_zero_at_stage_1() -> None:

@@ -98,7 +98,7 @@ def ranks_on_this_host() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
-def files_patience_s(step_timeout: float, size: int = 0) -> float:
+def file_timeout_s(step_timeout: float, size: int = 0) -> float:
     """Seconds that work on files of so many bytes may take."""
     return max(FILES_S, FILES_TIMES * step_timeout) + size / SLOWEST_DISK
 
@@ -115,7 +115,7 @@ class World:
         # what takes too long is for the watchdog to say: it knows the stacks
         self._hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._step_timeout, self._watchdog = step_timeout, Watchdog(step_timeout)
-        self.patience_s = files_patience_s(step_timeout)
+        self.timeout_s = file_timeout_s(step_timeout)
         self._failed: Callable[[str], None] = lambda _: None
         self._dying = threading.Lock()
 
@@ -138,25 +138,25 @@ class World:
             received.append(array)
         return like(**dict(zip(fields, received, strict=True)))
 
-    def words(self, word: int) -> list[int]:
+    def all_gather_int(self, value: int) -> list[int]:
         """Every rank's word, on every rank."""
         if self._dying.locked():
             threading.Event().wait()  # a thread of this process is ending it: a peer that woke up must not go on meanwhile
         self._watchdog.alive()
         gathered = torch.zeros(self.size, dtype=torch.int64)
-        gathered[self.rank] = word
+        gathered[self.rank] = value
         dist.all_reduce(gathered, group=self._hosts)
         return gathered.tolist()
 
-    def all_say(self, yes: bool) -> bool:
+    def all_true(self, yes: bool) -> bool:
         """Whether every rank does."""
-        return min(self.words(int(yes))) == 1
+        return min(self.all_gather_int(int(yes))) == 1
 
-    def sums(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    def reduce_sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Each scalar's sum over ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
-    def highest(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+    def reduce_max(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
         """Each scalar's maximum over ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
@@ -165,49 +165,49 @@ class World:
         dist.all_reduce(reduced, how, group=self._hosts)
         return dict(zip(values, reduced.tolist(), strict=True))
 
-    def text_of_rank_0(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Rank 0's, on every rank."""
         mine = _Text(np.frombuffer(text.encode(), dtype=np.uint8).copy()) if self.rank == 0 else None
         return bytes(self.broadcast(mine, _Text, 0).text).decode()
 
-    def agree(self, error: BaseException | None) -> None:
+    def raise_on_all_ranks(self, error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""
-        failed = [rank for rank, word in enumerate(self.words(int(error is not None))) if word]
+        failed = [rank for rank, word in enumerate(self.all_gather_int(int(error is not None))) if word]
         if not failed:
             return
         text = np.array(list(_sentence(error).encode() if error else b""), dtype=np.uint8)
         said = self.broadcast(_Text(text) if self.rank == failed[0] else None, _Text, failed[0])
         raise error or PeerFailed(f"rank {failed[0]}: {bytes(said.text).decode()}")
 
-    def together(self, action: Callable[[], T] | None) -> T | None:
+    def run_on_all_ranks(self, action: Callable[[], T] | None) -> T | None:
         """Run the action (None: this rank has nothing to do); an exception on any rank is raised on all, afterwards."""
         result = error = None
         try:
             result = action() if action else None
         except Exception as failure:
             error = failure
-        self.agree(error)
+        self.raise_on_all_ranks(error)
         return result
 
     def on_rank_0(self, action: Callable[[], T]) -> T | None:
-        return self.together(action if self.rank == 0 else None)
+        return self.run_on_all_ranks(action if self.rank == 0 else None)
 
     @contextlib.contextmanager
-    def taking_its_time(self) -> Iterator[None]:
-        """Around work on the files of a whole model, which may take longer than any step: `patience_s` pass before it counts
+    def extended_timeout(self) -> Iterator[None]:
+        """Around work on the files of a whole model, which may take longer than any step: `timeout_s` pass before it counts
         as hanging. A collective."""
-        self.words(0)
-        before, self._watchdog.allowed = self._watchdog.allowed, self.patience_s
+        self.all_gather_int(0)
+        before, self._watchdog.allowed = self._watchdog.allowed, self.timeout_s
         yield
-        self.words(0)
+        self.all_gather_int(0)
         self._watchdog.allowed = before
 
     def expect_files(self, size: int) -> None:
         """From now on, the context around this too, of so many bytes."""
-        self.patience_s = self._watchdog.allowed = files_patience_s(self._step_timeout, size)
+        self.timeout_s = self._watchdog.allowed = file_timeout_s(self._step_timeout, size)
 
     @contextlib.contextmanager
-    def ending_together(self, failed: Callable[[str], None]) -> Iterator[None]:
+    def fail_together(self, failed: Callable[[str], None]) -> Iterator[None]:
         """An exception on one rank inside ends every rank, within seconds, with that rank's message; so does a rank that hangs.
 
         The others may sit in a collective that will never complete, so no collective can tell them. The failing rank writes
@@ -234,7 +234,7 @@ class World:
         # a rank 0 that is merely stopped is the watchdog's to notice, not a store that does not answer
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._step_timeout + 60))
         # torchrun keeps its store when it starts ranks again: what an attempt that failed has left is not for the next
-        store = dist.PrefixStore(str(self.words(secrets.randbits(62))[0]), store)
+        store = dist.PrefixStore(str(self.all_gather_int(secrets.randbits(62))[0]), store)
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(store, over), daemon=True)
         watch.start()
@@ -249,7 +249,7 @@ class World:
     def _peers(self) -> list[int]:
         """Process ids of the other ranks on this host."""
         namespace = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid') if os.path.exists('/proc/self/ns') else ''}"
-        pids, hosts = self.words(os.getpid()), self.words(zlib.crc32(namespace.encode()))
+        pids, hosts = self.all_gather_int(os.getpid()), self.all_gather_int(zlib.crc32(namespace.encode()))
         return [pid for pid, host in zip(pids, hosts, strict=True) if host == hosts[self.rank] and pid != os.getpid()]
 
     def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:

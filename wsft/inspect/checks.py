@@ -39,7 +39,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Words:
+class SpecialTokens:
     """What a tokenizer says of its tokens."""
 
     bos: int | None = None
@@ -50,13 +50,13 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Sight:
+class BatchView:
     """A batch as training has it. The policy's logps are NaN where they are not known, or None if nobody asked."""
 
     rollouts: list[Rollout]
     batch: Batch  # of them, with final advantages
     faults: dict[str, list[Fault]]  # reason -> the first of them
-    words: Words
+    words: SpecialTokens
     max_token_len: int
     needs_advantages: bool  # whether a token without advantage weighs nothing
     logp_N: np.ndarray | None = None
@@ -76,23 +76,23 @@ class Sight:
         return [list(rows) for _, rows in itertools.groupby(range(len(self.rollouts)), lambda r: self.rollouts[r].origin.name)]
 
 
-def look(sight: Sight) -> list[Finding]:
+def run_checks(view: BatchView) -> list[Finding]:
     """All that looks wrong, what was left out first."""
-    return [finding for check in CHECKS for finding in check(sight)]
+    return [finding for check in CHECKS for finding in check(view)]
 
 
-def _left_out(sight: Sight) -> Iterator[Finding]:
-    counts = sight.batch.rejected
-    for reason, faults in sight.faults.items():
+def _left_out(view: BatchView) -> Iterator[Finding]:
+    counts = view.batch.rejected
+    for reason, faults in view.faults.items():
         where = "; ".join(f"{fault.origin}: {fault.detail}" for fault in faults[:3])
         what = f"left out: {reason}" if reason in REJECTED else reason
         yield Finding(f"{counts[reason]} sequence(s) {what} ({where}{'; ...' if counts[reason] > 3 else ''})")
 
 
-def _borders(sight: Sight) -> Iterator[Finding]:
+def _borders(view: BatchView) -> Iterator[Finding]:
     """Where completions begin, by the mask and by the sampler's logps, which have placeholders in the prompt."""
     early, late = [], []
-    for r, rollout, _ in sight.each():
+    for r, rollout, _ in view.each():
         trained, sampled = (_starts(known) for known in (rollout.loss_mask, _sampled(rollout)))
         if len(trained) == len(sampled) > 0:
             apart = trained - sampled
@@ -114,10 +114,10 @@ def _borders(sight: Sight) -> Iterator[Finding]:
         )
 
 
-def _template(sight: Sight) -> Iterator[Finding]:
+def _template(view: BatchView) -> Iterator[Finding]:
     """Trained tokens that the chat template wrote, not the model: what begins a turn, and what follows its end."""
-    words, found, users = sight.words, [], []
-    for r, rollout, _ in sight.each():
+    words, found, users = view.words, [], []
+    for r, rollout, _ in view.each():
         ids, trained = rollout.tokens, rollout.loss_mask
         written = np.isin(ids, list(words.special - words.ends))
         written[2:] |= np.isin(ids[1:-1], list(words.ends))  # what ends a text may also begin it
@@ -139,11 +139,11 @@ def _template(sight: Sight) -> Iterator[Finding]:
         yield Finding(f"what the user says is trained in {len(users)} sequence(s)", users)
 
 
-def _prompts(sight: Sight) -> Iterator[Finding]:
+def _prompts(view: BatchView) -> Iterator[Finding]:
     """Groups whose mask leaves no prompt out, though their sequences begin alike."""
     found = []
-    for rows in sight.groups():
-        rollouts = [sight.rollouts[r] for r in rows]
+    for rows in view.groups():
+        rollouts = [view.rollouts[r] for r in rows]
         unmasked = all(rollout.loss_mask[1 : SHARED_PROMPT + 1].all() for rollout in rollouts)
         begun = {rollout.tokens[:SHARED_PROMPT].tobytes() for rollout in rollouts}
         if unmasked and len(begun) == 1 and len({rollout.tokens.tobytes() for rollout in rollouts}) > 1:
@@ -154,10 +154,10 @@ def _prompts(sight: Sight) -> Iterator[Finding]:
         )
 
 
-def _ends(sight: Sight) -> Iterator[Finding]:
+def _ends(view: BatchView) -> Iterator[Finding]:
     """Completions that stop without saying so, though nothing cut them off."""
-    ends, open_, untrained = sight.words.ends, {}, []
-    for r, rollout, _ in sight.each():
+    ends, open_, untrained = view.words.ends, {}, []
+    for r, rollout, _ in view.each():
         at = np.flatnonzero(rollout.loss_mask)
         if (
             not ends or not len(at) or np.isin(rollout.tokens[at[-2:]], list(ends)).any()
@@ -166,10 +166,10 @@ def _ends(sight: Sight) -> Iterator[Finding]:
         last, size = int(at[-1]), len(rollout.tokens)
         if last + 1 < size and int(rollout.tokens[last + 1]) in ends:
             untrained.append((r, last + 1))
-        elif last + 1 == size < sight.max_token_len and not _cut_off(rollout, len(at)):
+        elif last + 1 == size < view.max_token_len and not _cut_off(rollout, len(at)):
             open_[r] = last
-    for rows in sight.groups():  # several of equal length, none longer: the sampler's limit
-        sizes = [int(sight.rollouts[r].loss_mask.sum()) for r in rows]
+    for rows in view.groups():  # several of equal length, none longer: the sampler's limit
+        sizes = [int(view.rollouts[r].loss_mask.sum()) for r in rows]
         for r, size in zip(rows, sizes, strict=True):
             if size == max(sizes) and sizes.count(size) > 1:
                 open_.pop(r, None)
@@ -180,27 +180,27 @@ def _ends(sight: Sight) -> Iterator[Finding]:
         yield Finding(f"the end-of-sequence token is not trained in {len(untrained)} sequence(s)", untrained)
 
 
-def _begins(sight: Sight) -> Iterator[Finding]:
-    bos = sight.words.bos
-    doubled = [(r, 1) for r, rollout, _ in sight.each() if bos is not None and (rollout.tokens[:2] == bos).all()]
+def _begins(view: BatchView) -> Iterator[Finding]:
+    bos = view.words.bos
+    doubled = [(r, 1) for r, rollout, _ in view.each() if bos is not None and (rollout.tokens[:2] == bos).all()]
     if doubled:
         yield Finding(f"the token that begins a sequence stands twice in {len(doubled)} sequence(s)", doubled)
 
 
-def _silent(sight: Sight) -> Iterator[Finding]:
-    masked = [(r, None) for r, rollout, _ in sight.each() if not rollout.loss_mask.any()]
+def _silent(view: BatchView) -> Iterator[Finding]:
+    masked = [(r, None) for r, rollout, _ in view.each() if not rollout.loss_mask.any()]
     if masked:
         yield Finding(f"no token is trained in {len(masked)} sequence(s): all are masked", masked)
 
 
-def _variance(sight: Sight) -> Iterator[Finding]:
+def _variance(view: BatchView) -> Iterator[Finding]:
     """Groups from which nothing is learned."""
-    if not sight.needs_advantages:
+    if not view.needs_advantages:
         return
-    groups, weightless = sight.groups(), []
-    advantages = [advantages for _, _, advantages in sight.each()]
+    groups, weightless = view.groups(), []
+    advantages = [advantages for _, _, advantages in view.each()]
     for rows in groups:
-        free = [r for r in rows if sight.rollouts[r].override is Override.NONE and sight.rollouts[r].loss_mask.any()]
+        free = [r for r in rows if view.rollouts[r].override is Override.NONE and view.rollouts[r].loss_mask.any()]
         if len(free) == len(rows) and not any(advantages[r].any() for r in rows):
             weightless.append((rows[0], None))
     if weightless:
@@ -211,11 +211,11 @@ def _variance(sight: Sight) -> Iterator[Finding]:
         yield Finding(text, weightless)
 
 
-def _centre(sight: Sight) -> Iterator[Finding]:
+def _centre(view: BatchView) -> Iterator[Finding]:
     """Sequences' advantages that push all one way."""
-    free = [(r, rollout, a) for r, rollout, a in sight.each() if rollout.override is Override.NONE and rollout.loss_mask.any()]
+    free = [(r, rollout, a) for r, rollout, a in view.each() if rollout.override is Override.NONE and rollout.loss_mask.any()]
     means = np.array([advantages[rollout.loss_mask].mean() for _, rollout, advantages in free])
-    if not sight.needs_advantages or len(means) < FEWEST_FOR_A_MEAN or not means.any():
+    if not view.needs_advantages or len(means) < FEWEST_FOR_A_MEAN or not means.any():
         return
     mean, deviation = means.mean(), means.std()
     if abs(mean) > UNCENTRED * deviation:
@@ -225,11 +225,11 @@ def _centre(sight: Sight) -> Iterator[Finding]:
         )
 
 
-def _policy(sight: Sight) -> Iterator[Finding]:
+def _policy(view: BatchView) -> Iterator[Finding]:
     """The sampler's logps beside the policy's, also if they stood one position off, or were of temperature 1."""
-    if sight.logp_N is None:
+    if view.logp_N is None:
         return
-    sampled = [_logps(rollout) for rollout in sight.rollouts]
+    sampled = [_logps(rollout) for rollout in view.rollouts]
 
     def distance(logp_N: np.ndarray, shift: int = 0) -> float:
         """With each of the sampler's logps taken from so many positions later."""
@@ -237,15 +237,15 @@ def _policy(sight: Sight) -> Iterator[Finding]:
         apart = np.abs(moved - logp_N)
         return float(apart[~np.isnan(apart)].mean()) if not np.isnan(apart).all() else np.inf
 
-    here = distance(sight.logp_N)
+    here = distance(view.logp_N)
     if not np.isfinite(here) or here <= FAR_LOGP:
         return
     others = {
-        "taken from one position later they fit (they stand one too late)": distance(sight.logp_N, 1),
-        "taken from one position earlier they fit (they stand one too early)": distance(sight.logp_N, -1),
+        "taken from one position later they fit (they stand one too late)": distance(view.logp_N, 1),
+        "taken from one position earlier they fit (they stand one too early)": distance(view.logp_N, -1),
     }
-    if sight.untempered_logp_N is not None:
-        others["at temperature 1 they fit: set record_temperature false"] = distance(sight.untempered_logp_N)
+    if view.untempered_logp_N is not None:
+        others["at temperature 1 they fit: set record_temperature false"] = distance(view.untempered_logp_N)
     best = min(others, key=others.get)
     fits = (
         f"{best}, {others[best]:.2f}" if others[best] < CLOSER * here else "no shift of one fits: other weights or temperature?"
@@ -253,7 +253,7 @@ def _policy(sight: Sight) -> Iterator[Finding]:
     yield Finding(f"the sampler's logps are {here:.2f} nats from the policy's on average: {fits}")
 
 
-CHECKS: tuple[Callable[[Sight], Iterator[Finding]], ...] = (
+CHECKS: tuple[Callable[[BatchView], Iterator[Finding]], ...] = (
     *(_left_out, _borders, _template, _prompts, _ends, _begins, _silent, _variance, _centre, _policy),
 )
 

@@ -23,7 +23,7 @@ def page(view: dict[str, Any]) -> str:
 
     `view["tokens"]` holds arrays over the tokens of all rollouts in their order: piece (an index of `view["pieces"]`, the
     distinct texts), id, mask, advantage, behavior_logp, weight and, where a policy was run, logp and ratio; NaN where there is
-    none. The rest is plain: title, facts {name: value}, findings (text, places [rollout, position or None], more), groups
+    none. The rest is plain: title, metadata {name: value}, findings (text, places [rollout, position or None], more), groups
     (name, env_id, scores, rejected, the indices of its rollouts), rollouts (sequence, score, advantage, override, temperature,
     tokens, trained, logp).
     """

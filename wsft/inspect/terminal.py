@@ -120,10 +120,10 @@ def pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[np.ndarray]) -> li
 
 def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
     """What is shown, as `inspect_page.page` wants it."""
-    sight, batch, config = found.sight, found.sight.batch, found.config
-    texts = list(chain(*pieces(found.tokenizer, [rollout.tokens for rollout in sight.rollouts])))
+    view, batch, config = found.view, found.view.batch, found.config
+    texts = list(chain(*pieces(found.tokenizer, [rollout.tokens for rollout in view.rollouts])))
     numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
-    logp_N = np.full(len(batch.tokens), np.nan, np.float32) if sight.logp_N is None else sight.logp_N
+    logp_N = np.full(len(batch.tokens), np.nan, np.float32) if view.logp_N is None else view.logp_N
     tokens = {
         "piece": np.array([numbers[text] for text in texts], dtype=np.int32),
         "id": batch.tokens.astype(np.int32),
@@ -135,7 +135,7 @@ def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
     if policy:
         tokens |= {"logp": logp_N, "ratio": np.exp(logp_N - batch.behavior_logp)}
     rollouts, groups = [], {}
-    for r, (rollout, span) in enumerate(zip(sight.rollouts, batch.spans(), strict=True)):
+    for r, (rollout, span) in enumerate(zip(view.rollouts, batch.spans(), strict=True)):
         trained = batch.loss_mask[span]
         rollouts.append({
             "sequence": rollout.origin.sequence,
@@ -148,18 +148,18 @@ def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
             "logp": _mean(logp_N[span][trained]),
         })  # fmt: skip
         _group(groups, rollout.origin)["rollouts"].append(r)
-    for reason, faults in sight.faults.items():
+    for reason, faults in view.faults.items():
         for origin, detail in faults:
             told = {"sequence": origin.sequence, "reason": reason, "detail": detail, "rejected": reason in REJECTED}
             _group(groups, origin)["rejected"].append(told)
-    facts = {
+    metadata = {
         "objective": config.objective, "reduction": config.reduction, "advantages": config.advantage_normalization,
         "tokenizer": config.tokenizer_name or config.model_name, "policy": policy or "taken to be the sampler",
     }  # fmt: skip
     return {
-        "title": found.title, "facts": facts, "pieces": list(numbers), "groups": list(groups.values()), "rollouts": rollouts,
-        "tokens": tokens, "names": sight.names,
-        "findings": [{"text": f.text, "places": f.places, "said": f.said(sight.names)} for f in found.findings],
+        "title": found.title, "metadata": metadata, "pieces": list(numbers), "groups": list(groups.values()),
+        "rollouts": rollouts, "tokens": tokens, "names": view.names,
+        "findings": [{"text": f.text, "places": f.places, "said": f.said(view.names)} for f in found.findings],
     }  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def _mean(values: np.ndarray) -> float | None:
 
 def show(view: dict[str, Any], console: Console, rollouts: int) -> None:
     console.print(Text(view["title"], style="bold"))
-    console.print(Text("  ".join(f"{name} {value}" for name, value in view["facts"].items()), style="dim"))
+    console.print(Text("  ".join(f"{name} {value}" for name, value in view["metadata"].items()), style="dim"))
     for finding in view["findings"]:
         console.print(Text(f"looks wrong: {finding['said']}", style="yellow"))
     if not view["findings"]:

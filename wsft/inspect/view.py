@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from wsft.config import WeightedSFTConfig, without_password
 from wsft.device import device_type
 from wsft.errors import UserError
-from wsft.inspect.checks import Finding, Sight, Words, look
+from wsft.inspect.checks import BatchView, Finding, SpecialTokens, run_checks
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
@@ -90,12 +90,12 @@ class Inspected:
     title: str
     config: WeightedSFTConfig
     tokenizer: PreTrainedTokenizerBase
-    sight: Sight
+    view: BatchView
     weights_N: np.ndarray  # what each token weighs; 0 where untrained
 
     @functools.cached_property
     def findings(self) -> list[Finding]:
-        return look(self.sight)
+        return run_checks(self.view)
 
 
 def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: str | None) -> Inspected:
@@ -103,28 +103,28 @@ def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: 
     tokenizer = load_tokenizer(config)
     processor = processor_of(config, vocab_size_of(config, tokenizer))
     taken = take(source, number, config, processor)
-    sight = sight_of(taken, config, processor, tokenizer)
-    batch = sight.batch
-    if policy and sight.rollouts:
+    view = batch_view(taken, config, processor, tokenizer)
+    batch = view.batch
+    if policy and view.rollouts:
         model = load_policy(policy, config)
-        sight = dataclasses.replace(sight, logp_N=policy_logps(model, config, batch))
+        view = dataclasses.replace(view, logp_N=policy_logps(model, config, batch))
         if (np.nan_to_num(batch.temperatures, nan=config.temperature) != 1).any():
             untempered = dataclasses.replace(batch, temperatures=np.ones_like(batch.temperatures))
-            sight = dataclasses.replace(sight, untempered_logp_N=policy_logps(model, config, untempered))
-    return Inspected(taken.title, config, tokenizer, sight, weights(config, batch, sight.logp_N))
+            view = dataclasses.replace(view, untempered_logp_N=policy_logps(model, config, untempered))
+    return Inspected(taken.title, config, tokenizer, view, weights(config, batch, view.logp_N))
 
 
-def sight_of(
+def batch_view(
     taken: Taken, config: WeightedSFTConfig, processor: AtroposBatchProcessor, tokenizer: PreTrainedTokenizerBase
-) -> Sight:
+) -> BatchView:
     """Without the policy's logps."""
-    return Sight(
+    return BatchView(
         rollouts=taken.rollouts,
         batch=Batch.of(taken.rollouts, taken.counts).with_final_advantages(processor.shaping),
         faults=taken.faults,
-        words=words_of(tokenizer, config),
+        words=special_tokens_of(tokenizer, config),
         max_token_len=config.max_token_len,
-        needs_advantages=Objective(config.objective, config.objective_args).silent_without_advantage,
+        needs_advantages=Objective(config.objective, config.objective_args).zero_weight_without_advantage,
     )
 
 
@@ -136,7 +136,7 @@ def vocab_size_of(config: WeightedSFTConfig, tokenizer: PreTrainedTokenizerBase)
         return len(tokenizer)
 
 
-def words_of(tokenizer: PreTrainedTokenizerBase, config: WeightedSFTConfig) -> Words:
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase, config: WeightedSFTConfig) -> SpecialTokens:
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):  # a model without one
         found = GenerationConfig.from_pretrained(config.model_name).eos_token_id
@@ -145,7 +145,7 @@ def words_of(tokenizer: PreTrainedTokenizerBase, config: WeightedSFTConfig) -> W
     headers = {}
     with contextlib.suppress(Exception):  # a template is a program of the model's author
         headers = {role: _written_before(tokenizer, role) for role in ("assistant", "user")}
-    return Words(tokenizer.bos_token_id, frozenset(ends), frozenset(tokenizer.all_special_ids) - ends, **headers)
+    return SpecialTokens(tokenizer.bos_token_id, frozenset(ends), frozenset(tokenizer.all_special_ids) - ends, **headers)
 
 
 def _written_before(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from wsft.device import fuses, memory_bytes, multiplies
+from wsft.device import can_compile, has_native_matmul, memory_bytes
 
 # The size of a chunk's logits, were they float32. On a CPU larger ones were no faster. But each chunk reads and writes the
 # gradient of lm_head once: on a GPU that takes as long as the products of some hundred rows, on a CPU fewer than these cost up
@@ -179,18 +179,18 @@ class _LogitShape(NamedTuple):
         return self if one_number else self._replace(temperature=self.temperature[rows].unsqueeze(1))
 
     @property
-    def steepness(self) -> float | torch.Tensor:
+    def logit_scale(self) -> float | torch.Tensor:
         return self.scale / self.temperature
 
     def apply_(self, z: torch.Tensor) -> torch.Tensor:
         """Make of the products [R, any], in place, what the softmax is taken of."""
         if self.softcap is None:
-            return z.mul_(self.steepness)
+            return z.mul_(self.logit_scale)
         return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
+    def derivative(self, z: torch.Tensor) -> torch.Tensor | float:
         """Of what `apply_` made, with respect to the products."""
-        return self.steepness * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.steepness
+        return self.logit_scale * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.logit_scale
 
 
 class _Weighted:
@@ -237,7 +237,7 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, lm_head_VH, bias_V, terms, shape, chunk_tokens, wanted):
         N, exact = len(hidden_NH), torch.promote_types(hidden_NH.dtype, torch.float32)
-        product = hidden_NH.dtype if multiplies(hidden_NH.device, hidden_NH.dtype) else exact
+        product = hidden_NH.dtype if has_native_matmul(hidden_NH.device, hidden_NH.dtype) else exact
         wants_hidden, wants_lm_head, wants_bias = wanted
         grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
         grad_VH = torch.zeros_like(lm_head_VH, dtype=exact) if wants_lm_head else None
@@ -246,7 +246,7 @@ class _ChunkedHead(torch.autograd.Function):
             shape = shape._replace(temperature=shape.temperature.detach().to(exact))
         found_4N = torch.zeros(4, N, dtype=exact, device=hidden_NH.device)  # loss, logp, entropy, divergence
         buffer_CV = hidden_NH.new_empty(min(chunk_tokens, N), len(lm_head_VH), dtype=product)
-        block_rows = math.ceil(len(buffer_CV) / (1 if fuses(hidden_NH.device) else BLOCKS_PER_CHUNK))
+        block_rows = math.ceil(len(buffer_CV) / (1 if can_compile(hidden_NH.device) else BLOCKS_PER_CHUNK))
 
         def blocks(chunk: slice, hidden_CH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
             """The chunk's logits, in the buffer; some rows at a time."""
@@ -360,7 +360,7 @@ def _differentiate_(
     bonus_R1: torch.Tensor | None,
     shape: _LogitShape,
 ) -> None:
-    """Overwrites exp with slope * (p * (mass + bonus * z) - onehot), onehot at `ids` alone.
+    """Overwrites exp with the derivative * (p * (mass + bonus * z) - onehot), onehot at `ids` alone.
 
     Those entries are set, not added to: in the type of the buffer p - 1 would have lost its digits.
     """
@@ -368,20 +368,20 @@ def _differentiate_(
     at_ids_RJ = logp_RJ.exp() * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z_RJ) - onehot_RJ
     bonus = None if bonus_R1 is None else bonus_R1 / total_R1
     _fused(_spread_, exp_RV)(exp_RV, mass_R1 / total_R1, bonus, peak_R1, shape)
-    exp_RV.scatter_(1, ids_RJ, (shape.slope(z_RJ + peak_R1) * at_ids_RJ).to(exp_RV.dtype))
+    exp_RV.scatter_(1, ids_RJ, (shape.derivative(z_RJ + peak_R1) * at_ids_RJ).to(exp_RV.dtype))
 
 
 def _spread_(
     exp_RV: torch.Tensor, mass_R1: torch.Tensor, bonus_R1: torch.Tensor | None, peak_R1: torch.Tensor, shape: _LogitShape
 ) -> None:
-    """Overwrites exp with slope * exp * (mass + bonus * z)."""
+    """Overwrites exp with the derivative * exp * (mass + bonus * z)."""
     if bonus_R1 is None and shape.softcap is None:
-        exp_RV.mul_(shape.steepness * mass_R1)
+        exp_RV.mul_(shape.logit_scale * mass_R1)
         return
     exp = exp_RV.to(mass_R1.dtype)
     z = exp.clamp_min(torch.finfo(exp.dtype).tiny).log_()
     exp = exp * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z)
-    exp_RV.copy_(exp.mul_(shape.slope(z + peak_R1)))
+    exp_RV.copy_(exp.mul_(shape.derivative(z + peak_R1)))
 
 
 _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
@@ -389,7 +389,7 @@ _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 def _fused(function: Callable, like: torch.Tensor) -> Callable:
     """The function as one kernel where the device of `like` has them."""
-    return _compiled(function) if fuses(like.device) else function
+    return _compiled(function) if can_compile(like.device) else function
 
 
 def _of_equal_ids(ids_RJ: torch.Tensor, values_RJ: torch.Tensor) -> torch.Tensor:

@@ -160,7 +160,7 @@ class Objective:
         return self.function not in _WITHOUT_BEHAVIOR
 
     @property
-    def silent_without_advantage(self) -> bool:
+    def zero_weight_without_advantage(self) -> bool:
         """Whether a token of advantage 0 surely weighs 0."""
         return self.function in OBJECTIVES.values() and self.function not in _WITHOUT_ADVANTAGE
 

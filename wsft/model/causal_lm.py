@@ -18,7 +18,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wsft.device import fuses
+from wsft.device import can_compile
 from wsft.errors import UserError
 from wsft.loss.head import HeadOutput, LossHead, TokenLoss
 from wsft.model.attention import PACKED, kernel, learn_masks
@@ -122,7 +122,7 @@ class WeightedSFTModel(torch.nn.Module):
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
         """Hold the head against the model's own logits on a few tokens: a model may do more between the two than we know."""
-        if fuses(device):
+        if can_compile(device):
             log.info("making the kernels of the head (the first time on a machine: up to a minute)")
         tokens = (torch.arange(8, device=device) * 7919 % self.vocab_size).unsqueeze(0)
         trained, mode = torch.arange(1, 8, device=device), self.training
@@ -173,7 +173,7 @@ class WeightedSFTModel(torch.nn.Module):
 
     @torch.no_grad()
     def check_layouts(
-        self, device: torch.device, max_token_len: int, packing: bool = True, all_say: Callable[[bool], bool] = bool
+        self, device: torch.device, max_token_len: int, packing: bool = True, all_true: Callable[[bool], bool] = bool
     ) -> None:
         """Try packed and padded rows: sequences must get the logps that each has alone, with the model's own attention.
 
@@ -184,7 +184,7 @@ class WeightedSFTModel(torch.nn.Module):
         Args:
             max_token_len: of the longest sequence in training.
             packing: whether to try packed rows.
-            all_say: whether all ranks say so: forward passes are collectives, and what is found decides which come next.
+            all_true: whether all ranks say so: forward passes are collectives, and what is found decides which come next.
         Raises:
             UserError: the logps of a sequence depend on those that were run before it, or on tokens after them.
         """
@@ -230,7 +230,7 @@ class WeightedSFTModel(torch.nn.Module):
             return bool((found - torch.cat(wanted)).abs().max() < tolerance)  # not where one is NaN
 
         def fits(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-            return all_say(agree(found, wanted))
+            return all_true(agree(found, wanted))
 
         if reaches and not fits(logps([shorter]), [at_first]):
             raise UserError(

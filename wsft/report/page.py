@@ -70,7 +70,7 @@ def write_page(runs: Sequence[Run], out: Path) -> None:
         panels=[(panel.title, div, _keys(curves)) for (panel, curves), div in zip(panels, divs, strict=False)],
         strip=divs[len(panels) :],
         notes=notes,
-        facts=_facts(runs),
+        metadata=_metadata(runs),
         settings={name: [_told(value) for value in values] for name, values in told_settings(runs).items()},
         scripts=[Resources(mode="inline", components=["bokeh"]).render_js(), script],
     )
@@ -205,7 +205,7 @@ def _keys(lines: list[Curve]) -> dict[tuple[str, str], list[str]]:
     return keys
 
 
-def _facts(runs: Sequence[Run]) -> dict[str, list[str]]:
+def _metadata(runs: Sequence[Run]) -> dict[str, list[str]]:
     """How the runs stand."""
     told = []
     for run in runs:
@@ -225,7 +225,7 @@ def _facts(runs: Sequence[Run]) -> dict[str, list[str]]:
                 "versions": ", ".join(f"{name} {number}" for name, number in saved.get("versions", {}).items()),
             }
         )
-    return {name: [facts[name] for facts in told] for name in told[0] if any(facts[name] for facts in told)}
+    return {name: [metadata[name] for metadata in told] for name in told[0] if any(metadata[name] for metadata in told)}
 
 
 def _told(value: object) -> str:

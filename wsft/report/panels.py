@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from wsft.errors import UserError
-from wsft.report.runs import EVENTS, Happened, Run
+from wsft.report.runs import EVENTS, Occurrences, Run
 
 COLOURS = ("#3b82d6", "#e0712c", "#2a9d62", "#c84f9b", "#8a6ee0", "#b08a1a", "#1f9aa8", "#d64545")  # on white and on black
 DASHES = ("", "6 3", "2 2", "8 3 2 3", "4 2 2 2 2 2")
@@ -93,7 +93,7 @@ def shown(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
     return found
 
 
-def happened(runs: Sequence[Run], width: int = 1) -> dict[str, list[Happened]]:
+def happened(runs: Sequence[Run], width: int = 1) -> dict[str, list[Occurrences]]:
     """Of each kind of event that befell any of the runs: where it befell each."""
     found = {kind: [run.events(kind, width) for run in runs] for kind in EVENTS}
     return {kind: of_runs for kind, of_runs in found.items() if any(len(first) for first, _, _ in of_runs)}

@@ -25,13 +25,13 @@ EVENTS = {
     "possibly lost batches": ("data/possibly_lost_batches", 0),
     "steps not finite": ("steps/not_finite", 0),
 }
-Happened = tuple[np.ndarray, np.ndarray, np.ndarray]  # first step, last step, how often
+Occurrences = tuple[np.ndarray, np.ndarray, np.ndarray]  # first step, last step, how often
 WHEREABOUTS = {"output_dir", "overwrite_output_dir", "resume"}  # settings that say nothing of what is learned
 
 
 @dataclass(frozen=True)
 class Run:
-    """One output_dir. `label` tells it from the others it was read with, `checkpoint` is the newest one's facts, {} if none."""
+    """One output_dir. `label` distinguishes it from the others, `checkpoint` is the metadata of the newest, or {}."""
 
     folder: Path
     label: str
@@ -49,8 +49,8 @@ class Run:
         lines = [line for line in self.lines if name in line]
         return np.array([line["step"] for line in lines], np.int32), np.array([line[name] for line in lines], np.float32)
 
-    def events(self, kind: str, width: int) -> Happened:
-        """Where it befell the run: what is in the same stretch of `width` steps is one entry."""
+    def events(self, kind: str, width: int) -> Occurrences:
+        """Where it happened: what is in the same stretch of `width` steps is one entry."""
         name, begins = EVENTS[kind]
         steps, counts = self.curve(name)
         counts = counts if begins is None else np.diff(counts, prepend=np.float32(begins))

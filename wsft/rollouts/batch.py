@@ -109,10 +109,10 @@ class Batch:
     def of_weight(self, objective: Objective) -> Batch:
         """This batch with only those tokens trained that the objective may give a weight other than 0. To be asked for after
         the reductions were counted, and final advantages set: it changes no sum."""
-        silent_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
-        if objective.silent_without_advantage:
-            silent_N = silent_N | (self.advantages == 0)
-        left = dataclasses.replace(self, loss_mask=self.loss_mask & ~silent_N)
+        zero_weight_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
+        if objective.zero_weight_without_advantage:
+            zero_weight_N = zero_weight_N | (self.advantages == 0)
+        left = dataclasses.replace(self, loss_mask=self.loss_mask & ~zero_weight_N)
         if objective.of_sequences:  # which sees all trained tokens of a sequence, or none
             whole_N = np.repeat(left.trained_tokens > 0, self.lengths)
             left = dataclasses.replace(self, loss_mask=self.loss_mask & whole_N)

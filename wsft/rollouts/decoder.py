@@ -40,13 +40,13 @@ REJECTED = (
     "line is not JSON",
 )
 # What was made of a sequence that is trained all the same.
-MENDED = (
+REPAIRED = (
     "truncated to max_token_len",
     "trained without inference_logprobs: they do not fit the tokens",
     "trained without ref_logprobs: they do not fit the tokens",
     "trained at the run's temperature: its own is not a number above 0",
 )
-REASONS = REJECTED + MENDED
+REASONS = REJECTED + REPAIRED
 FAULTS_KEPT = 1000  # of each reason, between two looks: a file may be nothing but faults
 
 

@@ -81,18 +81,18 @@ class Feed:
         position: of the source on rank 0, behind the last batch taken.
     """
 
-    def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, facts: dict[str, Any]):
+    def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, metadata: dict[str, Any]):
         self._config, self._source, self._world, self._stop = config, source, world, stop
         # learn once who fetches
-        self._fetching = [rank for rank, has in enumerate(world.words(int(source is not None))) if has]
-        self.batches, self._lost_before = facts.get("batches", 0), facts.get("possibly_lost", 0)
-        self.possibly_lost, self.position = self._lost_before, facts.get("position")
+        self._fetching = [rank for rank, has in enumerate(world.all_gather_int(int(source is not None))) if has]
+        self.batches, self._lost_before = metadata.get("batches", 0), metadata.get("possibly_lost", 0)
+        self.possibly_lost, self.position = self._lost_before, metadata.get("position")
         self.stopped, self._pruned_gib = 0, self.journal_gib
         self._over, self._ahead = threading.Event(), _Ahead()
         self._taking: dict[int, Future] = {}  # number of a batch -> it and the position behind it, in the making
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What a checkpoint keeps, to go on from here."""
         return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
 
@@ -132,9 +132,9 @@ class Feed:
                 except Exception as failure:  # whatever it is, the other ranks must hear of it
                     word, error = _Word.FAILED, failure
             stopping = self._stop.code and word != _Word.FAILED
-            words = world.words(_Word.STOP + self._stop.code if stopping else word)
+            words = world.all_gather_int(_Word.STOP + self._stop.code if stopping else word)
             if _Word.FAILED in words:
-                world.agree(error)
+                world.raise_on_all_ranks(error)
             self.stopped = max(0, max(words) - _Word.STOP)
             if self.stopped or _Word.END in words:
                 return None  # what is READY here is in the journal, and comes again
@@ -145,7 +145,7 @@ class Feed:
         batch = Batch.joined(world.broadcast(part, Batch, source) for source in self._fetching)
         self._taking.pop(self.batches, None)
         self.batches += 1
-        self.possibly_lost = self._lost_before + sum(world.words(self._source.possibly_lost if self._source else 0))
+        self.possibly_lost = self._lost_before + sum(world.all_gather_int(self._source.possibly_lost if self._source else 0))
         return batch
 
     def _take(self, step: int) -> tuple[Batch, Position] | None:
@@ -166,7 +166,7 @@ class Feed:
     def journal_is_full(self) -> bool:
         """Whether to save now, so that pruning to the oldest of the kept checkpoints holds the journals to journal_gib."""
         since_last = len(self._fetching) * (self.journal_gib - self._pruned_gib)
-        return any(self._world.words(int(since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1))))
+        return any(self._world.all_gather_int(int(since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1))))
 
     def prune(self, below: int) -> None:
         """Forget the batches below that number: a checkpoint that is kept has them in its parameters."""

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent. A folder `step_N` is written aside, its facts (checkpoint.json) last, then renamed.
+"""Checkpoints: complete or absent. A folder `step_N` is written aside, its metadata (checkpoint.json) last, then renamed.
 
     step_N/deepspeed/        DeepSpeed's sharded parameters, optimizer, schedule
     step_N/random_R.pt       random generators of rank R
@@ -37,7 +37,7 @@ from wsft.run.base_files import write_files
 log = logging.getLogger(__name__)
 
 SHARED_WAIT_S = 30.0  # a network file system may show a new file late
-FACTS = "checkpoint.json"
+METADATA = "checkpoint.json"
 DEEPSPEED, HUGGING_FACE = "deepspeed", "hugging_face"
 _NAME = re.compile(r"step_(\d+)")
 _PARTIAL, _CONVERTED = ".partial", ".converted"  # behind the name of a checkpoint: what is not, or no longer, one
@@ -46,31 +46,31 @@ _OPEN = ".nfs"  # how the name of a deleted file begins on NFS while a process h
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. `facts` is its checkpoint.json."""
+    """A complete checkpoint on disk. `metadata` is its checkpoint.json."""
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def step(self) -> int:
-        return self.facts["step"]
+        return self.metadata["step"]
 
     @classmethod
     def at(cls, folder: Path) -> Checkpoint:
         """UserError, saying what is missing, if there is no complete checkpoint in the folder."""
-        if not (folder / FACTS).is_file():
-            there = "there is no such folder" if not folder.exists() else f"it has no {FACTS}, which is written last"
+        if not (folder / METADATA).is_file():
+            there = "there is no such folder" if not folder.exists() else f"it has no {METADATA}, which is written last"
             raise UserError(
                 f"{folder} is not a complete checkpoint: {there}. Give a folder like output_dir/checkpoints/step_100"
             )
-        facts = json.loads((folder / FACTS).read_text())
-        for name, size in facts["files"].items():
+        metadata = json.loads((folder / METADATA).read_text())
+        for name, size in metadata["files"].items():
             found = (folder / name).stat().st_size if (folder / name).is_file() else None
             if found != size:
                 raise UserError(
                     f"the checkpoint {folder} is damaged: {name} has {found} bytes, expected {size}; use another one"
                 )
-        return cls(folder, facts)
+        return cls(folder, metadata)
 
 
 def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: dict[str, str | None], place: Path) -> None:
@@ -78,7 +78,7 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
     learned. Other differences are said.
 
     Args:
-        was: the facts of that run's checkpoint; without one yet, its settings alone.
+        was: the metadata of that run's checkpoint; without one yet, its settings alone.
         contents: what the settings name now (fingerprint.py); at another path it may be the same.
     """
     now, was_there, was = config.public(), was.get("contents", {}), was["config"]
@@ -101,7 +101,7 @@ def all_in(folder: Path) -> list[Checkpoint]:
     """The complete checkpoints in the folder, oldest first. A damaged one is said and passed over."""
     found = []
     for path in sorted(folders_in(folder), key=lambda path: int(_NAME.fullmatch(path.name)[1])):
-        if (path / FACTS).exists():
+        if (path / METADATA).exists():
             try:
                 found.append(Checkpoint.at(path))
             except (UserError, OSError, ValueError, KeyError) as error:
@@ -117,23 +117,23 @@ def folders_in(folder: Path, suffix: str = "") -> list[Path]:
 
 def save(
     folder: Path,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     engine: Engine,
     files: dict[str, bytes] | None,
     world: World,
 ) -> Checkpoint:
-    """Save `facts["step"]` in the folder of checkpoints. A collective. `files` are those of the base
+    """Save `metadata["step"]` in the folder of checkpoints. A collective. `files` are those of the base
     model, of rank 0; only there the checkpoint knows all of its own. UserError if it cannot be
     written; then nothing of it is left, and the older checkpoints are as they were."""
-    final = folder / f"step_{facts['step']}"
+    final = folder / f"step_{metadata['step']}"
     aside = folder / f"{final.name}{_PARTIAL}"
     try:
-        world.on_rank_0(lambda: _make_anew(aside))
+        world.on_rank_0(lambda: _recreate(aside))
         written, error = engine.save(aside / DEEPSPEED)
-        world.agree(error)
-        written += world.together(lambda: _save_random(aside / f"random_{world.rank}.pt"))
-        written = sum(world.words(written))
-        sizes = world.on_rank_0(lambda: _finish(aside, final, facts, files, written))
+        world.raise_on_all_ranks(error)
+        written += world.run_on_all_ranks(lambda: _save_random(aside / f"random_{world.rank}.pt"))
+        written = sum(world.all_gather_int(written))
+        sizes = world.on_rank_0(lambda: _finish(aside, final, metadata, files, written))
     except Exception as error:
         if world.rank == 0:
             _remove(aside)
@@ -143,40 +143,40 @@ def save(
             f"{f'{older[0].folder.name} there is whole' if older else 'There is no older one'}; what was fetched is in the "
             f"journal. Mend that and go on with --resume"
         ) from error
-    return Checkpoint(final, facts | {"files": sizes or {}})
+    return Checkpoint(final, metadata | {"files": sizes or {}})
 
 
 @contextlib.contextmanager
-def resumable(start: Checkpoint | None, facts: dict[str, Any], ds: dict[str, Any], world: World) -> Iterator[Path | None]:
-    """The folder for `Engine.load`, None at step 0. `facts` are this start's; of another number of ranks, the state is
+def resumable(start: Checkpoint | None, metadata: dict[str, Any], ds: dict[str, Any], world: World) -> Iterator[Path | None]:
+    """The folder for `Engine.load`, None at step 0. `metadata` are this start's; of another number of ranks, the state is
     converted for as long as the context lasts, and `ds` says so to DeepSpeed."""
     if start is None:
         yield None
         return
     for name in ("stage", "precision", "optimizer"):
-        if start.facts[name] != facts[name]:
+        if start.metadata[name] != metadata[name]:
             raise UserError(
-                f"{start.folder} was saved with {name} {start.facts[name]}, the DeepSpeed JSON and this machine make it "
-                f"{facts[name]}: resume with the JSON it was begun with"
+                f"{start.folder} was saved with {name} {start.metadata[name]}, the DeepSpeed JSON and this machine make it "
+                f"{metadata[name]}: resume with the JSON it was begun with"
             )
-    changed = _differences(start.facts["deepspeed"], facts["deepspeed"])
+    changed = _differences(start.metadata["deepspeed"], metadata["deepspeed"])
     if changed:  # it would be overwritten from the checkpoint
         raise UserError(
             f"{start.folder} was saved with another DeepSpeed JSON: {'; '.join(changed)}. Resume with the one it was begun "
             f"with, or start another run in another output_dir"
         )
     saved = start.folder / DEEPSPEED
-    if start.facts["num_ranks"] == world.size or facts["stage"] == 0:
+    if start.metadata["num_ranks"] == world.size or metadata["stage"] == 0:
         yield saved
         return
-    log.info("the checkpoint is of %d rank(s): converting it for %d", start.facts["num_ranks"], world.size)
+    log.info("the checkpoint is of %d rank(s): converting it for %d", start.metadata["num_ranks"], world.size)
     converted = start.folder.with_name(f"{start.folder.name}{_CONVERTED}")
-    with world.taking_its_time():
+    with world.extended_timeout():
         world.on_rank_0(lambda: _convert(saved, converted))
     ds["checkpoint"] = ds.get("checkpoint", {}) | {"load_universal": True}
     try:
         yield converted
-        world.words(0)  # all have read it
+        world.all_gather_int(0)  # all have read it
     finally:
         if world.rank == 0:
             _remove(converted)
@@ -190,16 +190,16 @@ def _differences(was: Any, now: Any, path: str = "") -> list[str]:
 
 
 def _convert(saved: Path, converted: Path) -> None:
-    _make_anew(converted)
+    _recreate(converted)
     convert(saved, converted)
 
 
-def _make_anew(folder: Path) -> None:
+def _recreate(folder: Path) -> None:
     _remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _finish(aside: Path, final: Path, facts: dict, files: dict[str, bytes], written: int) -> dict[str, int]:
+def _finish(aside: Path, final: Path, metadata: dict, files: dict[str, bytes], written: int) -> dict[str, int]:
     """The size of each file. `written` is how many bytes all ranks have written into the folder."""
     deadline = time.monotonic() + SHARED_WAIT_S
     # DeepSpeed may write more by itself, as what it has offloaded to NVMe; a network file system may show files late
@@ -211,8 +211,8 @@ def _finish(aside: Path, final: Path, facts: dict, files: dict[str, bytes], writ
     sizes = _sizes(aside)
     for name in sizes:
         sync(aside / name)
-    atomic_write(aside / FACTS, json.dumps(facts | {"files": sizes}, indent=1))
-    if (final / FACTS).exists():  # a damaged one, passed over at the start
+    atomic_write(aside / METADATA, json.dumps(metadata | {"files": sizes}, indent=1))
+    if (final / METADATA).exists():  # a damaged one, passed over at the start
         _remove(final)
     aside.rename(final)
     sync(final.parent)

@@ -70,24 +70,24 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model on the meta device: its classes, names and shapes, no memory."""
-    folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.facts["config"]["trust_remote_code"]
+    folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.metadata["config"]["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.facts["precision"]]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.metadata["precision"]]
     return empty_model(config, trusts, dtype)
 
 
 def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[str], dict[str, torch.Tensor]]:
     """What is copied out of the files of the base model: the names of parameters that were not trained; the tensors that make
     them, and those of which transformers makes nothing, such as layers that predict further tokens."""
-    named, facts = checkpoint.facts["config"]["model_name"], checkpoint.facts
+    named, metadata = checkpoint.metadata["config"]["model_name"], checkpoint.metadata
     files = files_of(named)
-    if facts.get("not_loaded") and not files:
+    if metadata.get("not_loaded") and not files:
         log.warning(
             "%s is not there any more: %d tensors of it that are not of the model are missing in what is exported",
-            named, facts["not_loaded"],
+            named, metadata["not_loaded"],
         )  # fmt: skip
     made, others = made_of(model, files)
-    untrained = [each for each in made if set(facts.get("untrained", [])).issuperset(each.targets)]
+    untrained = [each for each in made if set(metadata.get("untrained", [])).issuperset(each.targets)]
     copied = [*others, *(name for each in untrained for name in each.sources)]
     return {name for each in untrained for name in each.targets}, {name: read(files[name], name) for name in copied}
 

@@ -10,7 +10,49 @@ import numpy as np
 from wsft.distributed.load_balancing import Load, imbalance
 from wsft.loss.advantages import Override
 from wsft.rollouts.batch import Batch
-from wsft.rollouts.decoder import MENDED, REJECTED
+from wsft.rollouts.decoder import REJECTED, REPAIRED
+
+# name of a metric, or several -> what it is; `env_N`: one for each environment
+METRICS = {
+    "step": "optimizer steps so far, this one too",
+    "loss": "of the global batch, after its reduction",
+    "grad_norm": "of the global gradient before clipping; null where it is not finite",
+    "learning_rate": "of this step",
+    "steps/not_finite": "steps of the run whose loss or gradient was not finite: they are skipped, three in a row end the run",
+    "steps/without_signal": "steps of the run in which no token had a weight: nothing is updated",
+    "tokens/trained": "trained tokens of the batch",
+    "tokens/total": "all tokens of the batch",
+    "tokens/per_second": "all tokens over the seconds of the step",
+    "advantage/mean advantage/std": "of trained tokens, as they go into the objective",
+    "score/mean score/std score/env_N/mean score/env_N/std": "of sequences that have one",
+    "data/sequences": "in the batch",
+    "data/rejected": "sequences left out as malformed",
+    "data/repaired": "sequences trained with a field set aside",
+    "data/truncated": "sequences shortened to max_token_len",
+    "data/staleness": "steps since the weights that sampled, where records say weight_version",
+    "data/no_behavior_logp data/no_ref_logp data/no_teacher": "trained tokens without one",
+    "data/possibly_lost_batches": "batches of the run that may have been lost between server and trainer",
+    "logp/positive logp/negative": "of trained tokens with positive and with negative advantage",
+    "entropy": "of the model's distribution over the vocabulary, in nats",
+    "weight/mean weight/mean_abs": "what the objective weighs trained tokens with",
+    "ratio/mean ratio/max ratio/clipped": "exp(logp - behavior logp), and the share that the objective clips, of tokens that "
+    "are run and have a behavior logp",
+    "kl/behavior_k1 kl/behavior_k3": "estimates of the KL divergence from the policy that sampled",
+    "kl/reference": "estimate (k3) of the KL divergence from the reference, with kl_coef",
+    "kl/teacher": "KL divergence from the teacher, with distill_coef",
+    "plan/micro_batches": "forward passes of each rank",
+    "plan/padding": "share of padding in the rows that are run",
+    "plan/imbalance": "share of the ranks' time spent waiting for the slowest of each micro-batch, by estimated cost",
+    "plan/shared": "share of the tokens that are not run again, since they stand in a shared prefix",
+    "plan/skipped": "rollouts that are not run, since none of their tokens can have a weight",
+    "time/step time/wait": "seconds of the step, and of those, waiting for its batch",
+    "time/at": "Unix time at which the line was written",
+    "run/starts": "starts of the run that have written lines, this one too",
+    "compute/tflops_per_rank compute/mfu": "6 FLOPs for each parameter and token that is run, and attention; their share of "
+    "what the GPU is rated at, where that is known",
+    "memory/peak_gib": "since the step before, on the rank that took most: a GPU's tensors, else the whole process",
+    "journal/gib": "of fetched batches kept on disk",
+}
 
 
 def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
@@ -25,7 +67,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/sequences": len(batch.lengths),
         "data/rejected": sum(n for reason, n in rejected.items() if reason in REJECTED),
         "data/truncated": rejected.get("truncated to max_token_len", 0),
-        "data/mended": sum(n for reason, n in rejected.items() if reason in MENDED[1:]),
+        "data/repaired": sum(n for reason, n in rejected.items() if reason in REPAIRED[1:]),
         "data/staleness": _mean(step - known_age),
         "data/no_behavior_logp": int(np.isnan(batch.behavior_logp[batch.loss_mask]).sum()),
     }

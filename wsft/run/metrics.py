@@ -1,6 +1,6 @@
 """What a run tells: one progress line, metrics.jsonl, wandb. Floats only; no tensors, no process groups.
 
-Rank 0 gets a `Metrics`, the others a `Silence`, so that nobody asks for ranks where something is logged.
+Rank 0 gets a `Metrics`, the others a `NullMetrics`, so that nobody asks for ranks where something is logged.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Metrics:
             log.info("logging to the W&B project %s, too", config.wandb_project)
             self._try("W&B", self._open_wandb, config, folder)
 
-    def doing(self, what: str) -> None:
+    def set_status(self, what: str) -> None:
         """What the run is at: "waiting for a batch", "training"."""
-        self._try("the progress line", self._line.doing, what)
+        self._try("the progress line", self._line.set_status, what)
 
     def warn(self, text: str) -> None:
         """What is the same on every rank, and said once."""
@@ -95,10 +95,10 @@ class Metrics:
         self._wandb = _open_wandb(config, folder)
 
 
-class Silence:
+class NullMetrics:
     """The sinks of every other rank."""
 
-    def doing(self, what: str) -> None: ...
+    def set_status(self, what: str) -> None: ...
 
     def warn(self, text: str) -> None: ...
 
@@ -116,7 +116,7 @@ class _TerminalLine:
         form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(total=total, initial=step, desc="starting", bar_format=form, file=sys.stderr, dynamic_ncols=True)
 
-    def doing(self, what: str) -> None:
+    def set_status(self, what: str) -> None:
         self._bar.set_description_str(what)
 
     def step(self, values: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class _LogLines:
         self._what, self._since, self._next = "", 0.0, 0.0
         self._said = set()
 
-    def doing(self, what: str) -> None:
+    def set_status(self, what: str) -> None:
         now = time.monotonic()
         if what != self._what:
             self._what, self._since, self._next = what, now, now + QUIET_S

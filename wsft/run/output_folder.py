@@ -98,9 +98,9 @@ class RunFolder:
 
     def write_state(self, state: str, reason: str) -> None:
         self._ours = True
-        facts = {"state": state, "step": self.step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        facts["job"] = job_of(os.environ)
-        atomic_write(self.path / "state.json", json.dumps(facts) + "\n")
+        metadata = {"state": state, "step": self.step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        metadata["job"] = job_of(os.environ)
+        atomic_write(self.path / "state.json", json.dumps(metadata) + "\n")
 
     def failed(self, reason: str) -> None:
         """Say so in state.json, unless the folder is not this run's: another run's state stays as it is."""
@@ -153,7 +153,7 @@ class RunFolder:
         elif config.overwrite_output_dir:
             log.info("going on with the run in %s: overwrite_output_dir is for one that begins", self.path)
         start, settings = next(reversed(all_in(self.checkpoints)), None), self.path / "config.yaml"
-        was = start.facts if start else {"config": yaml.safe_load(settings.read_text()) if settings.exists() else {}}
+        was = start.metadata if start else {"config": yaml.safe_load(settings.read_text()) if settings.exists() else {}}
         require_same_run(was, config, contents, start.folder if start else self.path)
         if start:
             log.info("resuming from %s", start.folder)
@@ -164,7 +164,7 @@ class RunFolder:
 
     def _go_back_to(self, wanted: Checkpoint, config: WeightedSFTConfig, contents: dict[str, str | None]) -> None:
         """Make the named checkpoint the newest of this folder; bring it here, with its journal, if it is another run's."""
-        require_same_run(wanted.facts, config, contents, wanted.folder)
+        require_same_run(wanted.metadata, config, contents, wanted.folder)
         if wanted.folder.resolve().parent != self.checkpoints.resolve():
             if not all_in(self.checkpoints):
                 self._make_empty(config)
