@@ -114,8 +114,8 @@ start_server() {
 }
 
 # run_ranks COUNT LOGS ARGUMENTS...: train.py once per rank of this host, under the names that torchrun uses; the exit code of the
-# rank that failed first. Rank 0 speaks here, each other into LOGS/rank_N.log. As one of several hosts, where hosts.py sets
-# WSFT_HOST, all speak here, each line under its rank; WSFT_FIRST_RANK, WSFT_NUM_RANKS, MASTER_ADDR and MASTER_PORT say which ranks
+# rank that failed first. Rank 0 logs here, each other to LOGS/rank_N.log. As one of several hosts, where hosts.py sets
+# WSFT_HOST, all log here, each line under its rank; WSFT_FIRST_RANK, WSFT_NUM_RANKS, MASTER_ADDR and MASTER_PORT say which ranks
 # these are. Names like HOST and WORLD_SIZE are set for other reasons, too: by conda's compilers, by tcsh, by a job around this one.
 run_ranks() {
   local count=$1 logs=$2 local_rank rank code failed=0 patience=0

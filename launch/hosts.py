@@ -131,7 +131,7 @@ def look_at(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTCon
     for host, answer in answers.items():
         words = [line.split(": ", 1)[-1] for line in complaints.splitlines() if host in line and "exited with" not in line]
         reason = words[-1] if words else f"not within {LOOK_S} s"
-        silent = f"gives no answer by ssh ({reason}): start it, mend it, or leave it out of the hostfile"
+        silent = f"gives no answer by ssh ({reason}): start it, repair it, or leave it out of the hostfile"
         wrong += [f"{host} {sentence}" for sentence in (answer["wrong"] if answer else [silent])]
     compared = {host: answer["same"] for host, answer in answers.items() if "same" in answer}
     for name in next(iter(compared.values()), {}):
@@ -208,7 +208,7 @@ def _server_from_here(url: str) -> Iterator[str]:
 
 
 def pdsh(hosts: list[str], command: str, *options: str, **kwargs: Any) -> subprocess.Popen:
-    """In a session of its own: Ctrl-C is for us to pass on. Nothing of it outlives us, and the hosts' launchers notice its end;
+    """In a session of its own: Ctrl-C is for us to pass on. Nothing of it is left behind: the hosts' launchers notice its end;
     the shell between is there since pdsh leaves its ssh behind when it is ended."""
     patience = f"-o BatchMode=yes -o ConnectTimeout=10 {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
     env = os.environ | {"PDSH_SSH_ARGS_APPEND": patience}
@@ -230,7 +230,7 @@ class Launch:
         script = shlex.join(["bash", "launch/single_node.sh", *arguments]).replace("%", "%%")
         environment = shlex.quote(str(logs / ".deepspeed_env")).replace("%", "%%")
         command = f"cd {shlex.quote(os.getcwd())} && set -a && . {environment} && set +a && exec env {given} {script}"
-        say(f"starting {sum(slots.values())} ranks; each writes {logs}/rank_N.log, rank 0 speaks here")
+        say(f"starting {sum(slots.values())} ranks; each writes {logs}/rank_N.log, rank 0 logs here")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._ask)
         self._run = pdsh(self.hosts, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

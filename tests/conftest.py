@@ -24,12 +24,14 @@ LONGEST_FIRST = (
     "multi_node",
     "resume",
     "outages",
-    "stop",
+    "signals",
     "trainer",
     "model",
     "train",
     "launch",
     "quickstart",
+    "zoo",
+    "install",
     "learning",
 )
 pytest.register_assert_rewrite("cluster", "fed_run")

@@ -1,4 +1,4 @@
-"""Folders as runs leave them, made up: for what shows runs, which are dear to train."""
+"""Folders as runs leave them, made up: for what shows runs, which are expensive to train."""
 
 import json
 

@@ -171,7 +171,7 @@ def test_raw_rewards_are_not_centred(clean, smollm2, tmp_path):
     for group in groups:
         group |= {"advantages": None, "scores": [1.0, 1.0, 0.0, 1.0]}
     ((text, _),) = findings(groups, tmp_path, smollm2, score_advantages="raw")
-    assert "advantages are not centred: over 24 sequences their mean is 0.75, their deviation 0.433" in text
+    assert "advantages are not centred: over 24 sequences their mean is 0.75, their standard deviation 0.433" in text
     assert findings(groups, tmp_path, smollm2) == []
 
 

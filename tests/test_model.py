@@ -14,6 +14,7 @@ from wsft.dry_run import dry_run
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel
+from wsft.model.row_layouts import RowLayouts, find_row_layouts
 
 pytestmark = pytest.mark.usefixtures("alone")
 CPU = torch.device("cpu")
@@ -108,9 +109,9 @@ def test_what_restricts_attention_holds_in_every_layout(kind, tmp_path, rng):
         (step,) = train(folder, tmp_path, [rows], reduction="sum", packing=packing)
         assert step["loss"] == pytest.approx(wanted, rel=1e-4)
         model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(folder))
-        model.check_layouts(CPU, 64, packing)
-        assert (model.packs, model.pads) == (packs and packing, pads)
-        assert (model.model.config._attn_implementation == PACKED) == model.packs
+        found = find_row_layouts(model, CPU, 64, packing)
+        assert (found.packs, found.pads) == (packs and packing, pads)
+        assert (model.model.config._attn_implementation == PACKED) == found.packs
 
 
 def test_a_window_that_no_sequence_reaches_restricts_nothing(tmp_path):
@@ -118,7 +119,7 @@ def test_a_window_that_no_sequence_reaches_restricts_nothing(tmp_path):
     register()
     model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(folder))
     for longest, window in ((64, None), (65, 64)):
-        model.check_layouts(CPU, longest)
+        find_row_layouts(model, CPU, longest)
         assert {layer.self_attn.wsft_mask.window for layer in model.model.model.layers} == {window}
 
 
@@ -214,8 +215,8 @@ def test_what_one_rank_finds_wrong_of_a_layout_no_rank_takes(tmp_path):
         asked.append(mine)
         return len(asked) > 1  # to the first question another rank says no
 
-    model.check_layouts(CPU, 64, all_true=all_true)
-    assert asked == [True, True] and (model.packs, model.shares, model.pads) == (False, False, True)
+    found = find_row_layouts(model, CPU, 64, all_true=all_true)
+    assert asked == [True, True] and found == RowLayouts(packs=False, shares=False, pads=True)
 
 
 def tensors_of(folder):

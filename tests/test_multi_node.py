@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_host_is_said_before_anything_starts(cluster, hostf
     command += ["--data=", "--atropos_url=http://10.77.0.2:9"]
     command = [word for word in command if not str(word).startswith("--data")]
     refused(
-        r"10\.77\.0\.9 gives no answer by ssh \(.*\): start it, mend it, or leave it out",
+        r"10\.77\.0\.9 gives no answer by ssh \(.*\): start it, repair it, or leave it out",
         "node1 does not reach the Atropos server at http://10.77.0.2:9 .*: start it",
     )
 

@@ -106,13 +106,13 @@ def test_waiting_is_a_share_of_the_step(tmp_path):
 
 def test_the_course_of_a_long_curve_is_its_means(tmp_path):
     (run,) = runs = read_runs([write_run(tmp_path / "run", 1000)])
-    course = curves_of(runs)["loss", "loss"].course()
+    line = curves_of(runs)["loss", "loss"].averaged()
     losses = np.array([line["loss"] for line in run.lines]).reshape(100, 10)
-    assert course.values == pytest.approx(losses.mean(1), rel=1e-5) and course.steps.tolist() == list(range(6, 1000, 10))
+    assert line.values == pytest.approx(losses.mean(1), rel=1e-5) and line.steps.tolist() == list(range(6, 1000, 10))
     clipped = curves_of(runs)["share of ratios clipped", "clipped"]
-    assert np.isfinite(clipped.course().values).all()  # a few nulls are no gap of a mean
+    assert np.isfinite(clipped.averaged().values).all()  # a few nulls are no gap of a mean
     short = curves_of(read_runs([write_run(tmp_path / "short", 40)]))["loss", "loss"]
-    assert short.course() is short
+    assert short.averaged() is short
 
 
 def test_events_are_found_where_they_befell_the_run(tmp_path):

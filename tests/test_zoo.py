@@ -32,7 +32,7 @@ DS = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
 LAYOUTS = {  # as a run says them
-    "sequences are packed, those that begin alike share a piece": "packed, shared",
+    "sequences are packed, prefixes that they share are run once": "packed, shared",
     "sequences are packed;": "packed",
     "are padded instead": "padded",
     "each sequence is one": "alone",

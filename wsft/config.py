@@ -30,6 +30,8 @@ RESUME_MAY_CHANGE = {
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
 
+RENAMED = {"skip_weightless": "skip_zero_weight"}
+
 # settings that name a file or folder, or may
 PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume")
 
@@ -111,7 +113,8 @@ class WeightedSFTConfig(BaseModel):
     )
     advantage_normalization: Literal["none", "batch", "batch_center"] = Field(
         "none",
-        description="Over the trained tokens of the global batch. batch: zero mean, unit deviation. batch_center: zero mean.",
+        description="Over the trained tokens of the global batch. batch: zero mean, unit standard deviation. "
+        "batch_center: zero mean.",
     )
     advantage_clip: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="Then advantages are held within plus and minus this."
@@ -214,7 +217,7 @@ class WeightedSFTConfig(BaseModel):
 
     @classmethod
     def from_args(cls, argv: list[str] | None = None, prog: str = "train.py") -> WeightedSFTConfig:
-        """Settings from `--config run.yaml` with flags on top. What is wrong is said on stderr; exit code 2."""
+        """Settings from `--config run.yaml` with flags on top. Errors go to stderr, with exit code 2."""
         parser = _parser(cls, prog)
         flags, unknown_args = parser.parse_known_args(argv)
         given = vars(flags)
@@ -258,6 +261,8 @@ def without_password(url: str) -> str:
 
 
 def _unknown_setting(name: str, prefix: str = "") -> str:
+    if name in RENAMED:
+        return f"{prefix}{name} is called {prefix}{RENAMED[name]} now"
     near = difflib.get_close_matches(name, WeightedSFTConfig.model_fields, n=1, cutoff=0.5)
     hint = f", did you mean {prefix}{near[0]}?" if near else "; --help lists all settings"
     return f"unknown setting {prefix}{name}{hint}"
@@ -282,7 +287,10 @@ def _require_home() -> None:
 
 
 def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
-    """Flags made from the fields. Values stay strings; pydantic parses and checks them as it does those from YAML."""
+    """Flags made from the fields. Values stay strings; pydantic parses and checks them as it does those from YAML.
+
+    Not by pydantic-settings' CLI, whose errors are argparse's: they do not name the setting that was meant.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Train a causal language model by loss-masked, advantage-weighted SFT on Atropos rollouts.",

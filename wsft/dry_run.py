@@ -1,4 +1,4 @@
-"""`train.py --dry_run`: is what the run is told valid, and will it fit? Nothing is trained, loaded, taken or written.
+"""`train.py --dry_run`: are the settings valid, and will the run fit? Nothing is trained, loaded, taken or written.
 
 Knows nothing of process groups: one process answers for any number of ranks, with or without a GPU.
 """
@@ -42,7 +42,7 @@ from wsft.model.meta_passes import STOPS
 from wsft.rollouts.sources import client_of, fetching_ranks, processor_of
 from wsft.run.metrics import require_wandb
 
-GPUS_A_HOST = 8  # of a machine that is only told of
+GPUS_A_HOST = 8  # of a machine other than this one
 # of a GPU's memory, what tensors cannot have: context and libraries, NCCL, and gaps between tensors
 RESERVED_BYTES, RESERVED_SHARE = 1.5 * 2**30, 0.05
 MOST_RANKS = 1024
@@ -69,7 +69,7 @@ class Machine:
         return cls(ranks, here, memory_bytes(torch.device("cuda", 0)) if gpus else None, _free_memory(), libraries)
 
     def shortage(self, need: Needs) -> str:
-        """What is too little, in words; empty if nothing is."""
+        """What is too little; empty if nothing is."""
         host, gib = self.on_host(need), 2**30
         if self.gpu_bytes is not None and need.peak > self.usable:
             return f"a GPU has {self.usable / gib:.1f} GiB for tensors, {need.peak / gib:.1f} are needed"
@@ -88,7 +88,7 @@ class Machine:
 
 
 class _Run:
-    """The run as it is told, and its memory; each variation is asked for once."""
+    """The run as its settings describe it, and its memory; each variation is asked for once."""
 
     def __init__(self, config: WeightedSFTConfig, machine: Machine):
         self.config, self.machine = config, machine
@@ -158,9 +158,9 @@ class _Run:
                 break
         if machine.gpu_bytes is None:
             return  # more ranks on this host share its memory
-        for words, zero in _offloads(ds["zero_optimization"]):
+        for change, zero in _offloads(ds["zero_optimization"]):
             if fits(ds=ds | {"zero_optimization": zero}):
-                yield words
+                yield change
                 break
         ranks = machine.num_ranks
         while (ranks := 2 * ranks) <= MOST_RANKS:
@@ -170,7 +170,7 @@ class _Run:
 
 
 def _offloads(zero: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other sections zero_optimization, each with the words for it."""
+    """Other sections zero_optimization, each with its description."""
     cpu = {"device": "cpu", "pin_memory": True}
     if zero["stage"] < 3:
         yield "zero_optimization.stage 3 in the DeepSpeed JSON", zero | {"stage": 3}
@@ -196,7 +196,7 @@ def dry_run(config: WeightedSFTConfig) -> bool:
     except STOPS as error:
         what = str(error).strip() or type(error).__name__
         print(
-            f"memory      what {type(run.model).__name__} holds in its passes cannot be told beforehand: it does not run "
+            f"memory      what {type(run.model).__name__} holds in its passes cannot be estimated: it does not run "
             f"without values ({what.splitlines()[0]}); train 2 steps, and read memory/peak_gib in metrics.jsonl"
         )
         for sentence in wrong:
@@ -230,8 +230,8 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
     try:
         fetching = fetching_ranks(config, run.machine.num_ranks)
         if config.data is None:
-            said, good = client_of(config, fetching, registers=False).look()
-            return said, [] if good else [said]
+            message, good = client_of(config, fetching, registers=False).look()
+            return message, [] if good else [message]
         processor = processor_of(config, vocab_size_of(run.model, run.passes.logit_options))
         view = batch_view(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
@@ -240,7 +240,7 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
         return config.data, [f"data {config.data} holds no usable sequence: expected JSONL, one Atropos group a line"]
     lengths = view.batch.lengths
     lines = [f"{config.data}: {len(lengths)} sequences in the first batch, the longest of {lengths.max()} tokens"]
-    return "\n".join(lines + [f"looks wrong: {finding.said(view.names)}" for finding in run_checks(view)]), []
+    return "\n".join(lines + [f"looks wrong: {finding.describe(view.names)}" for finding in run_checks(view)]), []
 
 
 def _look_at_disk(run: _Run, need: Needs) -> list[str]:

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user can mend. Its sentence is shown without a traceback."""
+    """Something that the user can fix. Its message is shown without a traceback."""
 
 
 def say_how_to_install(error: ModuleNotFoundError) -> str:

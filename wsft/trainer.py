@@ -34,6 +34,7 @@ from wsft.loss.terms import Coefficients
 from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.packing import Prefixes
+from wsft.model.row_layouts import find_row_layouts
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 from wsft.rollouts.feed import Feed
 from wsft.rollouts.sources import open_source, processor_of
@@ -76,7 +77,7 @@ class WeightedSFTTrainer:
         """Train to the end; the folder of the trained model, or None if the run was asked to stop and can be resumed.
 
         Raises:
-            UserError: what the user can mend, said in a sentence. With several ranks an exception ends the process instead:
+            UserError: what the user can fix. With several ranks an exception ends the process instead:
                 all ranks, non-zero, within seconds, with the message of the rank that failed.
         """
         rank = ranks_from_environment()
@@ -115,8 +116,8 @@ class WeightedSFTTrainer:
         contents = contents_of(self.config, model_config, self.tokenizer)
         with _private_files():
             start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
-        told = world.broadcast_text(self.folder.token)
-        world.run_on_all_ranks(lambda: self.folder.require_shared(told))
+        token = world.broadcast_text(self.folder.token)
+        world.run_on_all_ranks(lambda: self.folder.require_shared(token))
         saved = json.loads(world.broadcast_text(json.dumps(start.metadata if start else None)))  # which rank 0 has verified
         self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
         metadata = start.metadata if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
@@ -144,7 +145,7 @@ class WeightedSFTTrainer:
             self.model.check_head(world.device)
             if saved:
                 self.engine.load(saved)
-        self.packs, self.shares, self.micro_batch_tokens = self._check_layouts()
+        self.packs, self.shares, self.micro_batch_tokens = self._choose_layout()
         self.flops = step_flops(empty, self.model.untrained)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
@@ -158,18 +159,24 @@ class WeightedSFTTrainer:
         shown = self.config.public()
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
 
-    def _check_layouts(self) -> tuple[bool, bool, int]:
+    def _choose_layout(self) -> tuple[bool, bool, int]:
         """Whether rows are packed, whether prefixes are shared in them, and the tokens of a micro-batch: as all models and all
         ranks can."""
         models = [self.model, *([self.reference.model] if self.reference else [])]
-        for model in models:
-            model.check_layouts(self.world.device, self.config.max_token_len, self.config.packing, self.world.all_true)
-        packs, pads = all(model.packs for model in models), all(model.pads for model in models)
+        look = functools.partial(
+            find_row_layouts,
+            device=self.world.device,
+            max_token_len=self.config.max_token_len,
+            packing=self.config.packing,
+            all_true=self.world.all_true,
+        )
+        layouts = [look(model) for model in models]
+        packs, pads = all(layout.packs for layout in layouts), all(layout.pads for layout in layouts)
         self.shortest = max(model.shortest for model in models)
-        shares = packs and self.config.share_prefixes and all(model.shares for model in models)
+        shares = packs and self.config.share_prefixes and all(layout.shares for layout in layouts)
         if packs:
-            begun = ", those that begin alike share a piece" if shares else ""
-            log.info("sequences are packed%s; attention: %s", begun, self.model.attention)
+            prefixes = ", prefixes that they share are run once" if shares else ""
+            log.info("sequences are packed%s; attention: %s", prefixes, self.model.attention)
         elif self.config.packing and pads:
             log.info("%s cannot keep packed sequences apart: they are padded instead", type(self.model.model).__name__)
         elif not pads:
@@ -271,8 +278,8 @@ class WeightedSFTTrainer:
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
     def _train_on(self, batch: Batch) -> tuple[Callable[[], StepResult], dict[str, float], float]:
-        """One optimizer step: what tells its result, what is said of the batch and of the plan (every rank makes it, to run its
-        own share), and the FLOPs of all."""
+        """One optimizer step: a function that returns its result, metrics of the batch and its assignment (every rank computes
+        that), and the FLOPs of all ranks."""
         self._require_what_the_loss_needs(batch)
         values = of_batch(batch, self.step)
         # counted over the whole batch before the first backward: the step does not depend on how it is split
@@ -282,10 +289,12 @@ class WeightedSFTTrainer:
         rows = np.flatnonzero(batch.trained_tokens if self.config.skip_zero_weight else batch.lengths).tolist()
         prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
         load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
-        shares = assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
-        values |= of_plan(shares, load, self.packs)
-        micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in shares[self.world.rank]]
-        flops = sum(load.of(rows) for share in shares for rows in share) + self.flops.per_trained_token * batch.num_trained
+        assignment = assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
+        values |= of_plan(assignment, load, self.packs)
+        micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in assignment[self.world.rank]]
+        flops = (
+            sum(load.of(rows) for of_rank in assignment for rows in of_rank) + self.flops.per_trained_token * batch.num_trained
+        )
         return self.engine.step(micro_batches, self.reference), values, flops
 
     def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes) -> MicroBatch:

@@ -67,6 +67,6 @@ def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def quietly(action: Any, *args: Any, **kwargs: Any) -> Any:
-    """DeepSpeed prints as it goes. (Its stderr stays: the watchdog's words go there, too.)"""
+    """DeepSpeed prints as it goes. (Its stderr stays: the watchdog logs there, too.)"""
     with contextlib.redirect_stdout(io.StringIO()):
         return action(*args, **kwargs)

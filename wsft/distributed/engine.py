@@ -72,7 +72,7 @@ class StepResult:
     learning_rate: float
     applied: bool  # False: parameters, optimizer and schedule are as before
     signal: bool  # whether any token had a weight: if not, no step was applied, with one gradients were not finite
-    without_gradient: list[str]  # parameters that no rank had a gradient of; told of the first step with a signal alone
+    without_gradient: list[str]  # parameters without a gradient on any rank; of the first step with a signal only
     sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
     maxima: dict[str, float]
     peak_gib: float  # of memory, on the rank that took most, since the step before
@@ -180,7 +180,7 @@ class Engine:
 
     def save(self, folder: Path) -> tuple[int, Exception | None]:
         """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets
-        through; returned are the bytes that this rank wrote, and what its disk said."""
+        through; returned are the bytes that this rank wrote, and the error of its disk."""
         self._written = 0
         quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False)
         failure, self._unwritten = self._unwritten, None
@@ -322,7 +322,7 @@ def _without_update(engine: Any) -> Iterator[None]:
 
 
 def _schedule(config: WeightedSFTConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The course of the learning rate. No step has rate 0, as the usual schedules have at their first: batches are dear."""
+    """Of the learning rate. No step has rate 0, as the usual schedules have at their first: batches are expensive."""
     warmup, total = config.warmup_steps, config.training_steps
 
     def factor(step: int) -> float:  # of the update after `step` others

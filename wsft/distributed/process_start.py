@@ -51,7 +51,7 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     tolerate_missing_shared_memory_op()
     trust_no_pickle()
     # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
-    # that a user can mend
+    # that a user can fix
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), compiling_ops():
         backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(file_timeout_s(config.step_timeout))

@@ -50,14 +50,14 @@ class Watchdog:
                     break
             if self._off.is_set():
                 return
-            words = (
+            message = (
                 f"no progress for {self.allowed:.0f} s ({'--step_timeout' if self.allowed == self._timeout else 'on files'})"
             )
-            log.error("%s. Stacks of this rank:\n%s", words, _stacks())
+            log.error("%s. Stacks of this rank:\n%s", message, _stacks())
             for pid in filter(_is_stopped, peers):
                 os.kill(pid, signal.SIGUSR2)
                 os.kill(pid, signal.SIGCONT)
-            end(Hung(f"{words}; the stacks of all ranks are in the log"))
+            end(Hung(f"{message}; the stacks of all ranks are in the log"))
 
         self._thread = threading.Thread(target=look, daemon=True)
         self._thread.start()

@@ -176,8 +176,8 @@ class World:
         if not failed:
             return
         text = np.array(list(_sentence(error).encode() if error else b""), dtype=np.uint8)
-        said = self.broadcast(_Text(text) if self.rank == failed[0] else None, _Text, failed[0])
-        raise error or PeerFailed(f"rank {failed[0]}: {bytes(said.text).decode()}")
+        message = self.broadcast(_Text(text) if self.rank == failed[0] else None, _Text, failed[0])
+        raise error or PeerFailed(f"rank {failed[0]}: {bytes(message.text).decode()}")
 
     def run_on_all_ranks(self, action: Callable[[], T] | None) -> T | None:
         """Run the action (None: this rank has nothing to do); an exception on any rank is raised on all, afterwards."""
@@ -212,7 +212,7 @@ class World:
 
         The others may sit in a collective that will never complete, so no collective can tell them. The failing rank writes
         its message into the rendezvous store, where a thread of every rank looks, and lingers so that they read it before
-        its sockets close. `failed` is told the message on one rank, before it ends.
+        its sockets close. `failed` is called with the message on one rank, before it ends.
         """
         self._failed, peers = failed, self._peers()
         self._watchdog.alive()
@@ -254,7 +254,7 @@ class World:
 
     def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:
         """Mine, now in the store for the others, or where it only follows from another rank's, that one."""
-        lost_peer = isinstance(mine, RuntimeError) and any(words in str(mine) for words in _LOST_PEER)
+        lost_peer = isinstance(mine, RuntimeError) and any(phrase in str(mine) for phrase in _LOST_PEER)
         follows = lost_peer or isinstance(mine, PeerFailed)
         if lost_peer:
             time.sleep(_LOOK_S)  # what the peer had to say may be on its way
@@ -295,7 +295,7 @@ class World:
             sys.stdout.flush()
             sys.stderr.flush()
         if self.rank == 0 or not isinstance(error, PeerFailed):
-            time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, outlive the other ranks' next look
+            time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, last until the other ranks look again
         os._exit(1)
 
     def _tell(self, error: BaseException) -> None:

@@ -43,7 +43,7 @@ QUEUED_BATCHES = 3  # how far ahead of the trainer; max_batches_offpolicy of atr
 
 
 class _NotYet(Exception):
-    """The server takes nothing now; time will mend it."""
+    """The server takes nothing now; it will recover."""
 
     def __init__(self, reason: str, *, never_sent: bool = False):
         super().__init__(reason)
@@ -51,7 +51,7 @@ class _NotYet(Exception):
 
 
 class AtroposEnvironment:
-    """One environment of an Atropos server: registers, keeps a few batches in its queue, outlives its restarts.
+    """One environment of an Atropos server: registers, keeps a few batches in its queue, tolerates its restarts.
 
     Never posts unregistered: what is posted to a server without a trainer keeps every trainer from registering there.
     """

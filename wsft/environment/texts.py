@@ -151,7 +151,7 @@ class Completion:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer  # seconds to import: not before a wrong flag has been said
+    from transformers import AutoTokenizer  # seconds to import: not before a wrong flag was reported
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)

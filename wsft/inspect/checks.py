@@ -1,4 +1,4 @@
-"""What looks wrong in a batch, in words, with the place: faults that training does not notice, since the loss goes down all the
+"""What looks wrong in a batch, with the place: faults that training does not notice, since the loss goes down all the
 same. Each check is a function that yields findings. It looks at what the decoder made of the records, never at a second reading
 of them; only the sampler's logps outside the mask are read anew. NumPy only: no torch, no tokenizer, no HTTP.
 """
@@ -20,7 +20,7 @@ from wsft.rollouts.records import Malformed
 Place = tuple[int, int | None]  # number of the rollout in the batch, position in it
 
 SHARED_PROMPT = 8  # tokens that completions of one prompt do not begin with by chance
-UNCENTRED = 0.5  # mean over deviation of the sequences' advantages
+UNCENTRED = 0.5  # mean over standard deviation of the sequences' advantages
 FEWEST_FOR_A_MEAN = 8  # sequences, below which a mean is chance
 FAR_LOGP = 0.25  # nats that sampler and policy are apart on average; rounding in bf16 makes 0.03
 CLOSER = 0.5  # another reading of the sampler's logps fits if it leaves no more than this of the distance
@@ -31,7 +31,7 @@ class Finding:
     text: str  # a sentence, without its places
     places: list[Place] = field(default_factory=list)
 
-    def said(self, names: list[str], most: int = 4) -> str:
+    def describe(self, names: list[str], most: int = 4) -> str:
         """The sentence with its first places, by the names of the rollouts."""
         where = [names[r] + ("" if position is None else f", position {position}") for r, position in self.places[:most]]
         more = [f"and {len(self.places) - most} more"] if len(self.places) > most else []
@@ -56,7 +56,7 @@ class BatchView:
     rollouts: list[Rollout]
     batch: Batch  # of them, with final advantages
     faults: dict[str, list[Fault]]  # reason -> the first of them
-    words: SpecialTokens
+    special_tokens: SpecialTokens
     max_token_len: int
     needs_advantages: bool  # whether a token without advantage weighs nothing
     logp_N: np.ndarray | None = None
@@ -116,19 +116,19 @@ def _borders(view: BatchView) -> Iterator[Finding]:
 
 def _template(view: BatchView) -> Iterator[Finding]:
     """Trained tokens that the chat template wrote, not the model: what begins a turn, and what follows its end."""
-    words, found, users = view.words, [], []
+    special, found, users = view.special_tokens, [], []
     for r, rollout, _ in view.each():
         ids, trained = rollout.tokens, rollout.loss_mask
-        written = np.isin(ids, list(words.special - words.ends))
-        written[2:] |= np.isin(ids[1:-1], list(words.ends))  # what ends a text may also begin it
-        answers = _occurrences(ids, words.assistant)
+        written = np.isin(ids, list(special.special - special.ends))
+        written[2:] |= np.isin(ids[1:-1], list(special.ends))  # what ends a text may also begin it
+        answers = _occurrences(ids, special.assistant)
         for start in answers:
-            written[start : start + len(words.assistant)] = True
+            written[start : start + len(special.assistant)] = True
         wrong = np.flatnonzero(written & trained)
         if len(wrong):
             found.append((r, int(wrong[0])))
-        over = np.sort(np.concatenate([np.flatnonzero(np.isin(ids, list(words.ends))), answers]))
-        for start in _occurrences(ids, words.user) + len(words.user):
+        over = np.sort(np.concatenate([np.flatnonzero(np.isin(ids, list(special.ends))), answers]))
+        for start in _occurrences(ids, special.user) + len(special.user):
             end = next((int(n) for n in over if n >= start), len(ids))
             if trained[start:end].any():
                 users.append((r, int(start + trained[start:end].argmax())))
@@ -156,7 +156,7 @@ def _prompts(view: BatchView) -> Iterator[Finding]:
 
 def _ends(view: BatchView) -> Iterator[Finding]:
     """Completions that stop without saying so, though nothing cut them off."""
-    ends, open_, untrained = view.words.ends, {}, []
+    ends, open_, untrained = view.special_tokens.ends, {}, []
     for r, rollout, _ in view.each():
         at = np.flatnonzero(rollout.loss_mask)
         if (
@@ -181,7 +181,7 @@ def _ends(view: BatchView) -> Iterator[Finding]:
 
 
 def _begins(view: BatchView) -> Iterator[Finding]:
-    bos = view.words.bos
+    bos = view.special_tokens.bos
     doubled = [(r, 1) for r, rollout, _ in view.each() if bos is not None and (rollout.tokens[:2] == bos).all()]
     if doubled:
         yield Finding(f"the token that begins a sequence stands twice in {len(doubled)} sequence(s)", doubled)
@@ -220,7 +220,7 @@ def _centre(view: BatchView) -> Iterator[Finding]:
     mean, deviation = means.mean(), means.std()
     if abs(mean) > UNCENTRED * deviation:
         yield Finding(
-            f"advantages are not centred: over {len(means)} sequences their mean is {mean:.3g}, their deviation "
+            f"advantages are not centred: over {len(means)} sequences their mean is {mean:.3g}, their standard deviation "
             f"{deviation:.3g} (raw rewards? set score_advantages, or advantage_normalization)"
         )
 

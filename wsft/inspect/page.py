@@ -32,7 +32,7 @@ def page(view: dict[str, Any]) -> str:
     assert len(sizes) == 1, f"tokens of {sizes} positions"
     packed = {name: base64.b64encode(values).decode() for name, values in tokens.items()}
     text = json.dumps(view | {"tokens": packed, "scale": _scale(tokens["weight"])}, default=lambda scalar: scalar.item())
-    text = json.dumps(json.loads(text, parse_constant=str))  # NaN and Infinity, which a browser's JSON has not, as words
+    text = json.dumps(json.loads(text, parse_constant=str))  # NaN and Infinity, which JSON in a browser lacks, as strings
     data = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
     return TEMPLATE.read_text(encoding="utf-8").replace("THE VIEW", data)
 

@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_args(argv: list[str] | None) -> tuple[argparse.Namespace, WeightedSFTConfig]:
     """This command's own arguments, and the settings that decoding and weighing ask for."""
-    words = "Look at a batch as training sees it. Settings of train.py may follow: --objective, --batch_size, --config, ..."
-    parser = argparse.ArgumentParser(prog=PROG, description=words, allow_abbrev=False)
+    description = (
+        "Look at a batch as training sees it. Settings of train.py may follow: --objective, --batch_size, --config, ..."
+    )
+    parser = argparse.ArgumentParser(prog=PROG, description=description, allow_abbrev=False)
     parser.add_argument("source", help="JSONL file of groups, output_dir of a run, or URL of an Atropos server")
     parser.add_argument("--tokenizer", help="folder or hub name; of a run, its own if unset")
     parser.add_argument("--model", help="folder or hub name of the policy whose logps are compared with the sampler's")
@@ -150,8 +152,8 @@ def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
         _group(groups, rollout.origin)["rollouts"].append(r)
     for reason, faults in view.faults.items():
         for origin, detail in faults:
-            told = {"sequence": origin.sequence, "reason": reason, "detail": detail, "rejected": reason in REJECTED}
-            _group(groups, origin)["rejected"].append(told)
+            rejected = {"sequence": origin.sequence, "reason": reason, "detail": detail, "rejected": reason in REJECTED}
+            _group(groups, origin)["rejected"].append(rejected)
     metadata = {
         "objective": config.objective, "reduction": config.reduction, "advantages": config.advantage_normalization,
         "tokenizer": config.tokenizer_name or config.model_name, "policy": policy or "taken to be the sampler",
@@ -159,7 +161,7 @@ def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
     return {
         "title": found.title, "metadata": metadata, "pieces": list(numbers), "groups": list(groups.values()),
         "rollouts": rollouts, "tokens": tokens, "names": view.names,
-        "findings": [{"text": f.text, "places": f.places, "said": f.said(view.names)} for f in found.findings],
+        "findings": [{"text": f.text, "places": f.places, "message": f.describe(view.names)} for f in found.findings],
     }  # fmt: skip
 
 
@@ -188,15 +190,15 @@ def show(view: dict[str, Any], console: Console, rollouts: int) -> None:
     console.print(Text(view["title"], style="bold"))
     console.print(Text("  ".join(f"{name} {value}" for name, value in view["metadata"].items()), style="dim"))
     for finding in view["findings"]:
-        console.print(Text(f"looks wrong: {finding['said']}", style="yellow"))
+        console.print(Text(f"looks wrong: {finding['message']}", style="yellow"))
     if not view["findings"]:
         console.print("nothing looks wrong")
     console.print(_groups_table(view))
     starts = np.cumsum([0, *(rollout["tokens"] for rollout in view["rollouts"])])
     for r, rollout in enumerate(view["rollouts"][:rollouts]):
         about = {"score": rollout["score"], "advantage": rollout["advantage"], "temperature": rollout["temperature"]}
-        words = ", ".join(f"{name} {value:.4g}" for name, value in about.items() if value is not None)
-        head = f"{view['names'][r]}: {rollout['trained']} of {rollout['tokens']} tokens trained, {words}"
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in about.items() if value is not None)
+        head = f"{view['names'][r]}: {rollout['trained']} of {rollout['tokens']} tokens trained, {numbers}"
         console.print(Text(f"\n{head} {rollout['override']}", style="bold"))
         console.print(_coloured(view, starts[r], starts[r + 1]), soft_wrap=True)
     left = len(view["rollouts"]) - rollouts

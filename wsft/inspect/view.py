@@ -122,7 +122,7 @@ def batch_view(
         rollouts=taken.rollouts,
         batch=Batch.of(taken.rollouts, taken.counts).with_final_advantages(processor.shaping),
         faults=taken.faults,
-        words=special_tokens_of(tokenizer, config),
+        special_tokens=special_tokens_of(tokenizer, config),
         max_token_len=config.max_token_len,
         needs_advantages=Objective(config.objective, config.objective_args).zero_weight_without_advantage,
     )

@@ -13,8 +13,8 @@ import numpy as np
 
 EPS = 1e-8
 # Standard deviations up to this, times the largest magnitude, are rounding and no preference: rewards are mostly computed in
-# float32, whose rounding (6e-8) a few operations raise to some 1e-6. Divided by such a deviation, noise would weigh as much as
-# the difference between right and wrong.
+# float32, whose rounding (6e-8) a few operations raise to some 1e-6. Divided by such a standard deviation, noise would weigh as
+# much as the difference between right and wrong.
 RELATIVE_EPS = 1e-5
 FROM_SCORES = ("group_norm", "group_center", "rloo", "raw")
 NORMALIZATIONS = ("none", "batch", "batch_center")
@@ -41,7 +41,7 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
 
     Args:
         scores: [S] float64, one per sequence of the item.
-        counted: [S] bool, the sequences that enter mean and deviation: finite scores, no override.
+        counted: [S] bool, the sequences that enter mean and standard deviation: finite scores, no override.
     Returns:
         [S] float64; meaningless where the score itself is not finite.
     """

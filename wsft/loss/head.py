@@ -225,12 +225,12 @@ class _Terms(NamedTuple):
     entropy_weights_N: torch.Tensor | None
     teacher: Teacher | None
 
-    def audible(self, hidden_CH: torch.Tensor, chunk: slice) -> torch.Tensor:
+    def without_non_finite(self, hidden_CH: torch.Tensor, chunk: slice) -> torch.Tensor:
         """Hidden states, made finite where the weight is 0: 0 * NaN is NaN, and would reach every gradient."""
         if not isinstance(self.token_loss, _Weighted) or self.entropy_weights_N is not None or self.teacher:
             return hidden_CH
-        silent_C1 = (self.token_loss.weights_N[chunk] == 0).unsqueeze(1)
-        return torch.where(silent_C1, hidden_CH.nan_to_num(0.0, 0.0, 0.0), hidden_CH)
+        zero_weight_C1 = (self.token_loss.weights_N[chunk] == 0).unsqueeze(1)
+        return torch.where(zero_weight_C1, hidden_CH.nan_to_num(0.0, 0.0, 0.0), hidden_CH)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -266,7 +266,7 @@ class _ChunkedHead(torch.autograd.Function):
             terms = terms._replace(token_loss=_Known(*terms.token_loss(found_4N[1], slice(0, N))))
 
         for chunk in _slices(0, N, chunk_tokens):
-            hidden_CH = terms.audible(hidden_NH[chunk], chunk).to(product)
+            hidden_CH = terms.without_non_finite(hidden_NH[chunk], chunk).to(product)
             for rows, block_RV in blocks(chunk, hidden_CH):
                 found_4N[:, rows] = _to_gradient_(block_RV, rows, terms, shape.of_rows(rows), any(wanted))
             grad_CV = buffer_CV[: len(hidden_CH)]  # with respect to the products that stood there

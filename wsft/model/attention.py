@@ -1,5 +1,5 @@
 """Attention over packed rows: several sequences stand in one row, each sees itself alone, and the cost is the sum of their
-squares, not the square of the row. Sequences that begin alike may share the piece in which they do: it is computed once.
+squares, not the square of the row. Sequences that begin alike may share the segment in which they do: it is computed once.
 
 Registered with transformers as `PACKED`; where the sequences begin travels as a keyword of its own, and where none share, as
 those that its flash attention takes (`cu_seq_lens_q`, ...). Without them a row is one sequence. Knows nothing of batches,
@@ -165,7 +165,7 @@ def packed_attention(
 
 
 def kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """What `packed_attention` calls, in words."""
+    """The name of what `packed_attention` calls, for the log."""
     return "variable-length flash attention of torch" if _is_flash(device, dtype) else "torch's SDPA, sequence by sequence"
 
 

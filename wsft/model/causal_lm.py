@@ -7,28 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import itertools
 import logging
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wsft.device import can_compile
 from wsft.errors import UserError
 from wsft.loss.head import HeadOutput, LossHead, TokenLoss
-from wsft.model.attention import PACKED, kernel, learn_masks
+from wsft.model.attention import PACKED, kernel
 from wsft.model.packing import Layout, varlen_kwargs
-
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they keep packed sequences apart themselves
 
 LARGE_LOGITS = 300.0  # beyond any bound that a model puts on them
 
-_SPAN = re.compile(r"window|chunk|block|budget|top_?k")
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +35,8 @@ class WeightedSFTModel(torch.nn.Module):
         self.model = model
         # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
         model.get_output_embeddings().__class__ = LossHead
-        # how sequences may be laid out, until `check_layouts` saw it: in one row, with a piece that several share, in rows of
-        # one batch
-        self.packs = self.shares = self.pads = False
-        # what an empty model has told (meta_passes.py): which classes of modules run other modules by what their input is, and
-        # whether a packed row may be tried at all
+        # what passes on the meta device have shown (meta_passes.py): which classes of modules run other modules by what their
+        # input is, and whether a packed row may be tried at all
         self.routed: set[type[torch.nn.Module]] = set()
         self.takes_packed_rows = True
         # tokens that a row has at least, for all its modules to be run: where a rank ran others, ZeRO-3 would wait for ever
@@ -106,7 +97,7 @@ class WeightedSFTModel(torch.nn.Module):
         Args:
             tokens_BT: [B, T] int64 rows, padded on the right. No attention mask: under a causal one nothing sees the padding.
             layout: of the sequences that are packed in the one row; None: every row is one sequence.
-            trained_N: [N] flat positions in [B, T] of the trained tokens; never the first of a row, or of a piece of the
+            trained_N: [N] flat positions in [B, T] of the trained tokens; never the first of a row, or of a segment of the
                 layout. N may be 0.
             weights, options: as there, for the N tokens. Without weights, the model's own logits [B, T, V] are returned.
         """
@@ -167,102 +158,9 @@ class WeightedSFTModel(torch.nn.Module):
 
     @property
     def attention(self) -> str:
-        """What attends, in words."""
+        """The name of the attention kernel, for the log."""
         name, param = self.model.config._attn_implementation, next(self.model.parameters())
         return kernel(param.device, param.dtype) if name == PACKED else name
-
-    @torch.no_grad()
-    def check_layouts(
-        self, device: torch.device, max_token_len: int, packing: bool = True, all_true: Callable[[bool], bool] = bool
-    ) -> None:
-        """Try packed and padded rows: sequences must get the logps that each has alone, with the model's own attention.
-
-        Where they do in one row, `packs` is set, and packed attention stays; else the model's own. `shares` is set where the
-        same holds of sequences that share the segment in which they begin, `pads` where it does of rows of one batch. One
-        sequence is longer than any window of the model's masks, and than what its position encodings treat alike.
-
-        Args:
-            max_token_len: of the longest sequence in training.
-            packing: whether to try packed rows.
-            all_true: whether all ranks say so: forward passes are collectives, and what is found decides which come next.
-        Raises:
-            UserError: the logps of a sequence depend on those that were run before it, or on tokens after them.
-        """
-        own, mode = self.model.config._attn_implementation, self.training
-        self.eval()
-        vocab, config = self.vocab_size, self.model.config.get_text_config()
-        reaches = [reach for reach in position_reaches(config) if reach < max_token_len]
-        # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
-        takes_packed = packing and self.takes_packed_rows and self._takes_positions()
-        takes_packed = takes_packed and self.attend_by(PACKED if own not in FLASH else own)
-        if takes_packed and own not in FLASH:
-            few = torch.arange(8, device=device)
-            run = functools.partial(self.run, few.unsqueeze(0) % vocab, few[1:], torch.zeros(7, device=device))
-            reaches += learn_masks(self.model, run, max_token_len, device)
-            self.attend_by(own)
-        elif own in FLASH and getattr(config, "sliding_window", None):
-            reaches.append(min(config.sliding_window, max_token_len))
-        spans = [*reaches, *_spans_in(config.to_dict(), max_token_len)]
-        longest = max(11, min(max([*spans, 31]) + 9, max_token_len))
-        sizes = [6, longest - 6, 8, 3]
-        tokens = torch.arange(sum(sizes), device=device) * 7919 % vocab
-        # half of them are of four, as some are again and again in texts: a code that picks among equals is shown by rows
-        half = torch.arange(len(tokens[1::2]), device=device)
-        tokens[1::2] = tokens[half**2 // 3 % 4]
-        pieces = begun, first, other, second = tokens.split(sizes)
-        sequences = [torch.cat([begun, first]), other, torch.cat([begun, second])]
-
-        def logps(row: list[torch.Tensor], layout: Layout | None = None, scored: slice = slice(None)) -> torch.Tensor:
-            """Of the scored pieces of the row, from the second token of each."""
-            ends = list(itertools.accumulate(map(len, row)))
-            at = torch.cat(
-                [torch.arange(end - len(piece) + 1, end) for end, piece in list(zip(ends, row, strict=True))[scored]]
-            )
-            return self.run(torch.cat(row).unsqueeze(0), at.to(device), torch.zeros(len(at), device=device), layout).logp_N
-
-        shorter = sequences[0][:-4]
-        at_first = logps([shorter]) if reaches else None
-        alone = [logps([sequence]) for sequence in reversed(sequences)][::-1]  # the longest last
-        # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
-        tolerance = torch.cat(alone).std() * (1e-3 if next(self.model.parameters()).dtype == torch.float32 else 0.1)
-
-        def agree(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-            return bool((found - torch.cat(wanted)).abs().max() < tolerance)  # not where one is NaN
-
-        def fits(found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-            return all_true(agree(found, wanted))
-
-        if reaches and not fits(logps([shorter]), [at_first]):
-            raise UserError(
-                f"what {type(self.model).__name__} makes of a sequence depends on those that it was given before, as where "
-                f"rotary embeddings grow with the longest: set max_token_len to {min(reaches, default=0)}, where they begin to"
-            )
-        if not agree(logps([other[:-3]]), [alone[1][:-3]]):
-            raise not_causal(self.model)
-        if takes_packed:
-            self.attend_by(PACKED if own not in FLASH else own)
-            self.packs = fits(logps(sequences, Layout.of(list(map(len, sequences)))), alone)
-        if self.packs and own not in FLASH:
-            found = logps(list(pieces), Layout(tuple(sizes), (-1, 0, -1, 0)), slice(1, None))
-            self.shares = fits(found, [alone[0][-len(first) + 1 :], alone[1], alone[2][-2:]])
-        if not self.packs:
-            self.attend_by(own)
-        self.pads = self.packs or fits(self._padded_logps(sequences, max_token_len), alone)
-        self.train(mode)
-
-    def _padded_logps(self, sequences: list[torch.Tensor], max_token_len: int) -> torch.Tensor:
-        """Of rows that are padded all, the longest too."""
-        rows = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        rows = torch.nn.functional.pad(rows, (0, max(0, min(9, max_token_len - rows.shape[1]))))
-        trained = torch.zeros_like(rows, dtype=torch.bool)
-        for row, sequence in zip(trained, sequences, strict=True):
-            row[1 : len(sequence)] = True
-        at = trained.flatten().nonzero().squeeze(1)
-        return self.run(rows, at, torch.zeros(len(at), device=rows.device)).logp_N
-
-    def _takes_positions(self) -> bool:
-        parameters = inspect.signature(body_of(self.model).forward).parameters
-        return "position_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def attend_by(self, name: str) -> bool:
         try:
@@ -276,19 +174,6 @@ def vocab_size_of(model: PreTrainedModel, logit_options: dict[str, float | int])
     """The smallest of what its config, its head and its code say."""
     sizes = model.config.get_text_config().vocab_size, model.get_output_embeddings().out_features
     return int(min(*sizes, logit_options.get("vocab_size", sizes[0])))
-
-
-def not_causal(model: PreTrainedModel) -> UserError:
-    return UserError(
-        f"in {type(model).__name__} a token sees those after it: wsft trains causal language models (if its config has "
-        f"is_decoder, it may be one with true)"
-    )
-
-
-def _spans_in(config: dict[str, Any], most: int) -> list[int]:
-    """Numbers of tokens below `most` that a model's config names, beyond which its code may treat them otherwise."""
-    named = {name: value for name, value in config.items() if _SPAN.search(str(name))}
-    return [value for value in named.values() if type(value) is int and value < most]
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
@@ -334,13 +219,3 @@ def noise_in(config: dict[str, Any]) -> dict[str, float]:
         elif ("drop" in str(name) or "jitter" in str(name)) and isinstance(value, float) and value > 0:
             found[name] = value
     return found
-
-
-def position_reaches(config: PretrainedConfig, types: Collection[str] = ("dynamic", "longrope")) -> list[int]:
-    """The lengths from which on rotary embeddings of a type that looks at the longest position are others."""
-    said = getattr(config, "rope_parameters", None) or {}
-    kinds = [said, *(value for value in said.values() if isinstance(value, dict))]  # one of all layers, or one of each type
-    grows = [kind for kind in kinds if kind.get("rope_type") in types]
-    names = ("original_max_position_embeddings", "max_position_embeddings")
-    found = [[place.get(name) for name in names for place in (kind, config.to_dict())] for kind in grows]
-    return [next(filter(None, reaches), 0) for reaches in found]

@@ -25,9 +25,10 @@ from transformers.integrations import HfDeepSpeedConfig
 from wsft.config import WeightedSFTConfig
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
-from wsft.model.causal_lm import WeightedSFTModel, noise_in, not_causal, position_reaches
+from wsft.model.causal_lm import WeightedSFTModel, noise_in
 from wsft.model.meta_passes import FEW, Passes
 from wsft.model.packing import Layout
+from wsft.model.row_layouts import not_causal, position_reaches
 from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
 
 # of a model that looks its positions up, instead of computing rotations or distances

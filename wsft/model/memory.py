@@ -1,4 +1,4 @@
-"""What a run will hold in memory and on disk, told beforehand: from a model on the meta device, without weights or ranks.
+"""Estimates what a run will hold in memory and on disk: from a model on the meta device, without weights or ranks.
 
 What DeepSpeed keeps is arithmetic. What the forward and backward pass hold is not guessed at: they are run on the meta device,
 where tensors have sizes and no contents, and the live bytes are counted.

@@ -29,7 +29,7 @@ _CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_
 
 
 class OneSequence(TorchFunctionMode):
-    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, it is told yes.
+    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, the answer is yes.
 
     Attributes:
         sees_later: whether attention of a sequence to itself was asked for without a mask, causal or other.

@@ -49,7 +49,7 @@ from wsft.report.panels import MEANS, Curve, Panel, colour, happened, shown
 from wsft.report.runs import Run, read_runs, told_settings
 
 POINTS = 36_000  # on the page, of all lines and their means together: 11 bytes each, beside Bokeh's 1.3 MB
-STRETCHES = 200  # in which what befell a run is counted
+STRETCHES = 200  # in which events of a run are counted
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
@@ -106,8 +106,8 @@ def write_picture(runs: Sequence[Run], out: Path) -> None:
 def _draw(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
     for curve in curves:
         axes.plot(curve.steps, curve.values, color=curve.colour, alpha=0.3, marker=".", markevery=curve.alone().tolist())
-        course, dashes = curve.course(), (0, [*map(int, curve.dash.split())])
-        axes.plot(course.steps, course.values, color=curve.colour, linestyle=dashes if curve.dash else "-", label=curve.label)
+        line, dashes = curve.averaged(), (0, [*map(int, curve.dash.split())])
+        axes.plot(line.steps, line.values, color=curve.colour, linestyle=dashes if curve.dash else "-", label=curve.label)
     axes.set_title(panel.title)
     axes.set_yscale("log" if panel.log else "linear")
     handles, labels = axes.get_legend_handles_labels()
@@ -142,13 +142,13 @@ class _Plots:
         thinned = [curve.thinned(points) for curve in curves]
         self.sources.append([draw(curve, line_alpha=0.3) for curve in thinned])
         for curve, whole in zip(thinned, curves, strict=True):
-            draw(whole.course(), line_dash=curve.dash, line_width=1.8)
+            draw(whole.averaged(), line_dash=curve.dash, line_width=1.8)
             if len(alone := curve.alone()):
                 plot.scatter(curve.steps[alone], curve.values[alone], color=curve.colour, size=3)
         return plot
 
     def strip(self) -> list[figure]:
-        """What befell the runs: a row a kind, and in it a row a run. None where nothing did."""
+        """Events of the runs: a row a kind, and in it a row a run. None where nothing did."""
         events, tall = happened(self.runs, self.width), 1 / len(self.runs)
         if not events:
             return []
@@ -207,13 +207,13 @@ def _keys(lines: list[Curve]) -> dict[tuple[str, str], list[str]]:
 
 def _metadata(runs: Sequence[Run]) -> dict[str, list[str]]:
     """How the runs stand."""
-    told = []
+    columns = []
     for run in runs:
         last, saved = run.lines[-1], run.checkpoint
         at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last["time/at"])) if "time/at" in last else ""
         reason = f" ({run.state['reason']})" if run.state.get("reason") else ""
         ranks = f"{saved['num_ranks']}, ZeRO stage {saved['stage']}, {saved['precision']}" if saved else ""
-        told.append(
+        columns.append(
             {
                 "folder": str(run.folder),
                 "state": run.state.get("state", "unknown") + reason,
@@ -225,7 +225,7 @@ def _metadata(runs: Sequence[Run]) -> dict[str, list[str]]:
                 "versions": ", ".join(f"{name} {number}" for name, number in saved.get("versions", {}).items()),
             }
         )
-    return {name: [metadata[name] for metadata in told] for name in told[0] if any(metadata[name] for metadata in told)}
+    return {name: [column[name] for column in columns] for name in columns[0] if any(column[name] for column in columns)}
 
 
 def _told(value: object) -> str:

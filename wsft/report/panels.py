@@ -1,4 +1,4 @@
-"""What is drawn of runs: panels, the curves in them, and what befell the runs. Long curves are thinned so that no extreme is
+"""What is drawn of runs: panels, the curves in them, and events of the runs. Long curves are thinned so that no extreme is
 lost. Knows nothing of pages or pictures.
 """
 
@@ -58,7 +58,7 @@ class Curve:
         kept = thin(self.values, points)
         return replace(self, steps=self.steps[kept], values=self.values[kept])
 
-    def course(self) -> Curve:
+    def averaged(self) -> Curve:
         """The mean of each of equal stretches, which shows through noise; the curve itself where it is short."""
         if len(self.steps) < 4 * MEANS:
             return self
@@ -94,7 +94,7 @@ def shown(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
 
 
 def happened(runs: Sequence[Run], width: int = 1) -> dict[str, list[Occurrences]]:
-    """Of each kind of event that befell any of the runs: where it befell each."""
+    """Of each kind of event that any of the runs had: where each had it."""
     found = {kind: [run.events(kind, width) for run in runs] for kind in EVENTS}
     return {kind: of_runs for kind, of_runs in found.items() if any(len(first) for first, _, _ in of_runs)}
 

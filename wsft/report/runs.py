@@ -1,4 +1,4 @@
-"""Runs as their folders tell them: lines of metrics, what befell them, their settings, how they stand. Only reads, also while a
+"""Runs as their folders tell them: lines of metrics, events, their settings, how they stand. Only reads, also while a
 run is still going. Knows nothing of torch, or of how a run is shown.
 """
 
@@ -77,7 +77,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def told_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings that differ -> each run's; of one run alone, those that are not at their default. Dicts are told key by key."""
+    """Settings that differ -> each run's; of one run alone, those that are not at their default. Dicts go by key."""
     flat = [dict(_flat(run.settings)) for run in runs]
     defaults = {name: field.get_default() for name, field in WeightedSFTConfig.model_fields.items()}
     compared = flat if len(runs) > 1 else [*flat, dict(_flat(defaults))]

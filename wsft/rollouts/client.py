@@ -1,7 +1,7 @@
-"""A trainer's side of the Atropos API: register, fetch batches, outlive what the server does.
+"""A trainer's side of the Atropos API: register, fetch batches, tolerate what the server does.
 
 Knows no torch, no ranks, no disk. The server pops a batch before it sends it and keeps nothing, so a `GET /batch` that
-may have reached it is never sent again: what may be lost is counted and said. Every fault that time or a new
+may have reached it is never sent again: what may be lost is counted and logged. Every fault that time or a new
 registration can heal is healed inside `poll`; the others are an `AtroposError`.
 """
 
@@ -47,7 +47,7 @@ class _Fault(Exception):
     def __init__(self, reason: str, *, state: str = "unusable", quiet: bool = False):
         super().__init__(reason)
         self.state = state  # "server {state}"
-        self.quiet = quiet  # said already, or expected: not worth a warning until it lasts
+        self.quiet = quiet  # logged already, or expected: not worth a warning until it lasts
 
 
 def decode(body: bytes) -> list[dict]:
@@ -128,12 +128,12 @@ class AtroposClient:
         batch_size: sequences in a batch of this server.
         timeout: seconds without interruption that the server may be unreachable or unusable. A server that answers
             "nothing yet" is waited for without end: environments may be slow.
-        step: the trainer's own step, to be kept current by the trainer; a server that restarted is told it.
+        step: the trainer's own step, to be kept current by the trainer; a server that restarted gets it.
         registers: False for a further rank that fetches for itself: it neither registers nor resets.
 
     Attributes:
         possibly_lost: batches that the server may have handed out and that never arrived.
-        state: a few words for a progress line.
+        state: a short description for a progress line.
     """
 
     url: str
@@ -209,7 +209,7 @@ class AtroposClient:
         try:
             return self._ask_json("/latest_example")
         except _Fault as fault:
-            raise AtroposError(f"{self._shown} gives no example: {fault}; start the server, or mend the URL") from fault
+            raise AtroposError(f"{self._shown} gives no example: {fault}; start the server, or fix the URL") from fault
 
     # -- the batch ----------------------------------------------------------------------------------------------------
 

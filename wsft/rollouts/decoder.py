@@ -181,8 +181,8 @@ class Decoder:
         return groups
 
     def _group_size(self, record: dict) -> float:
-        said, largest = records.group_size(record), self.group_sizes[records.env_id(record)]
-        return said or (largest if largest > 1 else math.inf)
+        stated, largest = records.group_size(record), self.group_sizes[records.env_id(record)]
+        return stated or (largest if largest > 1 else math.inf)
 
     def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
         """For each of the records, which are one group, the advantages of its sequences from the scores of all."""

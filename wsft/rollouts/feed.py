@@ -61,7 +61,7 @@ class _Ahead:
                 future.set_exception(error)
 
 
-class _Word(IntEnum):
+class _Answer(IntEnum):
     """What a rank says at each meeting. STOP has the code of why added to it: one rank that was asked to stop is enough."""
 
     WAIT = 0
@@ -98,7 +98,7 @@ class Feed:
 
     def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
         """The next batch with a trained token in it; None at the end of the data or if the run should stop. What was passed
-        over on the way counts in it as left out. `waiting` is told of every fruitless second."""
+        over on the way counts in it as left out. `waiting` is called with the state every second."""
         left_out = np.zeros(len(REASONS), dtype=np.int64)
         for _ in range(EMPTY_BATCHES_ALLOWED):
             batch = self._exchange(step, waiting)
@@ -121,24 +121,24 @@ class Feed:
 
     def _exchange(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
         world, mine, error = self._world, None, None
-        word = _Word.WAIT if self._source else _Word.READY
+        answer = _Answer.WAIT if self._source else _Answer.READY
         while True:
-            if word == _Word.WAIT and not self._stop.code:
+            if answer == _Answer.WAIT and not self._stop.code:
                 try:
                     mine = self._take(step)
-                    word = _Word.READY if mine is not None else _Word.WAIT
+                    answer = _Answer.READY if mine is not None else _Answer.WAIT
                 except EndOfData:
-                    word = _Word.END
+                    answer = _Answer.END
                 except Exception as failure:  # whatever it is, the other ranks must hear of it
-                    word, error = _Word.FAILED, failure
-            stopping = self._stop.code and word != _Word.FAILED
-            words = world.all_gather_int(_Word.STOP + self._stop.code if stopping else word)
-            if _Word.FAILED in words:
+                    answer, error = _Answer.FAILED, failure
+            stopping = self._stop.code and answer != _Answer.FAILED
+            answers = world.all_gather_int(_Answer.STOP + self._stop.code if stopping else answer)
+            if _Answer.FAILED in answers:
                 world.raise_on_all_ranks(error)
-            self.stopped = max(0, max(words) - _Word.STOP)
-            if self.stopped or _Word.END in words:
+            self.stopped = max(0, max(answers) - _Answer.STOP)
+            if self.stopped or _Answer.END in answers:
                 return None  # what is READY here is in the journal, and comes again
-            if _Word.WAIT not in words:
+            if _Answer.WAIT not in answers:
                 break
             waiting(self._source.state if self._source else "")
         part, self.position = mine or (None, None)

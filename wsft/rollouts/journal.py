@@ -78,7 +78,7 @@ class Journal:
             except OSError as error:
                 raise UserError(
                     f"{path} cannot be written ({error}): the batch just fetched is lost, those in the journal before it are "
-                    f"whole. Make room on the disk, or mend it, and start with --resume"
+                    f"whole. Make room on the disk, or repair it, and start with --resume"
                 ) from error
             self._records[number], self._pruned = record, False
 
@@ -147,8 +147,8 @@ class Journal:
             _cut(path, end)
             if size:  # not merely a segment in which nothing was written yet
                 self.torn = 1
-                said = "cut %d bytes off the end of %s: a batch that was being written there when the run was killed is lost"
-                log.warning(said, size - end, path)
+                message = "cut %d bytes off the end of %s: a batch that was being written there when the run was killed is lost"
+                log.warning(message, size - end, path)
 
 
 class _Record(NamedTuple):

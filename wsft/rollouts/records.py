@@ -223,8 +223,8 @@ def _absent(row: Any) -> bool:
 
 def _said(group: dict, i: int, name: str) -> Any:
     """What overrides[i] says, else generation_params, else group_overrides: the precedence of Atropos' own trainer."""
-    said = (_row(group, "overrides", i), group.get("generation_params"), group.get("group_overrides"))
-    return next((d[name] for d in said if isinstance(d, dict) and d.get(name) is not None), None)
+    levels = (_row(group, "overrides", i), group.get("generation_params"), group.get("group_overrides"))
+    return next((d[name] for d in levels if isinstance(d, dict) and d.get(name) is not None), None)
 
 
 def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:

@@ -74,7 +74,7 @@ class FileSource:
 
     def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
         rollouts, position = self.rollouts()
-        counts = self._processor.decoder.take_counts()  # what was left out after the last good sequence is still said
+        counts = self._processor.decoder.take_counts()  # what was left out after the last good sequence is still counted
         if not rollouts:
             raise EndOfData
         return Batch.of(rollouts, counts), position
@@ -176,7 +176,7 @@ class AtroposSource:
         if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
             parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
             return Batch.joined([Batch.empty(), *parts])
-        self._client.step = step  # a server that restarts is told where the run is
+        self._client.step = step  # registered with a server that restarts
         while not over.is_set():
             self._journal.require_room(2 * self._largest)  # before the server hands it out
             body = self._client.poll()

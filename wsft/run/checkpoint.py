@@ -75,7 +75,7 @@ class Checkpoint:
 
 def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: dict[str, str | None], place: Path) -> None:
     """UserError naming every setting that differs from those of the run begun in `place`, of those that decide what is
-    learned. Other differences are said.
+    learned. Other differences are logged.
 
     Args:
         was: the metadata of that run's checkpoint; without one yet, its settings alone.
@@ -98,7 +98,7 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
 
 
 def all_in(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in the folder, oldest first. A damaged one is said and passed over."""
+    """The complete checkpoints in the folder, oldest first. A damaged one is logged and passed over."""
     found = []
     for path in sorted(folders_in(folder), key=lambda path: int(_NAME.fullmatch(path.name)[1])):
         if (path / METADATA).exists():
@@ -237,7 +237,7 @@ def delete(folder: Path) -> None:
     try:
         folder.rename(partial)
     except OSError as error:
-        return _say_once(f"{folder} cannot be deleted ({error.strerror}): it stays until it can be")
+        return _warn_once(f"{folder} cannot be deleted ({error.strerror}): it stays until it can be")
     _remove(partial)
 
 
@@ -247,12 +247,12 @@ def _remove(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:  # a process holds a file open on NFS, or may not write there
-        _say_once(f"{folder} cannot be deleted ({error.strerror}): what is left of it stays until it can be")
+        _warn_once(f"{folder} cannot be deleted ({error.strerror}): what is left of it stays until it can be")
 
 
 @functools.cache
-def _say_once(words: str) -> None:
-    log.warning("%s", words)
+def _warn_once(message: str) -> None:
+    log.warning("%s", message)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -106,17 +106,17 @@ def of_tokens(sums: dict[str, float], maxima: dict[str, float], trained: int) ->
     return values
 
 
-def of_plan(shares: list[list[list[int]]], load: Load, packed: bool) -> dict[str, float | int]:
-    """How the batch was shared: see load_balancing.py."""
-    bins = [rows for share in shares for rows in share if rows]
-    all_tokens, run = sum(int(load.lengths[rows].sum()) for rows in bins), sum(map(load.tokens, bins))
-    room = run if packed else sum(len(rows) * int(load.lengths[rows].max()) for rows in bins)
+def of_plan(assignment: list[list[list[int]]], load: Load, packed: bool) -> dict[str, float | int]:
+    """How the batch was distributed: see load_balancing.py."""
+    micro_batches = [rows for of_rank in assignment for rows in of_rank if rows]
+    all_tokens, run = sum(int(load.lengths[rows].sum()) for rows in micro_batches), sum(map(load.tokens, micro_batches))
+    room = run if packed else sum(len(rows) * int(load.lengths[rows].max()) for rows in micro_batches)
     return {
-        "plan/micro_batches": len(shares[0]),
+        "plan/micro_batches": len(assignment[0]),
         "plan/padding": 1 - run / room if room else 0.0,
-        "plan/imbalance": imbalance(shares, load),
+        "plan/imbalance": imbalance(assignment, load),
         "plan/shared": 1 - run / all_tokens if all_tokens else 0.0,
-        "plan/skipped": len(load.lengths) - sum(map(len, bins)),
+        "plan/skipped": len(load.lengths) - sum(map(len, micro_batches)),
     }
 
 
@@ -149,5 +149,5 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _std(values: np.ndarray) -> float:
-    """Population deviation."""
+    """Population standard deviation."""
     return float(values.std()) if len(values) else math.nan

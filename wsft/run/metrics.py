@@ -27,7 +27,7 @@ from wsft.logs import write_line
 
 log = logging.getLogger(__name__)
 
-QUIET_S = 10.0  # without a terminal, a wait is said after this long, then every WAIT_S
+QUIET_S = 10.0  # without a terminal, a wait is logged after this long, then every WAIT_S
 WAIT_S = 60.0
 WANDB_S = 60.0  # to begin, and to take what is left at the end
 FAILED_S = 5.0  # of a run that failed, whose other ranks wait to hear why
@@ -36,7 +36,7 @@ FAILED_S = 5.0  # of a run that failed, whose other ranks wait to hear why
 class Metrics:
     """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again.
 
-    They only report: what goes wrong in one is said once, and never reaches the run.
+    They only report: what goes wrong in one is logged once, and never reaches the run.
     """
 
     def __init__(self, config: WeightedSFTConfig, folder: Path, step: int):
@@ -53,7 +53,7 @@ class Metrics:
         self._try("the progress line", self._line.set_status, what)
 
     def warn(self, text: str) -> None:
-        """What is the same on every rank, and said once."""
+        """Log what is the same on every rank once."""
         log.warning("%s", text)
 
     def step(self, values: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ class Metrics:
         self._try("the progress line", self._line.step, values)
 
     def sync(self) -> None:
-        """What was told is on disk, before a checkpoint says that it need not come again."""
+        """What was written is on disk, before a checkpoint says that it need not come again."""
         self._try("metrics.jsonl", os.fsync, self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
@@ -152,10 +152,12 @@ class _LogLines:
     def step(self, values: dict[str, Any]) -> None:
         step, spent = values["step"], time.monotonic() - self._start
         left = tqdm.format_interval(spent / (step - self._from) * (self._total - step))
-        said = f"loss {values['loss']:+.4f}  grad_norm {values['grad_norm']:.3g}  {values['tokens/per_second']:.0f} tokens/s"
+        values_line = (
+            f"loss {values['loss']:+.4f}  grad_norm {values['grad_norm']:.3g}  {values['tokens/per_second']:.0f} tokens/s"
+        )
         times = f"{values['time/step']:.1f} s, {values['time/wait']:.1f} s of it waiting  left {left}"
         times += f"  peak {values['memory/peak_gib']:.1f} GiB"
-        write_line(f"step {step}/{self._total}  {said}  {times}")
+        write_line(f"step {step}/{self._total}  {values_line}  {times}")
 
     def close(self) -> None: ...
 

@@ -75,10 +75,10 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from error
 
-    def require_shared(self, told: str | None) -> None:
-        """UserError on a host whose output_dir is not the one that rank 0 opened, by what rank 0 was `told` there."""
+    def require_shared(self, token: str | None) -> None:
+        """UserError on a host whose output_dir is not the one that rank 0 opened, by the `token` that rank 0 wrote there."""
         deadline = time.monotonic() + SHARED_WAIT_S
-        while not self._is_told(told):
+        while not self._has(token):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"output_dir {self.path} on {os.uname().nodename} is not the one that rank 0 opened: with several hosts it "
@@ -86,9 +86,9 @@ class RunFolder:
                 )
             time.sleep(1)
 
-    def _is_told(self, told: str | None) -> bool:
+    def _has(self, token: str | None) -> bool:
         with contextlib.suppress(OSError):
-            return (self.path / TOKEN).read_text() == told
+            return (self.path / TOKEN).read_text() == token
         return False
 
     def close(self) -> None:
@@ -169,11 +169,11 @@ class RunFolder:
             if not all_in(self.checkpoints):
                 self._make_empty(config)
                 _bring(wanted, self.path)
-            return  # brought here by an earlier start with the same words: go on from the newest
+            return  # brought here by an earlier start of the same command: go on from the newest
         newer = [c for c in all_in(self.checkpoints) if c.step > wanted.step]
         if newer and not config.overwrite_output_dir:
             raise UserError(
-                f"{newer[-1].folder} is newer than {wanted.folder.name}, where this run was told to begin: drop it with "
+                f"{newer[-1].folder} is newer than {wanted.folder.name}, where this run was to begin: drop it with "
                 f"--overwrite_output_dir, or resume into another output_dir, or from the newest with --resume alone"
             )
         for checkpoint in newer:

@@ -1,4 +1,4 @@
-"""The house of DESIGN.md: imports point down, each module stays ignorant of what it must not know, files say what they are."""
+"""Imports between folders point down, modules do not depend on what they must not know, the READMEs list what is there."""
 
 import ast
 import graphlib
