@@ -1,5 +1,6 @@
 """The package, built and installed: pyproject.toml names what the scripts install, and it works outside the repository."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -46,7 +47,8 @@ def test_requirements_and_pyproject_agree():
 
 
 def run(*command, cwd):
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, env=env)
     return done.returncode, done.stdout + done.stderr
 
 

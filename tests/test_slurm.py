@@ -37,7 +37,7 @@ class Job:
         assert code == 0, said
         return said.split()[-1]
 
-    def words(self):
+    def output(self):
         return self.said.read_text() if self.said.exists() else ""
 
     def control(self, *words):
@@ -55,7 +55,7 @@ class Job:
         try:
             wait_until(truth, every=0.5)
         except AssertionError:
-            raise AssertionError(f"{self.state()}: {self.all_gather_int()}") from None
+            raise AssertionError(f"{self.state()}: {self.output()}") from None
 
     def train(self, feeder, steps):
         """So many steps of the run, which then waits for what comes next."""
@@ -63,7 +63,7 @@ class Job:
         self.until(lambda: len(steps_of(self.folder)) == steps)
 
     def starts(self):
-        return self.all_gather_int().count(f"job {self.id}, start ")
+        return self.output().count(f"job {self.id}, start ")
 
     def until_its_limit_is_met(self, limit, times):
         """The limit is lowered until SLURM, which looks every 30 s, has acted on it: in the queue it is as it was."""
@@ -75,17 +75,17 @@ class Job:
     def until_it_comes_back(self, times):
         """Saved by start number `times`, and begun again where that stopped."""
         self.until(lambda: self.starts() > times)
-        saved = re.findall(r"stopped after step (\d+)", self.all_gather_int())
-        assert len(saved) == times, self.all_gather_int()
+        saved = re.findall(r"stopped after step (\d+)", self.output())
+        assert len(saved) == times, self.output()
         self.until(lambda: len(self.resumed()) == times)
         assert self.resumed()[-1] == saved[-1]
 
     def resumed(self):
-        return re.findall(r"resuming from .*/step_(\d+)\n", self.all_gather_int())
+        return re.findall(r"resuming from .*/step_(\d+)\n", self.output())
 
     def until_it_is_over(self, state="COMPLETED"):
         self.until(lambda: self.state() in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
-        assert self.state() == state, self.all_gather_int()
+        assert self.state() == state, self.output()
         wait_until(lambda: not self.slurm.runs(), every=0.5)
 
 
@@ -113,7 +113,7 @@ def test_a_job_that_is_requeued_at_its_time_limit_and_preempted_finishes_as_if_u
     job.until_its_limit_is_met("EndTime=now", 4)  # without a signal that leaves it time
     job.train(feeder, STEPS)
     job.until_it_is_over()
-    assert "the trained model is in" in job.all_gather_int()
+    assert "the trained model is in" in job.output()
     assert_as_one_process(job.folder, shared)
     assert [step["step"] for step in steps_of(job.folder)] == list(range(1, STEPS + 1))
     assert {path.name for path in (job.folder / "logs").iterdir()} >= {"rank_0.log", "rank_1.log"}
@@ -129,7 +129,7 @@ def test_a_job_that_preemption_signals_comes_back_and_one_that_is_cancelled_does
     job.train(feeder, 10)
     assert slurm.on("node1", "scancel", job.id)[0] == 0
     job.until_it_is_over("CANCELLED")  # and not PENDING: SLURM starts it no more
-    assert "if the job does not come back" in job.all_gather_int() and state_of(job.folder)["state"] == "preempted"
+    assert "if the job does not come back" in job.output() and state_of(job.folder)["state"] == "preempted"
     job = Job(slurm, fed_settings | {"resume": True}, "--nodes=1")
     job.train(feeder, STEPS)
     job.until_it_is_over()
@@ -140,11 +140,11 @@ def test_a_job_that_fails_or_has_no_gpus_says_so(slurm, settings, tmp_path):
     failing = Job(slurm, settings | {"model_name": tmp_path}, "--nodes=1")
     failing.until_it_is_over("FAILED")
     for words in ("training failed", "no model in", "exit code 1): see above"):
-        assert words in failing.all_gather_int()
+        assert words in failing.output()
     del settings["device"]  # then the job is one for GPUs
     gpus = Job(slurm, settings | {"output_dir": tmp_path / "other"}, "--gpus-per-node=0")
     gpus.until_it_is_over("FAILED")
-    assert "the job has no GPUs: add --gpus-per-node=8 to sbatch" in gpus.all_gather_int()
+    assert "the job has no GPUs: add --gpus-per-node=8 to sbatch" in gpus.output()
 
 
 def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
