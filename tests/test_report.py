@@ -17,8 +17,8 @@ from made_runs import write_run
 
 from wsft import WeightedSFTConfig
 from wsft.report.page import main, write_page, write_picture
-from wsft.report.panels import happened, shown, thin
-from wsft.report.runs import labels, read_runs, told_settings
+from wsft.report.panels import events_of, shown, thin
+from wsft.report.runs import differing_settings, labels, read_runs
 from wsft.run.metrics import Metrics
 from wsft.run.output_folder import RunFolder
 
@@ -123,13 +123,13 @@ def test_events_are_found_where_they_befell_the_run(tmp_path):
         return rows
 
     runs = read_runs([write_run(tmp_path / "run", 10, lines=lines)])
-    found = {kind: [array.tolist() for array in of_runs[0]] for kind, of_runs in happened(runs).items()}
+    found = {kind: [array.tolist() for array in of_runs[0]] for kind, of_runs in events_of(runs).items()}
     assert found == {
         "restarts": [[4], [4], [3]],
         "rejected sequences": [[3, 5, 6], [3, 5, 6], [5, 5, 5]],
         "steps not finite": [[9], [9], [1]],
     }
-    first, last, count = happened(runs, width=4)["rejected sequences"][0]
+    first, last, count = events_of(runs, width=4)["rejected sequences"][0]
     assert (first.tolist(), last.tolist(), count.tolist()) == ([3, 5], [3, 6], [5, 10])
 
 
@@ -156,13 +156,13 @@ def test_settings_are_told_that_differ_or_are_not_at_their_default(tmp_path):
     stages = [{"zero_optimization": {"stage": stage}} for stage in (2, 3)]
     one = write_run(tmp_path / "one", 2, deepspeed=stages[0], learning_rate=1e-5)
     two = write_run(tmp_path / "two", 2, deepspeed=stages[1], learning_rate=1e-5, objective="cispo", kl_coef=0.1)
-    assert told_settings(read_runs([one, two])) == {
+    assert differing_settings(read_runs([one, two])) == {
         "deepspeed.zero_optimization.stage": [2, 3],
         "objective": ["weighted_sft", "cispo"],
         "kl_coef": [0.0, 0.1],
     }
     alone = {"model_name": ["some/model"], "training_steps": [2], "learning_rate": [1e-5]}
-    assert told_settings(read_runs([one])) == {"deepspeed.zero_optimization.stage": [2]} | alone
+    assert differing_settings(read_runs([one])) == {"deepspeed.zero_optimization.stage": [2]} | alone
 
 
 def test_runs_are_called_by_the_shortest_end_of_their_path_that_no_other_has(tmp_path):

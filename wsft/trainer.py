@@ -221,7 +221,7 @@ class WeightedSFTTrainer:
                 "journal/gib": self.feed.journal_gib,
             }
             values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
-            self.unread = functools.partial(self._account, values, result)
+            self.unread = functools.partial(self._write_metrics, values, result)
             if not self.engine.queues:
                 self._report()
             if self.step % self.config.save_steps == 0 or self.feed.journal_is_full():
@@ -317,7 +317,7 @@ class WeightedSFTTrainer:
                 self.metrics.warn(f"step {self.step + 1}: no trained token of the batch has {name}: {instead}")
             self.said_missing.add(name)
 
-    def _account(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
+    def _write_metrics(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
         """Write down what a step came to. A collective."""
         result = read()
         finite = math.isfinite(result.loss) and (result.applied or not result.signal)
@@ -329,9 +329,9 @@ class WeightedSFTTrainer:
         of_run["memory/peak_gib"] = result.peak_gib
         of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
         self.metrics.step({"step": values["step"], **of_step, **values, **of_all, **of_run})
-        self._shout(values["step"], result)
+        self._warn_of(values["step"], result)
 
-    def _shout(self, step: int, result: StepResult) -> None:
+    def _warn_of(self, step: int, result: StepResult) -> None:
         if not result.signal:
             self.metrics.warn(f"step {step}: no token has a weight: parameters, optimizer and schedule stay as they are")
         if result.without_gradient:

@@ -45,8 +45,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from wsft.errors import UserError
-from wsft.report.panels import MEANS, Curve, Panel, colour, happened, shown
-from wsft.report.runs import Run, read_runs, told_settings
+from wsft.report.panels import MEANS, Curve, Panel, colour, events_of, shown
+from wsft.report.runs import Run, differing_settings, read_runs
 
 POINTS = 36_000  # on the page, of all lines and their means together: 11 bytes each, beside Bokeh's 1.3 MB
 STRETCHES = 200  # in which events of a run are counted
@@ -71,7 +71,7 @@ def write_page(runs: Sequence[Run], out: Path) -> None:
         strip=divs[len(panels) :],
         notes=notes,
         metadata=_metadata(runs),
-        settings={name: [_told(value) for value in values] for name, values in told_settings(runs).items()},
+        settings={name: [_text_of(value) for value in values] for name, values in differing_settings(runs).items()},
         scripts=[Resources(mode="inline", components=["bokeh"]).render_js(), script],
     )
     _replace(out, text.encode())
@@ -79,7 +79,7 @@ def write_page(runs: Sequence[Run], out: Path) -> None:
 
 def write_picture(runs: Sequence[Run], out: Path) -> None:
     """The same panels as a PNG, with every point."""
-    panels, events = shown(runs), happened(runs)
+    panels, events = shown(runs), events_of(runs)
     rows = -(-(len(panels) + bool(events)) // 3)
     picture = Figure(figsize=(15, 2.6 * rows + 0.4), layout="constrained")
     places = iter(picture.subplots(rows, 3, squeeze=False).flat)
@@ -149,7 +149,7 @@ class _Plots:
 
     def strip(self) -> list[figure]:
         """Events of the runs: a row a kind, and in it a row a run. None where nothing did."""
-        events, tall = happened(self.runs, self.width), 1 / len(self.runs)
+        events, tall = events_of(self.runs, self.width), 1 / len(self.runs)
         if not events:
             return []
         plot = self._figure(height=30 + len(events) * max(16, 6 * len(self.runs)), y_range=(len(events), 0))
@@ -228,7 +228,7 @@ def _metadata(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: [column[name] for column in columns] for name in columns[0] if any(column[name] for column in columns)}
 
 
-def _told(value: object) -> str:
+def _text_of(value: object) -> str:
     return value if isinstance(value, str) else "–" if value is None else json.dumps(value)
 
 

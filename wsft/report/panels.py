@@ -93,7 +93,7 @@ def shown(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
     return found
 
 
-def happened(runs: Sequence[Run], width: int = 1) -> dict[str, list[Occurrences]]:
+def events_of(runs: Sequence[Run], width: int = 1) -> dict[str, list[Occurrences]]:
     """Of each kind of event that any of the runs had: where each had it."""
     found = {kind: [run.events(kind, width) for run in runs] for kind in EVENTS}
     return {kind: of_runs for kind, of_runs in found.items() if any(len(first) for first, _, _ in of_runs)}

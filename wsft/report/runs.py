@@ -76,7 +76,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [next(end for end in ends(folder) if end not in taken) for folder, taken in zip(folders, others, strict=True)]
 
 
-def told_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Settings that differ -> each run's; of one run alone, those that are not at their default. Dicts go by key."""
     flat = [dict(_flat(run.settings)) for run in runs]
     defaults = {name: field.get_default() for name, field in WeightedSFTConfig.model_fields.items()}
