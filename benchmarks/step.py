@@ -69,12 +69,12 @@ def run_ranks(command: list[str], ranks: int, log: Path, keep: int = 2**32) -> N
     env |= {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks))}
     env |= {"MALLOC_MMAP_THRESHOLD_": str(keep), "MALLOC_TRIM_THRESHOLD_": str(keep)}
     each = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    with log.open("w+") as said:
-        options = {"cwd": ROOT, "stdout": said, "stderr": subprocess.STDOUT}
+    with log.open("w+") as output:
+        options = {"cwd": ROOT, "stdout": output, "stderr": subprocess.STDOUT}
         codes = [p.wait() for p in [subprocess.Popen([sys.executable, *command], env=own, **options) for own in each]]
         if any(codes):
-            said.seek(0)
-            lines = said.read().strip().splitlines()
+            output.seek(0)
+            lines = output.read().strip().splitlines()
             why = next((line for line in lines if re.search(r"\w+(Error|Exception|Failed): ", line)), lines[-1])
             raise RuntimeError(f"ended with {codes}: {why}")
 

@@ -120,9 +120,9 @@ def look_at(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTCon
     folder = shlex.quote(os.getcwd())
     command = f"cd {folder} && test -x {shlex.quote(sys.executable)} || {{ echo absent; exit; }}; PYTHONPATH={folder} {here}"
     asked = pdsh(list(slots), command, "-u", str(LOOK_S), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said, complaints = asked.communicate()
+    output, complaints = asked.communicate()
     answers = {host: {} for host in slots}
-    for host, text in (line.split(": ", 1) for line in said.splitlines() if ": " in line):
+    for host, text in (line.split(": ", 1) for line in output.splitlines() if ": " in line):
         if text == "absent":
             answers[host] = {"wrong": [f"has no {os.getcwd()}, or no {sys.executable}: both must stand there as they do here"]}
         elif text.startswith("{"):

@@ -37,21 +37,21 @@ class Cluster:
     def do(self, what, *more):
         subprocess.run(["bash", "tests/cluster.sh", what, str(self.folder), *more], cwd=ROOT, check=True, timeout=PATIENCE_S)
 
-    def start(self, node, *command, said=None, **more):
+    def start(self, node, *command, output=None, **more):
         """The process of a command on a node."""
         words = ["nsenter", "-t", (self.folder / f"{node}.pid").read_text().strip(), "-n", "-u", "-p", "-i", "-m"]
         env = clean_environment(PATH=self.path, SLURM_CONF=str(self.folder / "slurm.conf")) | more
         with contextlib.ExitStack() as opened:
-            file = opened.enter_context(said.open("w")) if said else subprocess.DEVNULL
+            file = opened.enter_context(output.open("w")) if output else subprocess.DEVNULL
             words += [f"--wd={ROOT}", "--", *map(str, command)]
             return subprocess.Popen(words, env=env, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
 
     def on(self, node, *command, timeout=PATIENCE_S, **more):
         """Its exit code and what it said."""
-        said = self.folder / "said.txt"
-        process = self.start(node, *command, said=said, **more)
+        output = self.folder / "said.txt"
+        process = self.start(node, *command, output=output, **more)
         try:
-            return process.wait(timeout), said.read_text()
+            return process.wait(timeout), output.read_text()
         finally:
             process.kill()
 
@@ -115,8 +115,8 @@ def shared(tiny_model, tmp_path_factory):
     (folder / "ds.json").write_text(json.dumps(DS))
     settings = dict(model_name=tiny_model, data=data, deepspeed=folder / "ds.json", batch_size=4, device="cpu")
     settings |= dict(learning_rate=0.01, training_steps=STEPS, save_steps=1000)
-    ((code, said),) = run_ranks(["train.py", *flags(settings, output_dir=folder / "alone")], 1)
-    assert code == 0, said
+    ((code, output),) = run_ranks(["train.py", *flags(settings, output_dir=folder / "alone")], 1)
+    assert code == 0, output
     alone, start = (load_file(f"{path}/model.safetensors") for path in (folder / "alone" / "final", tiny_model))
     return SimpleNamespace(settings=settings, groups=groups, alone=alone, start=start)
 

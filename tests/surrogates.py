@@ -157,8 +157,8 @@ def losses_of_records(groups, hidden_NH, lm_head_VH, case, coefficients, run_tem
         at = [t for t in range(1, len(tokens)) if group["masks"][i][t] != -100]
         if not at:
             continue
-        said, generation = group["overrides"][i], group["generation_params"] or {}
-        temperature = said.get("temperature", generation.get("temperature", run_temperature))
+        output, generation = group["overrides"][i], group["generation_params"] or {}
+        temperature = output.get("temperature", generation.get("temperature", run_temperature))
         hidden_TH, start = hidden_NH[start : start + len(at)], start + len(at)
         log_p_TV = (hidden_TH @ lm_head_VH.T / temperature).log_softmax(-1)
         logp_T = log_p_TV.gather(1, torch.tensor(tokens)[at, None]).squeeze(1)
@@ -167,8 +167,8 @@ def losses_of_records(groups, hidden_NH, lm_head_VH, case, coefficients, run_tem
         advantages = group["advantages"][i]
         A_T = torch.tensor(advantages * len(at) if len(advantages) == 1 else [advantages[t] for t in at], dtype=torch.float64)
         maximised_T = case.maximised(logp_T, mu_T, A_T)
-        if said.get("sft") or said.get("set_advantage_to_zero"):
-            maximised_T = (0 if said.get("set_advantage_to_zero") else 1) * logp_T
+        if output.get("sft") or output.get("set_advantage_to_zero"):
+            maximised_T = (0 if output.get("set_advantage_to_zero") else 1) * logp_T
         ids, logqs = (_entries(group, name, i, at, []) for name in ("distill_token_ids", "distill_logprobs"))
         teacher_T = [list(zip(*row, strict=True)) for row in zip(ids, logqs, strict=True)]
         kl_T = forward_kl(log_p_TV, teacher_T, coefficients.renormalize)

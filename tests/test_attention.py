@@ -63,9 +63,9 @@ def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path)
 
 def test_the_keys_of_a_shared_piece_come_before_those_of_each_that_goes_on_from_it():
     """As variable-length attention on a GPU takes them."""
-    said = varlen_kwargs(Layout((2, 3, 1, 2), (-1, 0, -1, 0)), CPU)
-    assert said["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 2, 3]] and "cu_seq_lens_q" not in said
-    varlen = said["wsft_varlen"]
+    output = varlen_kwargs(Layout((2, 3, 1, 2), (-1, 0, -1, 0)), CPU)
+    assert output["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 2, 3]] and "cu_seq_lens_q" not in output
+    varlen = output["wsft_varlen"]
     assert varlen.cu_seqlens_q.tolist() == [0, 2, 5, 6, 8] and varlen.cu_seqlens_k.tolist() == [0, 2, 7, 8, 12]
     assert varlen.key_indices.tolist() == [0, 1, 0, 1, 2, 3, 4, 5, 0, 1, 6, 7] and (
         varlen.max_seqlen_q,
@@ -90,9 +90,9 @@ def test_a_packed_row_is_run_without_a_look_at_values(family, tmp_path):
     attention.register()
     folder = make_model(tmp_path / "model", family=family, **FAMILIES[family])
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED)
-    said = varlen_kwargs(Layout.of(LENGTHS), CPU)
+    output = varlen_kwargs(Layout.of(LENGTHS), CPU)
     with Looks() as looks:
-        model(torch.zeros(1, sum(LENGTHS), dtype=torch.int64), use_cache=False, **said)
+        model(torch.zeros(1, sum(LENGTHS), dtype=torch.int64), use_cache=False, **output)
     assert looks.count == 0
 
 
@@ -110,9 +110,9 @@ def test_it_costs_the_sum_of_the_squares(monkeypatch):
 @pytest.mark.parametrize("packed", [True, False])
 def test_on_a_cpu_half_precision_is_attended_to_in_float32(packed):
     q, kv = torch.randn(1, 4, sum(LENGTHS), 8).bfloat16(), torch.randn(1, 2, sum(LENGTHS), 8).bfloat16()
-    said = varlen_kwargs(Layout.of(LENGTHS), CPU) if packed else {}
-    found = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **said)[0]
-    exact = attention.packed_attention(torch.nn.Module(), q.float(), kv.float(), kv.float(), None, **said)[0]
+    output = varlen_kwargs(Layout.of(LENGTHS), CPU) if packed else {}
+    found = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **output)[0]
+    exact = attention.packed_attention(torch.nn.Module(), q.float(), kv.float(), kv.float(), None, **output)[0]
     assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
 
 
@@ -123,5 +123,5 @@ def test_attention_of_a_kind_it_does_not_know_is_not_a_number(strange):
 
 
 def test_positions_begin_anew_with_each_sequence():
-    said = varlen_kwargs(Layout.of([3, 1, 2]), CPU)
-    assert said["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]] and said["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]
+    output = varlen_kwargs(Layout.of([3, 1, 2]), CPU)
+    assert output["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]] and output["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]

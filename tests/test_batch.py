@@ -66,8 +66,8 @@ def test_terms_of_some_rollouts_are_theirs_in_their_order():
             assert getattr(terms, name).tolist() == pytest.approx(values, nan_ok=True), name
         assert terms.sequence_N.tolist() == [1, 1, 0, 0]  # the same number for a sequence's tokens, whatever it is
         assert terms.teacher_ids_NK.tolist() == [[8, 0, 0], [1, 2, 3], [5, 4, 0], [0, 0, 0]]
-        said = [1, 1 / 3, 1, 0] if renormalize else [np.exp(-1), np.exp(-2), 1, 0]
-        probs = [[said[0], 0, 0], [said[1]] * 3, [said[2], 0, 0], [said[3]] * 3]
+        output = [1, 1 / 3, 1, 0] if renormalize else [np.exp(-1), np.exp(-2), 1, 0]
+        probs = [[output[0], 0, 0], [output[1]] * 3, [output[2], 0, 0], [output[3]] * 3]
         assert np.allclose(terms.teacher_probs_NK.numpy(), probs)
 
 

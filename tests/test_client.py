@@ -344,8 +344,8 @@ def test_what_a_proxy_answers_is_named_and_loses_nothing(status, name, caplog, m
         )
         assert client.poll() is None
     assert client.possibly_lost == 0 and client.state == "server unreachable"
-    said = {b"S": "a proxy (squid/6.6)", b"V": "a proxy (1.1 gateway)", b"": "a proxy (without a name)"}[name[:1]]
-    assert warnings(caplog, f"{said} answers {status[:3].decode()}, not the server; nothing is lost") == 1
+    output = {b"S": "a proxy (squid/6.6)", b"V": "a proxy (1.1 gateway)", b"": "a proxy (without a name)"}[name[:1]]
+    assert warnings(caplog, f"{output} answers {status[:3].decode()}, not the server; nothing is lost") == 1
 
 
 def test_a_proxy_that_waited_for_the_server_may_have_lost_a_batch(monkeypatch):

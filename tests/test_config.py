@@ -11,7 +11,7 @@ from wsft.distributed.deepspeed_config import resolve
 from wsft.errors import UserError
 
 
-def said(argv, capsys):
+def output(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
         WeightedSFTConfig.from_args(argv)
     assert exit_.value.code == 2
@@ -37,10 +37,10 @@ def test_flags_win_over_yaml_and_the_resolved_yaml_reads_back(tmp_path):
 
 
 def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, capsys):
-    assert "--learnin_rate, did you mean --learning_rate?" in said(["--model_name=m", "--learnin_rate", "1"], capsys)
+    assert "--learnin_rate, did you mean --learning_rate?" in output(["--model_name=m", "--learnin_rate", "1"], capsys)
     path = tmp_path / "run.yaml"
     path.write_text("model_name: m\nbatchsize: 4\n")
-    assert "batchsize, did you mean batch_size?" in said(["--config", str(path)], capsys)
+    assert "batchsize, did you mean batch_size?" in output(["--config", str(path)], capsys)
     with pytest.raises(ValidationError, match="did you mean micro_batch_tokens"):
         WeightedSFTConfig(model_name="m", microbatch_tokens=4)
 
@@ -68,13 +68,13 @@ def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, cap
     ],
 )
 def test_wrong_settings_are_said_in_a_sentence(flags, sentence, capsys):
-    assert sentence in said(flags, capsys)
+    assert sentence in output(flags, capsys)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "on: 1\n", "model_name: m\nbatch_size: true\n"])
 def test_a_config_that_is_no_mapping_is_said(text, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text)
-    message = said(["--config", str(tmp_path / "run.yaml")], capsys)
+    message = output(["--config", str(tmp_path / "run.yaml")], capsys)
     assert "run.yaml" in message or "batch_size is True: expected a number" in message
 
 
@@ -93,10 +93,10 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path):
 def test_a_name_that_stands_twice_is_refused_with_its_line(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("model_name: m\nseed: 1\nobjective_args: {a: 1}\nseed: 2\n")
-    assert "run.yaml: seed stands there twice, the second time on line 4" in said(["--config", str(path)], capsys)
+    assert "run.yaml: seed stands there twice, the second time on line 4" in output(["--config", str(path)], capsys)
     path.write_text("model_name: m\nobjective_args:\n  a: 1\n  b: 2\n  a: 3\n")
-    assert "a stands there twice, the second time on line 5" in said(["--config", str(path)], capsys)
-    assert "a stands there twice" in said(["--model_name=m", "--objective_args={a: 1, a: 2}"], capsys)
+    assert "a stands there twice, the second time on line 5" in output(["--config", str(path)], capsys)
+    assert "a stands there twice" in output(["--model_name=m", "--objective_args={a: 1, a: 2}"], capsys)
     ds = tmp_path / "ds.json"
     ds.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": [1, {"x": ":"}],\n"type": 1}},\n "bf16": {}, "bf16": {}}')
     with pytest.raises(UserError, match=r"ds\.json: bf16 stands there twice, the second time on line 3"):
@@ -107,13 +107,13 @@ def test_a_name_that_stands_twice_is_refused_with_its_line(tmp_path, capsys):
 
 def test_only_rank_0_says_it(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
-    assert said(["--nonsense"], capsys) == ""
+    assert output(["--nonsense"], capsys) == ""
 
 
 def test_a_user_without_a_home_is_told_to_have_one(monkeypatch, capsys):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # of a container's /etc/passwd
-    assert "there is no HOME, and user" in said(["--model_name=m"], capsys)
+    assert "there is no HOME, and user" in output(["--model_name=m"], capsys)
 
 
 def test_help_explains_every_setting(capsys):

@@ -206,12 +206,12 @@ def test_the_temperature_is_that_of_the_nearest_who_says_it(places, wanted):
 
 
 @pytest.mark.parametrize(
-    "said, wanted",
+    "output, wanted",
     [(0, 0), (12, 12), ("12", 12), (2**53 - 1, 2**53 - 1)]
     + [(value, np.nan) for value in (None, "default", "", -1, 1.5, True, 2**53, 2**80, [], "1" * 16)],
 )
-def test_a_weight_version_is_a_step_or_not_known(said, wanted):
-    (rollout,), rejected = decode(one(generation_params={"weight_version": said}))
+def test_a_weight_version_is_a_step_or_not_known(output, wanted):
+    (rollout,), rejected = decode(one(generation_params={"weight_version": output}))
     assert rollout.weight_version == pytest.approx(wanted, nan_ok=True, rel=0) and not rejected
 
 

@@ -227,8 +227,8 @@ def test_an_environment_waits_for_server_and_trainer_and_then_keeps_a_few_batche
                 for _ in range(QUEUED_BATCHES):
                     assert sum(len(group["tokens"]) for group in fetch(url)) == batch_size
             process.send_signal(signal.SIGTERM)
-            said = process.communicate(timeout=300)[1]
-            assert (process.returncode, said) == (0, "")
+            printed = process.communicate(timeout=300)[1]
+            assert (process.returncode, printed) == (0, "")
 
 
 def test_an_environment_outlives_a_restart_of_the_server_and_registers_again(smollm2, tokenizer):
@@ -362,7 +362,7 @@ def test_without_a_chat_template_prompt_and_completion_stand_on_two_lines(tiny_m
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "printed"),
     [
         (["--pattern", "mixed", "--tokenizer", "absent_folder"], "no tokenizer in 'absent_folder'"),
         (["--pattern", "custom", "--tokenizer", "x"], "give --texts FILE"),
@@ -370,10 +370,10 @@ def test_without_a_chat_template_prompt_and_completion_stand_on_two_lines(tiny_m
         (["--pattern", "mixed", "--tokenizer", "x", "--output", "x.jsonl"], "give --groups N"),
     ],
 )
-def test_a_wrong_flag_ends_with_a_sentence(flags, said):
+def test_a_wrong_flag_ends_with_a_sentence(flags, printed):
     with environment(*flags) as process:
         output = process.communicate(timeout=300)[1]
-    assert process.returncode != 0 and said in output and "Traceback" not in output
+    assert process.returncode != 0 and printed in output and "Traceback" not in output
 
 
 def test_a_url_that_is_no_server_is_an_error(server):

@@ -90,8 +90,8 @@ def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, toleranc
         torch.randn(1, heads, sum(lengths), 64, device="cuda", generator=generator, dtype=dtype).requires_grad_()
         for heads in (8, 2, 2)
     )
-    said = varlen_kwargs(Layout(tuple(lengths), tuple(after)), query.device)
-    packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **said)
+    printed = varlen_kwargs(Layout(tuple(lengths), tuple(after)), query.device)
+    packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **printed)
     parts, alone = [x.split(lengths, dim=2) for x in (query, key, value)], []
     for i, before in enumerate(after):
         whole = [x[i] if before < 0 else torch.cat([x[before], x[i]], dim=2) for x in parts]

@@ -29,8 +29,8 @@ def clean(smollm2, tmp_path_factory):
     """Six groups of four answers in SmolLM2's chat template, with logps of a sampler, as text of JSON."""
     path = tmp_path_factory.mktemp("clean") / "groups.jsonl"
     command = ["-m", "wsft.environment", "--tokenizer", smollm2, "--pattern", "mixed", "--output", path]
-    code, said = run_script(*command, "--groups", "6", "--group_size", "4")
-    assert code == 0, said
+    code, output = run_script(*command, "--groups", "6", "--group_size", "4")
+    assert code == 0, output
     groups = [json.loads(line) for line in path.open()]
     for group in groups:
         group["inference_logprobs"] = [[PLACEHOLDER if m == -100 else -0.5 for m in row] for row in group["masks"]]
@@ -117,7 +117,7 @@ def all_masked(group):
 
 
 @pytest.mark.parametrize(
-    "plant, said",
+    "plant, output",
     [
         (mask_one_early, "the mask begins one token before the sampler's logps in 1 sequence"),
         (mask_one_late, "the mask begins one token after the sampler's logps in 1 sequence"),
@@ -131,13 +131,13 @@ def all_masked(group):
         (all_masked, "no token is trained in 1 sequence"),
     ],
 )
-def test_a_planted_fault_is_named_with_its_place(plant, said, clean, smollm2, tmp_path):
+def test_a_planted_fault_is_named_with_its_place(plant, output, clean, smollm2, tmp_path):
     groups = json.loads(clean)
     position = plant(groups[2])
     found = findings(groups, tmp_path, smollm2)
-    assert [places for text, places in found if said in text] == [[(9, position)]], found
-    also = "tokens of the chat template" if plant is mask_one_early else said  # that token is the template's, too
-    assert all(said in text or also in text for text, _ in found), found
+    assert [places for text, places in found if output in text] == [[(9, position)]], found
+    also = "tokens of the chat template" if plant is mask_one_early else output  # that token is the template's, too
+    assert all(output in text or also in text for text, _ in found), found
 
 
 def test_a_group_whose_prompt_is_trained_is_named(clean, smollm2, tmp_path):
@@ -278,9 +278,9 @@ def test_recorded_groups_posted_by_hand(smollm2, tmp_path):
 
 
 def run_inspect(*words, code=0):
-    found, said = run_script("-m", "wsft.inspect", *words)
-    assert found == code and "Traceback" not in said, said
-    return said
+    found, output = run_script("-m", "wsft.inspect", *words)
+    assert found == code and "Traceback" not in output, output
+    return output
 
 
 def test_a_run_is_looked_at_by_its_journal_and_its_own_settings(tiny_model, rng, tmp_path):
@@ -292,13 +292,13 @@ def test_a_run_is_looked_at_by_its_journal_and_its_own_settings(tiny_model, rng,
     held = Journal(tmp_path / "run" / "journal" / "0_of_1", read_only=True).numbers
     assert held
     for number in held:
-        said = run_inspect(tmp_path / "run", "--batch", number, "--show", 0)
-        assert f"batch {number}" in said and "all 4 sequences" in said
+        output = run_inspect(tmp_path / "run", "--batch", number, "--show", 0)
+        assert f"batch {number}" in output and "all 4 sequences" in output
     config = WeightedSFTConfig.from_args([f"--config={tmp_path}/run/config.yaml"])
     newest = inspect(str(tmp_path / "run"), None, config, None).view
     assert newest.batch.tokens.tolist() == list(chain(*groups[held[-1]]["tokens"]))
-    said = run_inspect(tmp_path / "run", "--batch", 99, code=1)
-    assert f"holds batches {held[0]} to {held[-1]}, not 99" in said
+    output = run_inspect(tmp_path / "run", "--batch", 99, code=1)
+    assert f"holds batches {held[0]} to {held[-1]}, not 99" in output
     shutil.rmtree(tmp_path / "run" / "journal")
     assert "holds none: it goes back to the oldest checkpoint" in run_inspect(tmp_path / "run", code=1)
 
@@ -326,13 +326,13 @@ def test_looking_at_a_server_takes_nothing_from_the_run(tiny_model, rng, tmp_pat
 
 def test_a_server_without_an_example_says_so(tiny_model):
     with atropos_server() as server:
-        said = run_inspect(server.url, "--tokenizer", tiny_model, code=1)
-        assert "has no example yet: no environment has posted since it started" in said
+        output = run_inspect(server.url, "--tokenizer", tiny_model, code=1)
+        assert "has no example yet: no environment has posted since it started" in output
     assert "gives no example" in run_inspect(server.url, "--tokenizer", tiny_model, code=1)
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "words, output",
     [
         (["nothing.jsonl", "--tokenizer", "MODEL"], "data 'nothing.jsonl' is not a file: expected JSONL, one Atropos group"),
         (["tests", "--tokenizer", "MODEL"], "tests is a folder without config.yaml: expected the output_dir of a run"),
@@ -341,9 +341,9 @@ def test_a_server_without_an_example_says_so(tiny_model):
         (["x.jsonl", "--tokenizer", "MODEL", "--objectiv", "sft"], "unknown setting --objectiv, did you mean --objective?"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said_in_a_sentence(words, said, tiny_model):
+def test_what_cannot_be_looked_at_is_said_in_a_sentence(words, output, tiny_model):
     code, found = run_script("-m", "wsft.inspect", *(tiny_model if w == "MODEL" else w for w in words))
-    assert code in (1, 2) and said in found and "Traceback" not in found
+    assert code in (1, 2) and output in found and "Traceback" not in found
 
 
 def test_a_file_is_looked_at_batch_by_batch_as_it_is_trained(tiny_model, rng, tmp_path):
@@ -358,10 +358,10 @@ def test_the_dry_run_says_what_looks_wrong_in_the_first_batch(clean, smollm2, ti
     position = no_end(groups[2])
     data = write_groups(tmp_path / "groups.jsonl", groups)
     model = make_model(tmp_path / "model", vocab_size=49_152)
-    code, said = run_script("train.py", *flags(dict(model_name=model, tokenizer_name=smollm2, data=data, dry_run=True)))
+    code, output = run_script("train.py", *flags(dict(model_name=model, tokenizer_name=smollm2, data=data, dry_run=True)))
     place = f"line 3, sequence 1, position {position}"
-    assert f"looks wrong: 1 sequence(s) end without an end-of-sequence token, though nothing cut them off ({place})" in said
-    assert code == 0, said
+    assert f"looks wrong: 1 sequence(s) end without an end-of-sequence token, though nothing cut them off ({place})" in output
+    assert code == 0, output
 
 
 # -- text --------------------------------------------------------------------------------------------------------------------

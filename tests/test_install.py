@@ -57,21 +57,21 @@ def test_the_wheel_works_in_an_environment_of_its_own(tmp_path):
     source = tmp_path / "source"  # to build in a checkout leaves files there
     source.mkdir()
     subprocess.run(f"git archive HEAD | tar x -C {source}", shell=True, cwd=ROOT, check=True)
-    code, said = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, source, cwd=tmp_path)
-    assert code == 0, said
+    code, output = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, source, cwd=tmp_path)
+    assert code == 0, output
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (wheel,) = tmp_path.glob("wsft-*.whl")
     packages = next((tmp_path / "venv").glob("lib/*/site-packages"))
-    code, said = run(sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", packages, wheel, cwd=tmp_path)
-    assert code == 0, said
+    code, output = run(sys.executable, "-m", "pip", "install", "--no-deps", "-q", "--target", packages, wheel, cwd=tmp_path)
+    assert code == 0, output
     (packages / "others.pth").write_text(sysconfig.get_path("purelib"))
-    code, said = run(python, "-c", OUTSIDE, cwd=tmp_path)
-    assert code == 0, said
+    code, output = run(python, "-c", OUTSIDE, cwd=tmp_path)
+    assert code == 0, output
     for command in ("export", "inspect", "report", "environment"):
-        code, said = run(python, "-m", f"wsft.{command}", "--help", cwd=tmp_path)
-        assert code == 0 and f"usage: python -m wsft.{command}" in said, said
+        code, output = run(python, "-m", f"wsft.{command}", "--help", cwd=tmp_path)
+        assert code == 0 and f"usage: python -m wsft.{command}" in output, output
     for command, package in (("inspect", "rich"), ("report", "bokeh")):
         hidden = f"import sys, runpy; sys.modules[{package!r}] = None; runpy.run_module('wsft.{command}', run_name='__main__')"
-        code, said = run(python, "-c", hidden, cwd=tmp_path)
-        assert code == 1 and "pip install 'wsft[look]'" in said and "Traceback" not in said, said
+        code, output = run(python, "-c", hidden, cwd=tmp_path)
+        assert code == 1 and "pip install 'wsft[look]'" in output and "Traceback" not in output, output

@@ -146,9 +146,9 @@ def assert_only_the_last_is_lost(folder, caplog, lost):
     caplog.clear()
     opened = Journal(folder)
     assert bodies_of(opened) == left and opened.torn == (1 if lost else 0)
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(said) == opened.torn
-    assert all(f"cut {lost} bytes off the end of {folder}/{LAST}: " in words and "is lost" in words for words in said)
+    output = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(output) == opened.torn
+    assert all(f"cut {lost} bytes off the end of {folder}/{LAST}: " in words and "is lost" in words for words in output)
     opened.append(9, BODIES[9])
     again = Journal(folder)
     assert bodies_of(again) == BODIES and again.torn == 0

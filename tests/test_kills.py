@@ -45,16 +45,16 @@ def settings(tiny_model, tmp_path):
 
 
 def test_kills_at_exact_places_change_nothing(settings, groups, tmp_path):
-    folder, said = tmp_path / "run", {}
+    folder, output = tmp_path / "run", {}
     with fed(folder, groups) as (server, feeder):
         settings |= {"atropos_url": server.url, "output_dir": folder}
         for place in PLACES:
             at = "2@0" if place in ("fetch", "append", "fsync", "appended", "step") else "1"
-            said[place] = train(settings, script=f"tests/kill_at.py {place} {at}", codes=(1, -signal.SIGKILL))
+            output[place] = train(settings, script=f"tests/kill_at.py {place} {at}", codes=(1, -signal.SIGKILL))
             assert state_of(folder)["state"] != "finished"
             feeder.run_is_dead()
         train(settings)
-    assert "is lost" in said["fsync"] and "bytes off the end of" in said["fsync"]
+    assert "is lost" in output["fsync"] and "bytes off the end of" in output["fsync"]
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
 
 

@@ -28,14 +28,14 @@ OF_OTHERS = {"HOST": "x86_64-conda-linux-gnu", "WORLD_SIZE": "16", "FIRST_RANK":
 class Started:
     """A launcher at work, its ranks in their order, and everything it started."""
 
-    def __init__(self, settings, said):
-        self.said = said
-        with said.open("w") as file:
+    def __init__(self, settings, output):
+        self.output = output
+        with output.open("w") as file:
             command, env = ["bash", "launch/single_node.sh", *flags(settings)], clean_environment(NUM_GPUS="2", **OF_OTHERS)
             self.launcher = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True)
         try:
             wait_until(lambda: len(steps_of(settings["output_dir"])) >= 2 or self.launcher.poll() is not None)
-            assert self.launcher.poll() is None, said.read_text()
+            assert self.launcher.poll() is None, output.read_text()
             self.family = psutil.Process(self.launcher.pid).children(recursive=True)
             self.ranks = sorted(filter(is_rank, self.family), key=lambda rank: rank.environ()["RANK"])
             self.port = self.ranks[0].environ()["MASTER_PORT"]
@@ -48,7 +48,7 @@ class Started:
         try:
             code = self.launcher.wait(timeout)
             _, alive = psutil.wait_procs(self.family, timeout=PATIENCE_S)
-            assert not alive, f"still there: {alive}\n{self.said.read_text()}"
+            assert not alive, f"still there: {alive}\n{self.output.read_text()}"
             return code
         finally:
             for process in self.family:
@@ -79,26 +79,26 @@ def test_a_signal_to_any_process_ends_with_a_checkpoint(name, to, started, tmp_p
         os.killpg(started.launcher.pid, number)
     else:
         started.ranks[to].send_signal(number)
-    assert started.end() == (0 if to in (0, 1) else 128 + number), started.said.read_text()
+    assert started.end() == (0 if to in (0, 1) else 128 + number), started.output.read_text()
     state = state_of(tmp_path / "run")
     assert state["state"] == "preempted" and (tmp_path / "run" / "checkpoints" / f"step_{state['step']}").exists()
-    assert state["step"] == len(steps_of(tmp_path / "run")) and "Traceback" not in started.said.read_text()
+    assert state["step"] == len(steps_of(tmp_path / "run")) and "Traceback" not in started.output.read_text()
 
 
 def test_a_rank_that_is_killed_ends_all_and_is_named(started, tmp_path):
     started.ranks[1].kill()
     start = time.monotonic()
     assert started.end() == 137 and time.monotonic() - start < 100  # sooner than step_timeout, 120
-    assert "error: rank 1 failed first: killed (137)" in started.said.read_text()
+    assert "error: rank 1 failed first: killed (137)" in started.output.read_text()
     assert state_of(tmp_path / "run")["state"] == "failed"
 
 
 def test_a_second_signal_ends_at_once(started):
     started.ranks[1].send_signal(signal.SIGSTOP)  # it would never be through
     started.launcher.terminate()
-    wait_until(lambda: "a second signal" in started.said.read_text())
+    wait_until(lambda: "a second signal" in started.output.read_text())
     started.launcher.terminate()
-    assert started.end(60) == 137 and "again: ending at once" in started.said.read_text()
+    assert started.end(60) == 137 and "again: ending at once" in started.output.read_text()
 
 
 def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_orphan(started, tmp_path):
@@ -110,9 +110,9 @@ def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_orphan(started, tm
 
 
 def test_a_signal_while_modules_load_is_not_lost(settings, tmp_path):
-    with (tmp_path / "said.txt").open("w") as said:
+    with (tmp_path / "said.txt").open("w") as output:
         command = ["bash", "launch/single_node.sh", *flags(settings)]
-        launcher = subprocess.Popen(command, cwd=ROOT, env=clean_environment(NUM_GPUS="2"), stdout=said, stderr=said)
+        launcher = subprocess.Popen(command, cwd=ROOT, env=clean_environment(NUM_GPUS="2"), stdout=output, stderr=output)
         wait_until(lambda: len(list(filter(is_rank, psutil.Process(launcher.pid).children()))) == 2)
         launcher.terminate()
         assert launcher.wait(PATIENCE_S) == 143, (tmp_path / "said.txt").read_text()
@@ -121,14 +121,14 @@ def test_a_signal_while_modules_load_is_not_lost(settings, tmp_path):
 
 def test_what_is_wrong_with_the_settings_is_said_once_and_nothing_starts(settings, tmp_path):
     command = ["bash", "launch/single_node.sh", *flags(settings, learning_rate=-1)]
-    ((code, said),) = run_together([command], [clean_environment(NUM_GPUS="2")])
-    assert code == 2 and said.count("learning_rate") == 1 and not (tmp_path / "run").exists()
+    ((code, output),) = run_together([command], [clean_environment(NUM_GPUS="2")])
+    assert code == 2 and output.count("learning_rate") == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow  # the second waits for the first to end
 def test_a_second_run_in_one_folder_is_refused_with_host_and_process(started, settings):
-    ((code, said),) = run_together([["python", "train.py", *flags(settings)]], [clean_environment()])
-    assert code == 1 and f"(process {started.ranks[0].pid} on {os.uname().nodename}): stop it" in said
+    ((code, output),) = run_together([["python", "train.py", *flags(settings)]], [clean_environment()])
+    assert code == 1 and f"(process {started.ranks[0].pid} on {os.uname().nodename}): stop it" in output
     started.launcher.terminate()
     started.end()
 

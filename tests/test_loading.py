@@ -36,7 +36,7 @@ def test_a_rank_loads_its_share_and_a_parameter_at_a_time(sharded, monkeypatch):
     folder, whole, largest = sharded
     for code, output in run_ranks(["tests/loading.py", folder, ROOT / "ds_configs" / "zero3_cpu.json"], 2, imports_done=False):
         assert code == 0, output
-        said = json.loads(output.strip().splitlines()[-1])
+        printed = json.loads(output.strip().splitlines()[-1])
         # a gathered parameter, what was read of it, the message that it is broadcast in; and 32 MiB of modules and names
-        assert whole / 2 <= said["peak"] < whole / 2 + 3 * largest + 2**25, said
-        assert said["after"] < whole / 2 + 2**25, said
+        assert whole / 2 <= printed["peak"] < whole / 2 + 3 * largest + 2**25, printed
+        assert printed["after"] < whole / 2 + 2**25, printed

@@ -186,10 +186,10 @@ def test_code_that_keeps_gradients_from_parameters_is_found(looks, tmp_path, rng
         words, names = capfd.readouterr().err, [f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
         assert words.count(f"4 parameters ({', '.join(names)}, ...) had no gradient on any rank") == 1
         return
-    said = r"Kept keeps gradients from 4 parameters \(model.layers.1.mlp.down_proj.weight, .*\) in evaluation mode"
-    with pytest.raises(UserError, match=said):
+    output = r"Kept keeps gradients from 4 parameters \(model.layers.1.mlp.down_proj.weight, .*\) in evaluation mode"
+    with pytest.raises(UserError, match=output):
         train(folder, tmp_path, [make_group(rng, [10])], trust_remote_code=True)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=output):
         dry_run(WeightedSFTConfig(model_name=folder, trust_remote_code=True, device="cpu", output_dir=str(tmp_path / "run")))
 
 
@@ -244,7 +244,7 @@ def narrower(tensors):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, output",
     [
         (without_a_layer, r"lacks 9 of the parameters of LlamaForCausalLM \(model.layers.1.input_layernorm.weight, .*\.\.\.\)"),
         (without_a_head, r"lacks 1 of the parameters of LlamaForCausalLM \(lm_head.weight\)"),
@@ -252,12 +252,12 @@ def narrower(tensors):
         (narrower, r"has 1 parameters of other shapes \(model\.norm\.weight: \[16\], expected \[32\]\)"),
     ],
 )
-def test_a_checkpoint_that_lacks_parameters_is_refused_by_run_and_dry_run(change, said, tmp_path, rng, capfd):
+def test_a_checkpoint_that_lacks_parameters_is_refused_by_run_and_dry_run(change, output, tmp_path, rng, capfd):
     folder = make_model(tmp_path / "model", tied=False)
     write_tensors(folder, change(tensors_of(folder)))
-    with pytest.raises(UserError, match=f"(?s){said}"):
+    with pytest.raises(UserError, match=f"(?s){output}"):
         train(folder, tmp_path, [make_group(rng, [10])])
-    with pytest.raises(UserError, match=f"(?s){said}"):
+    with pytest.raises(UserError, match=f"(?s){output}"):
         dry_run(WeightedSFTConfig(model_name=folder, device="cpu", output_dir=str(tmp_path / "run")))
 
 
@@ -276,10 +276,10 @@ def test_a_load_balancing_loss_that_is_not_added_is_said(tmp_path, rng, capfd):
 
 def test_sequences_beyond_a_table_of_positions_are_refused_by_run_and_dry_run(tmp_path, rng):
     folder = save_model(tmp_path / "model", AutoConfig.for_model("gpt2", **NOISY["gpt2"]))
-    said = "GPT2LMHeadModel has embeddings for 128 positions, and max_token_len is 129: set max_token_len to 128 at most"
-    with pytest.raises(UserError, match=said):
+    output = "GPT2LMHeadModel has embeddings for 128 positions, and max_token_len is 129: set max_token_len to 128 at most"
+    with pytest.raises(UserError, match=output):
         train(folder, tmp_path, [make_group(rng, [10])], max_token_len=129)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=output):
         dry_run(WeightedSFTConfig(model_name=folder, device="cpu", max_token_len=129, output_dir=str(tmp_path / "run")))
     (step,) = train(folder, tmp_path, [make_group(rng, [10, 128, 129])], max_token_len=128)
     assert step["data/rejected"] == 1 and step["tokens/total"] == 138

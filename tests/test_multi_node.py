@@ -28,13 +28,13 @@ def multi_node(hostfile, settings, **changes):
 @contextlib.contextmanager
 def at_work(cluster, command, folder, feeder):
     """The launcher, a few steps into its run, which cannot end."""
-    said = Path(f"{folder}.txt")
+    output = Path(f"{folder}.txt")
     feeder.release(STEPS - 1)
-    outer = cluster.start("node1", *command, said=said, HF_TOKEN="hf_secret", NCCL_DEBUG="WARN")
+    outer = cluster.start("node1", *command, output=output, HF_TOKEN="hf_secret", NCCL_DEBUG="WARN")
     try:
         wait_until(lambda: len(steps_of(folder)) >= 5 or outer.poll() is not None)
-        assert outer.poll() is None, said.read_text()
-        yield outer, said
+        assert outer.poll() is None, output.read_text()
+        yield outer, output
     finally:
         outer.kill()
         for process in cluster.runs():
@@ -45,14 +45,14 @@ def test_two_hosts_train_as_one_process_and_ctrl_c_leaves_a_checkpoint_that_is_g
     cluster, hostfile, fed_settings, feeder, shared, tmp_path
 ):
     command = multi_node(hostfile, fed_settings)
-    with at_work(cluster, command, tmp_path / "run", feeder) as (outer, said):
+    with at_work(cluster, command, tmp_path / "run", feeder) as (outer, output):
         assert [len(cluster.processes(node, "train.py")) for node in ("node1", "node2")] == [1, 1]
         for launcher in cluster.processes("node1", "launch/hosts.py"):
             launcher.send_signal(signal.SIGINT)
-        assert outer.wait(PATIENCE_S) == 130, said.read_text()
+        assert outer.wait(PATIENCE_S) == 130, output.read_text()
     state = state_of(tmp_path / "run")
     assert state["state"] == "preempted" and 5 <= state["step"] < STEPS and not cluster.runs()
-    words = said.read_text()
+    words = output.read_text()
     assert "starting 2 rank(s) on cpu" in words and f"step {state['step']}/{STEPS}" in words and "Traceback" not in words
     environment = (tmp_path / "run" / "logs" / ".deepspeed_env").read_text()
     assert "NCCL_DEBUG=WARN" in environment and "hf_secret" not in environment and "HF_TOKEN" in words
@@ -67,11 +67,11 @@ def test_two_hosts_train_as_one_process_and_ctrl_c_leaves_a_checkpoint_that_is_g
 
 def test_a_rank_killed_on_the_other_host_ends_all_and_is_named(cluster, hostfile, fed_settings, feeder, tmp_path):
     command = multi_node(hostfile, fed_settings)
-    with at_work(cluster, command, tmp_path / "run", feeder) as (outer, said):
+    with at_work(cluster, command, tmp_path / "run", feeder) as (outer, output):
         (rank,) = cluster.processes("node2", "train.py")
         rank.kill()
-        assert outer.wait(PATIENCE_S) == 137, said.read_text()  # a hang would end after step_timeout, 1,800 s
-        assert "rank 1 failed first, on node2: killed (137)" in said.read_text()
+        assert outer.wait(PATIENCE_S) == 137, output.read_text()  # a hang would end after step_timeout, 1,800 s
+        assert "rank 1 failed first, on node2: killed (137)" in output.read_text()
         wait_until(lambda: not cluster.runs())
     assert state_of(tmp_path / "run")["state"] == "failed"
 
@@ -98,10 +98,10 @@ def test_what_is_wrong_with_a_host_is_said_before_anything_starts(cluster, hostf
     command, venv = multi_node(hostfile, settings), Path(sys.executable).parent
 
     def refused(*words, **environment):
-        code, said = cluster.on("node1", *command, **environment)
-        assert code == 1 and "nothing was started" in said, said
+        code, output = cluster.on("node1", *command, **environment)
+        assert code == 1 and "nothing was started" in output, output
         for word in words:
-            assert re.search(word, said), said
+            assert re.search(word, output), output
         assert not (tmp_path / "run" / "state.json").exists()
 
     with mounted(cluster, "node2", "-t", "tmpfs", "tmpfs", venv):
@@ -143,5 +143,5 @@ def test_a_hostfile_that_will_not_do(text, words, tmp_path):
         (tmp_path / "hosts").write_text(text)
     path = {"PATH": "/nowhere"} if "pdsh" in words else {}
     command = [sys.executable, "launch/hosts.py", tmp_path / "run", tmp_path / "hosts", "--model_name=m", "--data=d"]
-    ((code, said),) = run_together([command], [clean_environment() | path])
-    assert code == 1 and re.search(words, said) and "Traceback" not in said
+    ((code, output),) = run_together([command], [clean_environment() | path])
+    assert code == 1 and re.search(words, output) and "Traceback" not in output

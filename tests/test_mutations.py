@@ -220,9 +220,9 @@ def advantages_come_from_scores(rng, group):
 @mutation
 def overrides_are_anything(rng, group):
     def one():
-        said = {name: rng.choice(FLAGS[: rng.choice([3, len(FLAGS)])]) for name in ("set_advantage_to_zero", "sft")}
-        said = {name: flag for name, flag in said.items() if rng.random() < 0.5}
-        return rng.choice([said, said, None, anything(rng)])
+        output = {name: rng.choice(FLAGS[: rng.choice([3, len(FLAGS)])]) for name in ("set_advantage_to_zero", "sft")}
+        output = {name: flag for name, flag in output.items() if rng.random() < 0.5}
+        return rng.choice([output, output, None, anything(rng)])
 
     group["overrides"] = [one() for _ in range(len(group["tokens"]) + rng.randint(-1, 1))]
     if rng.random() < 0.3:
@@ -233,8 +233,8 @@ def overrides_are_anything(rng, group):
 def temperature_and_version_are_said_in_several_places(rng, group):
     def one():
         temperature = rng.choice(TEMPERATURES[: rng.choice([4, len(TEMPERATURES)])])  # of the first four each is good
-        said = {"temperature": temperature, "weight_version": rng.choice(VERSIONS)}
-        return {name: value for name, value in said.items() if rng.random() < 0.6}
+        output = {"temperature": temperature, "weight_version": rng.choice(VERSIONS)}
+        return {name: value for name, value in output.items() if rng.random() < 0.6}
 
     for name in rng.sample(SAYING, rng.randint(1, 3)):
         own = [rng.choice([one(), one(), None, 5]) for _ in range(len(group["tokens"]) + rng.randint(-1, 1))]
@@ -442,7 +442,7 @@ def standardised(values, divided=True):
 def override_of(group, i):
     """NONE, ZERO, SFT; None where what is said is neither true nor false."""
     own, shared = entry(group, "overrides", i), group.get("group_overrides")
-    own, shared = (said if type(said) is dict else {} for said in (own, shared))
+    own, shared = (output if type(output) is dict else {} for output in (own, shared))
     names = ("set_advantage_to_zero", "sft")
     flags = [own.get(name) if own.get(name) is not None else shared.get(name) for name in names]
     for flag in flags:
@@ -474,7 +474,7 @@ def read_mask(mask, tokens):
     return [False, *trained[1:]]
 
 
-def said(group, i, name):
+def output(group, i, name):
     """By the first who says it, a null being no word."""
     places = [entry(group, "overrides", i), group.get("generation_params"), group.get("group_overrides")]
     return next((place[name] for place in places if type(place) is dict and place.get(name) is not None), None)
@@ -552,9 +552,9 @@ def prompt_of(record):
 def whole_size_of(record, records):
     """How many sequences a whole group of the record's environment has; inf where nothing tells."""
     shared = record.get("group_overrides")
-    said = shared.get("group_size") if type(shared) is dict else None
-    if type(said) is int and said >= 1:
-        return said
+    output = shared.get("group_size") if type(shared) is dict else None
+    if type(output) is int and output >= 1:
+        return output
     alike = [r for r in records if is_group(r) and environment_of(r) == environment_of(record)]
     largest = max(len(r["tokens"]) for r in alike)
     return math.inf if largest == 1 else largest
@@ -662,12 +662,12 @@ def add_what_is_mended(verdict, group, i, trained, rules):
         if set_aside:
             verdict.mended.add(NO_LOGPS[name])
     if rules["record_temperature"]:
-        verdict.temperature, set_aside = read_temperature(said(group, i, "temperature"))
+        verdict.temperature, set_aside = read_temperature(output(group, i, "temperature"))
         if set_aside:
             verdict.mended.add(NO_TEMPERATURE)
     score = entry(group, "scores", i)
     verdict.score = float(score) if is_score(score) else math.nan
-    verdict.env_id, verdict.weight_version = environment_of(group), read_version(said(group, i, "weight_version"))
+    verdict.env_id, verdict.weight_version = environment_of(group), read_version(output(group, i, "weight_version"))
 
 
 def judge_advantages(row, score_advantage, trained):

@@ -51,8 +51,8 @@ def test_a_server_killed_restarted_and_reset_costs_nothing_that_was_fetched(fetc
             feeder.release(STEPS)
 
         settings |= {"atropos_url": server.url, "fetch_mode": fetch_mode}
-        said = train(settings, during=trouble)
-        assert "registering again" in said
+        output = train(settings, during=trouble)
+        assert "registering again" in output
     wanted = untouched(settings | {"fetch_mode": "rank0"}, groups, tmp_path / "untouched")
     if parts == 1:
         assert_bitwise_equal(folder, wanted)
@@ -83,9 +83,9 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_last_checkpoint_whole(ran
     settings |= {"output_dir": folder}
     with fed(folder, groups) as (server, feeder):
         settings["atropos_url"] = server.url
-        said = train(settings, script=f"tests/kill_at.py full 3@{rank}", codes=(1,))
-        assert "checkpoint step_6 cannot be saved" in said and "No space left on device" in said
-        assert "step_3 there is whole" in said and "Traceback" not in said, said
+        output = train(settings, script=f"tests/kill_at.py full 3@{rank}", codes=(1,))
+        assert "checkpoint step_6 cannot be saved" in output and "No space left on device" in output
+        assert "step_3 there is whole" in output and "Traceback" not in output, output
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_3"]
         assert state_of(folder)["state"] == "failed" and "No space left" in state_of(folder)["reason"]
         (small_disk / "filler").unlink()
@@ -107,12 +107,14 @@ def test_a_disk_that_is_full_when_a_batch_comes_is_said_and_damages_nothing(sett
             leave_free(small_disk, 18 * 2**20)  # enough for any batch so far
             post_group(server.url, register_env(server.url, 4), huge)
 
-        said = train(settings, during=fill, codes=(1,))
-        assert "No space left on device" in said and "the batch just fetched is lost, those in the journal before it" in said
+        output = train(settings, during=fill, codes=(1,))
+        assert (
+            "No space left on device" in output and "the batch just fetched is lost, those in the journal before it" in output
+        )
         (small_disk / "filler").unlink()
         leave_free(small_disk, 4 * 2**20)
-        said = train(settings, codes=(1,))
-        assert "so it was not fetched: make room and start with --resume" in said and "Traceback" not in said
+        output = train(settings, codes=(1,))
+        assert "so it was not fetched: make room and start with --resume" in output and "Traceback" not in output
         (small_disk / "filler").unlink()
         feeder.pieces += groups[4:]
         feeder.release(STEPS)

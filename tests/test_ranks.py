@@ -60,8 +60,8 @@ def test_a_shell_of_an_allocation_is_one_rank_and_waits_for_nobody(shell, names_
 
 
 def test_what_a_launcher_says_stands(names_of):
-    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
-    assert names_of(STEP | said) == said
+    output = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
+    assert names_of(STEP | output) == output
 
 
 @pytest.mark.parametrize(

@@ -151,11 +151,11 @@ def test_every_combination_of_logps_and_overrides_comes_through_the_real_server(
         assert np.array_equal(batch.behavior_logp, np.concatenate(wanted).astype(np.float32), equal_nan=True)
         wanted = [row if ref and i == 0 else [NAN] * 6 for i in range(2)]
         assert np.array_equal(batch.ref_logp, np.concatenate(wanted).astype(np.float32), equal_nan=True)
-        params, said = record["generation_params"] or {}, [entry or {} for entry in record["overrides"] or [None] * 2]
-        temperatures = [own.get("temperature", params.get("temperature", NAN)) for own in said]
+        params, output = record["generation_params"] or {}, [entry or {} for entry in record["overrides"] or [None] * 2]
+        temperatures = [own.get("temperature", params.get("temperature", NAN)) for own in output]
         assert batch.temperatures.tolist() == pytest.approx(temperatures, nan_ok=True)
         assert batch.weight_versions.tolist() == pytest.approx([params.get("weight_version", NAN)] * 2, nan_ok=True)
-        assert batch.overrides.tolist() == [2 if own.get("sft") else 0 for own in said]
+        assert batch.overrides.tolist() == [2 if own.get("sft") else 0 for own in output]
         there = bool(record["distill_token_ids"])
         assert batch.teacher_ids.tolist() == [5, 6, 7, 8, 9] * 2 * there and batch.teacher_logp.tolist() == [-1.0] * 10 * there
         assert batch.teacher_sizes.tolist() == [0, 0, 2 * there, 0, 1 * there, 2 * there] * 2
@@ -163,12 +163,12 @@ def test_every_combination_of_logps_and_overrides_comes_through_the_real_server(
 
 def test_every_field_comes_through_the_real_server_as_it_was_posted():
     """Those of many groups of three environments, one of which did not register; absent ones as null."""
-    row, said = [0.0, 0.0, 0.5, 0.25, -1.5, 2.0], [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    row, output = [0.0, 0.0, 0.5, 0.25, -1.5, 2.0], [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     records = every_combination(
         advantages=[None, [], [row, row], [row]],
         group_overrides=[None, {}, {"temperature": 0.5, "group_size": 2}, {"sft": True, "weight_version": "7"}],
         generation_params=[None, {"temperature": 2.0}],
-        messages=[None, [], [said, said]],
+        messages=[None, [], [output, output]],
         images=[None, [], [None, []]],
     )
     environments = (0, None, 1)
@@ -340,9 +340,9 @@ def test_placeholders_and_empty_lists_are_no_inference_logprobs(settings, tmp_pa
     steps = train(settings, overwrite_output_dir=True)
     assert [step["data/no_behavior_logp"] for step in steps] == [2 * (6 + 4)] * 2
     assert all(step["data/no_ref_logp"] == step["data/no_teacher"] == 0 and step["ratio/mean"] is None for step in steps)
-    said = capfd.readouterr().err
-    assert said.count("no trained token of the batch has inference_logprobs: every ratio is 1") == 1
-    assert "has ref_logprobs" not in said and "has distill_token_ids" not in said
+    output = capfd.readouterr().err
+    assert output.count("no trained token of the batch has inference_logprobs: every ratio is 1") == 1
+    assert "has ref_logprobs" not in output and "has distill_token_ids" not in output
 
 
 @pytest.mark.parametrize(

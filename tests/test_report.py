@@ -249,7 +249,7 @@ def empty_folder(folder):
 
 
 @pytest.mark.parametrize(
-    "spoil, said",
+    "spoil, output",
     [
         (no_metrics, "has no step yet: metrics.jsonl is missing or empty. Look again after the run's first step"),
         (empty_metrics, "has no step yet"),
@@ -265,10 +265,10 @@ def empty_folder(folder):
         (empty_folder, "is not a run: it has neither metrics.jsonl nor config.yaml. Give the output_dir of a run"),
     ],
 )
-def test_what_cannot_be_shown_is_a_sentence(spoil, said, tmp_path, monkeypatch):
+def test_what_cannot_be_shown_is_a_sentence(spoil, output, tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", 3)
     spoil(folder)
-    with pytest.raises(SystemExit, match=f"(?s)^report: error: .*{said}"):
+    with pytest.raises(SystemExit, match=f"(?s)^report: error: .*{output}"):
         report(monkeypatch, folder)
     assert not list(tmp_path.rglob("*.html"))
 

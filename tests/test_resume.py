@@ -79,8 +79,8 @@ def test_a_run_killed_after_a_checkpoint_ends_bitwise_equal(num_ranks, stage, bf
     train(settings, num_ranks, output_dir=tmp_path / "untouched")
     train(settings, num_ranks, script=KILLED, codes=(-signal.SIGKILL,), output_dir=tmp_path / "run")
     assert state_of(tmp_path / "run")["state"] == "running"
-    said = train(settings, num_ranks, output_dir=tmp_path / "run", resume=True)
-    assert "resuming from" in said and "step_3" in said
+    output = train(settings, num_ranks, output_dir=tmp_path / "run", resume=True)
+    assert "resuming from" in output and "step_3" in output
     assert_same_run(tmp_path / "run", tmp_path / "untouched")
 
 
@@ -242,8 +242,10 @@ def test_a_file_system_without_locks_is_said_and_stops_nothing(killed, untouched
 
     monkeypatch.setattr(run_folder.fcntl, "flock", without_locks)
     train_here(killed, resume=True)
-    said = capfd.readouterr().err
-    assert f"{tmp_path / 'run'} has no locks (No locks available)" in said and "see to it that no other run is at work" in said
+    output = capfd.readouterr().err
+    assert (
+        f"{tmp_path / 'run'} has no locks (No locks available)" in output and "see to it that no other run is at work" in output
+    )
     assert_same_run(tmp_path / "run", untouched)
 
 
@@ -455,8 +457,8 @@ def test_what_stands_beside_the_weights_is_the_base_models_own_byte_for_byte(bf1
     ours, theirs = ({str(p.relative_to(f)): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (final, model))
     del ours["model.safetensors"], theirs["model.safetensors"], theirs["README.md"]
     if bf16:
-        said = json.loads(ours.pop("config.json"))
-        assert said == json.loads(theirs.pop("config.json")) | {"torch_dtype": "bfloat16"}
+        output = json.loads(ours.pop("config.json"))
+        assert output == json.loads(theirs.pop("config.json")) | {"torch_dtype": "bfloat16"}
     assert ours == theirs
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
@@ -478,8 +480,8 @@ def test_files_are_private_and_keys_are_written_nowhere(tiny_model, tmp_path, rn
     folder, groups = tmp_path / "run", make_groups(rng)[:3]
     settings = make_settings(tiny_model, tmp_path) | {"training_steps": 3, "wandb_project": "p", "output_dir": folder}
     with fed(folder, groups) as (server, _):
-        said = train(settings, 1, atropos_url=server.url.replace("://", "://me:hunter2@"))
-    assert "***@127.0.0.1" in said and "hunter2" not in said
+        output = train(settings, 1, atropos_url=server.url.replace("://", "://me:hunter2@"))
+    assert "***@127.0.0.1" in output and "hunter2" not in output
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert not [path for path in files if b"hunter2" in path.read_bytes()]
     ours = [path for path in files if "wandb" not in path.parts]

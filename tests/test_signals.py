@@ -54,8 +54,8 @@ def test_a_signal_to_one_rank_stops_all_and_resume_completes(settings, groups, t
                     processes[rank].send_signal(number)
                     time.sleep(0.001)
 
-            said = train(settings, during=send)
-            assert f"({number.name} received)" in said and "Traceback" not in said
+            printed = train(settings, during=send)
+            assert f"({number.name} received)" in printed and "Traceback" not in printed
             assert state_of(folder)["state"] == "preempted" and number.name in state_of(folder)["reason"]
             assert state_of(folder)["step"] == len(steps_of(folder)) < STEPS
             assert (folder / "checkpoints" / f"step_{len(steps_of(folder))}").exists()
@@ -125,8 +125,8 @@ def test_a_request_that_is_never_answered_keeps_nobody_and_a_second_interrupt_en
         processes[0].send_signal(signal.SIGINT)
         processes[0].wait(PATIENCE_S)
 
-    said = train(settings, num_ranks=1, codes=(130,), during=interrupt, atropos_url=url)
-    assert spent[0] < 30 and "Ctrl-C again ends at once" in said and "interrupted again" in said
+    printed = train(settings, num_ranks=1, codes=(130,), during=interrupt, atropos_url=url)
+    assert spent[0] < 30 and "Ctrl-C again ends at once" in printed and "interrupted again" in printed
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -138,9 +138,9 @@ def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_all(rank, settin
             process.wait(PATIENCE_S)
 
     with fed(tmp_path / "run", groups, released=STEPS - 1) as (server, _):
-        said = train(settings, codes=(1,), during=stop, atropos_url=server.url, step_timeout=10)
-    assert "no progress for 10 s" in said and said.count("most recent call first") >= 2
-    assert said.count("in train\n") + said.count("in _loop") >= 2, said  # the main thread of each rank
+        printed = train(settings, codes=(1,), during=stop, atropos_url=server.url, step_timeout=10)
+    assert "no progress for 10 s" in printed and printed.count("most recent call first") >= 2
+    assert printed.count("in train\n") + printed.count("in _loop") >= 2, printed  # the main thread of each rank
     assert state_of(tmp_path / "run")["state"] == "failed"
 
 

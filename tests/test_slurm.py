@@ -28,28 +28,28 @@ def slurm(cluster, request):
 class Job:
     def __init__(self, slurm, settings, *options):
         self.slurm, self.folder = slurm, Path(settings["output_dir"])
-        self.said = self.folder.with_suffix(".out")
-        shape = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2", "--time=60", f"--output={self.said}"]
+        self.printed = self.folder.with_suffix(".out")
+        shape = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2", "--time=60", f"--output={self.printed}"]
         self.id = self.sbatch(*shape, *options, "launch/slurm.sbatch", *flags(settings))
 
     def sbatch(self, *words):
-        code, said = self.slurm.on("node1", "sbatch", "--parsable", *words)
-        assert code == 0, said
-        return said.split()[-1]
+        code, printed = self.slurm.on("node1", "sbatch", "--parsable", *words)
+        assert code == 0, printed
+        return printed.split()[-1]
 
     def output(self):
-        return self.said.read_text() if self.said.exists() else ""
+        return self.printed.read_text() if self.printed.exists() else ""
 
     def control(self, *words):
-        code, said = self.slurm.on("node1", "scontrol", *words)
-        assert code == 0, said
-        return said
+        code, printed = self.slurm.on("node1", "scontrol", *words)
+        assert code == 0, printed
+        return printed
 
     def state(self):
         """Of the job, as SLURM has it."""
-        code, said = self.slurm.on("node1", "scontrol", "show", "job", self.id)
-        assert code == 0, said
-        return re.search(r"JobState=(\w+)", said)[1]
+        code, printed = self.slurm.on("node1", "scontrol", "show", "job", self.id)
+        assert code == 0, printed
+        return re.search(r"JobState=(\w+)", printed)[1]
 
     def until(self, truth):
         try:
@@ -153,7 +153,7 @@ def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
     job = Job(slurm, settings | {"training_steps": 3, "max_token_len": 128}, "--export=ALL,ATROPOS_PORT=8123")
     environment = ["--url", "http://node1:8123", "--tokenizer", settings["model_name"], "--pattern", "mixed"]
     environment += ["--groups", "0", "--group_size", "4"]
-    posting = slurm.start("node2", sys.executable, "-m", "wsft.environment", *environment, said=tmp_path / "posting.txt")
+    posting = slurm.start("node2", sys.executable, "-m", "wsft.environment", *environment, output=tmp_path / "posting.txt")
     try:
         job.until_it_is_over()
     finally:
@@ -165,8 +165,12 @@ def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
 
 def test_a_look_at_a_job_before_it_is_submitted(settings):
     env = clean_environment(SLURM_CPUS_PER_TASK="8")
-    ((code, said),) = run_together([["bash", "launch/slurm.sbatch", "--dry-run", *flags(settings)]], [env])
-    assert code == 0 and "#SBATCH --signal=B:USR1@600" in said and "'srun' '--kill-on-bad-exit=1' '--cpus-per-task=8'" in said
+    ((code, printed),) = run_together([["bash", "launch/slurm.sbatch", "--dry-run", *flags(settings)]], [env])
+    assert (
+        code == 0
+        and "#SBATCH --signal=B:USR1@600" in printed
+        and "'srun' '--kill-on-bad-exit=1' '--cpus-per-task=8'" in printed
+    )
     assert not Path(settings["output_dir"]).exists()
-    ((code, said),) = run_together([["bash", "launch/slurm.sbatch", *flags(settings)]], [clean_environment()])
-    assert code == 1 and "this is no job: sbatch launch/slurm.sbatch" in said
+    ((code, printed),) = run_together([["bash", "launch/slurm.sbatch", *flags(settings)]], [clean_environment()])
+    assert code == 1 and "this is no job: sbatch launch/slurm.sbatch" in printed

@@ -138,12 +138,12 @@ def test_a_disk_of_its_own_is_found_at_the_start_or_at_the_first_save(run_flags,
     """Also where a run was before, on the other host's own disk."""
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     monkeypatch.setenv("OTHER_DISK", str(tmp_path / "other"))
-    for how, said in (
+    for how, printed in (
         ("apart", f"output_dir {tmp_path}/other on "),
         ("lost", " bytes that all ranks wrote: output_dir must be"),
     ):
         for code, output in run_ranks(["tests/fail_on_rank_1.py", how, *run_flags, "--overwrite_output_dir"], 2):
-            assert code == 1 and said in output and "Traceback" not in output, output
+            assert code == 1 and printed in output and "Traceback" not in output, output
         assert not list((tmp_path / "run").glob("checkpoints/*")) and state_of(tmp_path / "run")["state"] == "failed"
 
 

@@ -299,17 +299,19 @@ def test_rollouts_without_weight_are_not_run_and_count_all_the_same(settings, tm
     equal = make_group(rng, [12, 9], advantages=None, scores=[1.0, 1.0])
     zero = make_group(rng, [7, 8], overrides=[{"set_advantage_to_zero": True}, None])
     data = write_groups(tmp_path / "weightless.jsonl", [equal, zero])
-    moved, said = [], []
+    moved, printed = [], []
     for skip in (True, False):
         final, (step,) = train(
             settings, data=data, batch_size=4, skip_zero_weight=skip, learning_rate=1.0, overwrite_output_dir=True
         )
         moved.append(load_file(final / "model.safetensors"))
-        said.append(step)
-    assert [step["plan/skipped"] for step in said] == [3, 0] and said[0]["loss"] == pytest.approx(said[1]["loss"], rel=1e-6)
-    assert [step["tokens/trained"] for step in said] == [10 + 7 + 5 + 6] * 2
-    assert said[0]["weight/mean_abs"] == pytest.approx(said[1]["weight/mean_abs"], rel=1e-6)
-    assert said[0]["data/no_behavior_logp"] == said[1]["data/no_behavior_logp"] == 28
+        printed.append(step)
+    assert [step["plan/skipped"] for step in printed] == [3, 0] and printed[0]["loss"] == pytest.approx(
+        printed[1]["loss"], rel=1e-6
+    )
+    assert [step["tokens/trained"] for step in printed] == [10 + 7 + 5 + 6] * 2
+    assert printed[0]["weight/mean_abs"] == pytest.approx(printed[1]["weight/mean_abs"], rel=1e-6)
+    assert printed[0]["data/no_behavior_logp"] == printed[1]["data/no_behavior_logp"] == 28
     for name, value in moved[1].items():
         torch.testing.assert_close(moved[0][name], value, rtol=1e-5, atol=1e-6)
     _, (step,) = train(settings, data=data, batch_size=4, entropy_coef=0.1, overwrite_output_dir=True)

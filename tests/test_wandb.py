@@ -99,7 +99,7 @@ def test_a_helper_of_wandb_that_dies_takes_nothing_with_it(how, settings, tiny_m
                 processes[0].send_signal(how)
             feeder.release(len(groups))
 
-        said = train(settings, 1, during=end, atropos_url=server.url)
+        output = train(settings, 1, during=end, atropos_url=server.url)
     assert state_of(folder)["state"] == ("preempted" if how == signal.SIGTERM else "finished")
-    assert list((folder / "checkpoints").glob("step_*")) and "Traceback" not in said
-    assert said.count("W&B fails, and is given up") == 1 or how == signal.SIGTERM
+    assert list((folder / "checkpoints").glob("step_*")) and "Traceback" not in output
+    assert output.count("W&B fails, and is given up") == 1 or how == signal.SIGTERM

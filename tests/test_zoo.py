@@ -121,13 +121,13 @@ def train(names, folder, rng, bf16=False, **changes):
     wanted = [reference_in_float64(folder / name, made) for name in names]
     (folder / "runs.json").write_text(json.dumps(runs))
     results = run_ranks(["tests/train_many.py", folder / "runs.json"], RANKS, timeout=120 + 20 * len(names))
-    said = results[0][1]
-    layouts = [LAYOUTS[words] for words in re.findall("|".join(LAYOUTS), said)]
+    output = results[0][1]
+    layouts = [LAYOUTS[words] for words in re.findall("|".join(LAYOUTS), output)]
     for row, run, values in zip(rows, runs, wanted, strict=True):
         row |= dry(run)
         final = Path(run["output_dir"]) / "final"
         if not final.exists():
-            row["refused"] = sentence(said)
+            row["refused"] = sentence(output)
             continue
         if isinstance(values, Exception):
             raise values
@@ -155,16 +155,16 @@ def unlike(exported, original, trained):
 
 def dry(run):
     flags = [f"--{key}={value}" for key, value in run.items()]
-    code, said = run_script("train.py", *flags, "--dry_run", f"--ranks={RANKS}")
-    return {"dry": sentence(said)} if code else {}
+    code, output = run_script("train.py", *flags, "--dry_run", f"--ranks={RANKS}")
+    return {"dry": sentence(output)} if code else {}
 
 
-def sentence(said):
+def sentence(output):
     """The last thing said; of which program or rank it is, is left out."""
-    last = [line for line in said.splitlines() if line.strip()][-1]
+    last = [line for line in output.splitlines() if line.strip()][-1]
     return (
         "Traceback: " + last
-        if "Traceback" in said
+        if "Traceback" in output
         else re.sub(r"^(wsft ERROR \(rank \d+\)|train.py: error): (ended by rank \d+: )?", "error: ", last)
     )
 

@@ -287,7 +287,7 @@ def _make_remote(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), trust_remote_code=True)
     _stir(model)
     model.save_pretrained(folder)
-    said = json.loads((folder / "config.json").read_text()) | {"auto_map": config.auto_map}
-    (folder / "config.json").write_text(json.dumps(said))
+    output = json.loads((folder / "config.json").read_text()) | {"auto_map": config.auto_map}
+    (folder / "config.json").write_text(json.dumps(output))
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     return model
