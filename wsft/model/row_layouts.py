@@ -92,9 +92,7 @@ class _Probe:
         longest = max(11, min(max([*reaches, 31]) + 9, max_token_len))
         self._lengths = [6, longest - 6, 8, 3]
         tokens = torch.arange(sum(self._lengths), device=device) * 7919 % model.vocab_size
-        # half of them are of four, as some come again and again in texts: code that picks among equals is found out by it
-        half = torch.arange(len(tokens[1::2]), device=device)
-        tokens[1::2] = tokens[half**2 // 3 % 4]
+        tokens[3::4] = tokens[:-3:4][: len(tokens[3::4])]  # as in texts: where code picks among equals, rows may show it
         self._segments = prefix, first, other, second = tokens.split(self._lengths)
         self._sequences = [torch.cat([prefix, first]), other, torch.cat([prefix, second])]
 
