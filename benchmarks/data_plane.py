@@ -32,8 +32,9 @@ import torch.multiprocessing
 
 from benchmarks.learning import WORDS, answers, ask, make_model, started, wait_until
 from wsft.distributed.world import World, free_port
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, pad
-from wsft.rollouts.client import AtroposClient, decode
+from wsft.rollouts.client import AtroposClient
 from wsft.rollouts.journal import Journal
 
 GROUP, PROMPT = 8, 512

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor
-from wsft.rollouts.client import decode
 from wsft.rollouts.journal import Journal
 
 

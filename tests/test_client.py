@@ -21,8 +21,9 @@ import requests
 from atropos_server import AtroposServer, atropos_server, free_port, group, post_group, register_env
 
 from wsft.rollouts import client as atropos
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch
-from wsft.rollouts.client import AtroposClient, AtroposError, decode
+from wsft.rollouts.client import AtroposClient, AtroposError
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from wsft.loss.advantages import Shaping
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients
 from wsft.rollouts import json_parser as parser
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, token_terms
-from wsft.rollouts.client import decode
 from wsft.rollouts.decoder import REASONS
 
 SECONDS = 5.0  # for one body

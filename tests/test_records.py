@@ -20,8 +20,9 @@ from wsft import AtroposBatchProcessor, WeightedSFTConfig, WeightedSFTTrainer
 from wsft.errors import UserError
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import token_terms
-from wsft.rollouts.client import AtroposClient, decode
+from wsft.rollouts.client import AtroposClient
 
 BODIES = Path(__file__).parent / "bodies"
 NAN = math.nan

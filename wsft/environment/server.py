@@ -31,7 +31,8 @@ import requests
 
 from wsft.environment.texts import CUSTOM, PATTERNS, built_in_texts, groups, load_tokenizer, read_texts, tokenise_all
 from wsft.errors import UserError
-from wsft.rollouts.client import CONNECT_SECONDS, CONTROL_READ_SECONDS, HEADERS, never_sent
+from wsft.rollouts.answers import HEADERS, never_sent
+from wsft.rollouts.client import CONNECT_SECONDS, CONTROL_READ_SECONDS
 
 log = logging.getLogger(__name__)
 

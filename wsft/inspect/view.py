@@ -24,8 +24,8 @@ from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.model.loading import load_model, load_model_config, load_tokenizer
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, pad, token_terms
-from wsft.rollouts.client import decode
 from wsft.rollouts.decoder import Fault, Rollout
 from wsft.rollouts.journal import Journal
 from wsft.rollouts.sources import FileSource, client_of, processor_of

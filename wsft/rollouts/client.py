@@ -7,19 +7,25 @@ registration can heal is healed inside `poll`; the others are an `AtroposError`.
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import logging
 import time
 from dataclasses import KW_ONLY, dataclass, field
-from urllib.parse import urlsplit
 
 import requests
-from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from wsft.config import without_password
 from wsft.errors import UserError
-from wsft.rollouts.json_parser import parse_json
+from wsft.rollouts.answers import (
+    HEADERS,
+    cause_of,
+    checked_url,
+    describe_proxy,
+    is_batch,
+    is_of_a_proxy,
+    never_sent,
+    parse_object,
+    proxies_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +37,6 @@ REMIND_SECONDS = 30.0  # between two warnings about one outage
 STALL_SECONDS = 30.0  # of null, before the server is asked what it holds
 ERRORS_BEFORE_LOOK = 3  # of 500 in a row, before the registration is looked at
 UNREGISTERED = -1  # the batch_size in GET /info when no trainer is registered
-
-# gzip, the default of requests, more than doubles the server's time. A fresh connection per request: on one kept
-# alive, nobody can tell whether a request that failed was read.
-HEADERS = {"Accept-Encoding": "identity", "Connection": "close"}
 
 
 class AtroposError(UserError):
@@ -48,75 +50,6 @@ class _Fault(Exception):
         super().__init__(reason)
         self.state = state  # "server {state}"
         self.quiet = quiet  # logged already, or expected: not worth a warning until it lasts
-
-
-def decode(body: bytes) -> list[dict]:
-    """The groups of a body of `GET /batch`; none for null. ValueError if it is not JSON.
-
-    Long rows of numbers come back as arrays (parser.py); integers beyond 64 bits as floats, those beyond float range as
-    integers; neither is a token id.
-    """
-    groups = _parse(body).get("batch") or []
-    if not isinstance(groups, list):
-        raise ValueError(f"its batch is a JSON {type(groups).__name__}, not a list")
-    return groups
-
-
-def _parse(body: bytes) -> dict:
-    answer = parse_json(body)
-    if not isinstance(answer, dict):
-        raise ValueError(f"the body is a JSON {type(answer).__name__}, not an object")
-    return answer
-
-
-def _is_batch(body: bytes) -> bool:
-    """Whether a body surely is a batch, without parsing 107 MB: the null and the error answer are short.
-
-    A body without Content-Length (through a proxy) that was cut off lacks the end.
-    """
-    return len(body) > 1024 and body.startswith(b'{"batch":[{') and body.rstrip().endswith(b"}]}")
-
-
-def never_sent(error: requests.RequestException) -> bool:
-    """Whether a request surely did not reach the server: no name, no route, refused, or no connection in time."""
-    cause = error.args[0] if error.args else None
-    refused = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
-    return refused or isinstance(error, requests.ConnectTimeout)
-
-
-def _cause(error: requests.RequestException) -> str:
-    """The end of the chain that requests and urllib3 wrap around a failure: "[Errno 111] Connection refused"."""
-    return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
-
-
-def proxies_for(url: str) -> dict[str, None]:
-    """For requests: no proxy to this machine itself, whatever http_proxy says; to others, what the environment says."""
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(ValueError):
-        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
-            return {"http": None, "https": None, "all": None}
-    return {}
-
-
-def _is_of_a_proxy(response: requests.Response) -> bool:
-    """Whether a proxy or gateway answers in the server's place, which names itself uvicorn and has no such answers. One that
-    waited for the server before it gave up may have brought it the request."""
-    return response.status_code in (502, 503, 504) and "uvicorn" not in response.headers.get("Server", "")
-
-
-def _proxy_in_words(response: requests.Response) -> str:
-    name = response.headers.get("Server") or response.headers.get("Via") or "without a name"
-    return (
-        f"a proxy ({name}) answers {response.status_code}, not the server; nothing is lost. Start what is behind it, or list "
-        f"the server's host in NO_PROXY"
-    )
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"atropos_url is {without_password(url)!r}; expected scheme, host and port, like http://localhost:8000")
-    return url.rstrip("/")
 
 
 @dataclass
@@ -153,7 +86,7 @@ class AtroposClient:
     state: str = field(default="registering", init=False)
 
     def __post_init__(self):
-        self.url = _checked_url(self.url)
+        self.url = checked_url(self.url)
         self._shown = without_password(self.url)
         self._registered = not self.registers
         self._pause = FIRST_PAUSE
@@ -219,20 +152,20 @@ class AtroposClient:
             response = self._send("GET", "/batch", BATCH_READ_SECONDS)
         except requests.RequestException as error:
             if never_sent(error):
-                raise _Fault(f"it cannot be reached ({_cause(error)})", state="unreachable") from error
+                raise _Fault(f"it cannot be reached ({cause_of(error)})", state="unreachable") from error
             raise self._lost(f"broke off: {error!r}") from error
-        if _is_of_a_proxy(response) and response.elapsed.total_seconds() < CONNECT_SECONDS:
-            raise _Fault(f"GET /batch did not get there: {_proxy_in_words(response)}", state="unreachable")
+        if is_of_a_proxy(response) and response.elapsed.total_seconds() < CONNECT_SECONDS:
+            raise _Fault(f"GET /batch did not get there: {describe_proxy(response)}", state="unreachable")
         if response.status_code >= 500:
             raise self._server_error(response.status_code)
         if response.status_code != 200:
             raise _Fault(f"GET /batch answers {response.status_code} (is this an Atropos server?)")
         self._errors = 0
         body = response.content
-        if _is_batch(body):
+        if is_batch(body):
             return body
         try:
-            answer = _parse(body)
+            answer = parse_object(body)
         except ValueError as error:
             raise self._lost(f"brought {len(body)} bytes that are not an answer ({error})") from error
         if answer.get("batch"):
@@ -329,9 +262,9 @@ class AtroposClient:
         try:
             response = self._send(method, path, CONTROL_READ_SECONDS, **arguments)
         except requests.RequestException as error:
-            raise _Fault(f"{method} {path} failed ({_cause(error)})", state="unreachable") from error
-        if _is_of_a_proxy(response):
-            raise _Fault(f"{method} {path} did not get there: {_proxy_in_words(response)}", state="unreachable")
+            raise _Fault(f"{method} {path} failed ({cause_of(error)})", state="unreachable") from error
+        if is_of_a_proxy(response):
+            raise _Fault(f"{method} {path} did not get there: {describe_proxy(response)}", state="unreachable")
         if response.status_code != 200:
             raise _Fault(f"{method} {path} answers {response.status_code}: {response.text[:200]}")
         return response
@@ -345,7 +278,7 @@ class AtroposClient:
     def _ask_json(self, path: str) -> dict:
         response = self._ask("GET", path)
         try:
-            return _parse(response.content)
+            return parse_object(response.content)
         except ValueError as error:
             raise _Fault(f"GET {path} answers no JSON ({error}; is this an Atropos server?)") from error
 

@@ -14,8 +14,9 @@ from typing import Any, BinaryIO, Protocol
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.errors import UserError
+from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch
-from wsft.rollouts.client import AtroposClient, decode
+from wsft.rollouts.client import AtroposClient
 from wsft.rollouts.decoder import Origin, Rollout
 from wsft.rollouts.journal import Journal
 from wsft.rollouts.json_parser import parse_json

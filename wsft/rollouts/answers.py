@@ -1,0 +1,87 @@
+"""What bodies, failures and answers of the Atropos server mean, and how it is reached. Holds no state."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+from urllib.parse import urlsplit
+
+import requests
+from urllib3.exceptions import MaxRetryError, NewConnectionError
+
+from wsft.config import without_password
+from wsft.errors import UserError
+from wsft.rollouts.json_parser import parse_json
+
+# gzip, the default of requests, more than doubles the server's time. A fresh connection per request: on one kept
+# alive, nobody can tell whether a request that failed was read.
+HEADERS = {"Accept-Encoding": "identity", "Connection": "close"}
+
+
+def decode(body: bytes) -> list[dict]:
+    """The groups of a body of `GET /batch`; none for null. ValueError if it is not JSON.
+
+    Long rows of numbers come back as arrays (json_parser.py); integers beyond 64 bits as floats, those beyond float range as
+    integers; neither is a token id.
+    """
+    groups = parse_object(body).get("batch") or []
+    if not isinstance(groups, list):
+        raise ValueError(f"its batch is a JSON {type(groups).__name__}, not a list")
+    return groups
+
+
+def parse_object(body: bytes) -> dict:
+    answer = parse_json(body)
+    if not isinstance(answer, dict):
+        raise ValueError(f"the body is a JSON {type(answer).__name__}, not an object")
+    return answer
+
+
+def is_batch(body: bytes) -> bool:
+    """Whether a body surely is a batch, without parsing 107 MB: the null and the error answer are short.
+
+    A body without Content-Length (through a proxy) that was cut off lacks the end.
+    """
+    return len(body) > 1024 and body.startswith(b'{"batch":[{') and body.rstrip().endswith(b"}]}")
+
+
+def never_sent(error: requests.RequestException) -> bool:
+    """Whether a request surely did not reach the server: no name, no route, refused, or no connection in time."""
+    cause = error.args[0] if error.args else None
+    refused = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
+    return refused or isinstance(error, requests.ConnectTimeout)
+
+
+def cause_of(error: requests.RequestException) -> str:
+    """The end of the chain that requests and urllib3 wrap around a failure: "[Errno 111] Connection refused"."""
+    return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
+
+
+def proxies_for(url: str) -> dict[str, None]:
+    """For requests: no proxy to this machine itself, whatever http_proxy says; to others, what the environment says."""
+    host = urlsplit(url).hostname or ""
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            return {"http": None, "https": None, "all": None}
+    return {}
+
+
+def is_of_a_proxy(response: requests.Response) -> bool:
+    """Whether a proxy or gateway answers in the server's place, which names itself uvicorn and has no such answers. One that
+    waited for the server before it gave up may have brought it the request."""
+    return response.status_code in (502, 503, 504) and "uvicorn" not in response.headers.get("Server", "")
+
+
+def describe_proxy(response: requests.Response) -> str:
+    name = response.headers.get("Server") or response.headers.get("Via") or "without a name"
+    return (
+        f"a proxy ({name}) answers {response.status_code}, not the server; nothing is lost. Start what is behind it, or list "
+        f"the server's host in NO_PROXY"
+    )
+
+
+def checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"atropos_url is {without_password(url)!r}; expected scheme, host and port, like http://localhost:8000")
+    return url.rstrip("/")
