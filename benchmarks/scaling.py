@@ -1,4 +1,4 @@
-"""A paper model, nothing measured: what a micro-batch of ZeRO-3 sends as ranks grow, against what it computes.
+"""An analytical cost model, nothing measured: what a micro-batch of ZeRO-3 sends as ranks grow, against what it computes.
 
     python -m benchmarks.scaling [--batch_tokens 1048576] [--micro_batch_tokens 8192] [--fabric 400 100] [--efficiency 0.5]
 

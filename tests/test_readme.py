@@ -57,7 +57,7 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_the_paper_model_in_the_launchers_readme_is_what_its_script_computes(capsys):
+def test_the_cost_model_in_the_launchers_readme_is_what_its_script_computes(capsys):
     from benchmarks import scaling
 
     scaling.main([])

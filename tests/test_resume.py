@@ -154,7 +154,7 @@ def test_what_cannot_be_resumed_is_said(killed, untouched, tmp_path):
         ({"seed": 7}, "seed is 7 and was 42"),
         ({"reduction": "sum"}, "reduction is 'sum' and was 'mean'"),
         ({"deepspeed": ADAM | {"zero_optimization": {"stage": 1}}}, "was saved with stage 3, the DeepSpeed JSON and this"),
-        ({"resume": run / "checkpoints" / "step_2"}, "is newer than .*step_2, where this run was told to begin"),
+        ({"resume": run / "checkpoints" / "step_2"}, "is newer than .*step_2, where this run was to begin"),
     ):
         with pytest.raises(ValueError, match=sentence):
             train_here(killed, **({"resume": True} | changes))

@@ -60,6 +60,9 @@ LAYER_TYPES = ("layer_types", "layers_block_type", "block_types", "mlp_layer_typ
 
 
 NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside small sizes
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}}
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "bailing_hybrid": {"n_group": 2},
     "dbrx": {
@@ -74,12 +77,17 @@ NEEDED: dict[str, dict[str, Any]] = {  # what the code of a kind asks for beside
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": None}
     | {"layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "inkling2": {"text_config": {"unpadded_vocab_size": 300}},
+    "inkling2_loop": {"text_config": {"unpadded_vocab_size": 300}},
     "inkling2_loop_text": {"unpadded_vocab_size": 300},
     "inkling2_text": {"unpadded_vocab_size": 300},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "mistral4": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "paddleocr_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+    },
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 16}
     | {"indexer_compress_ratio": 4},
     "qwen4_exp": {
