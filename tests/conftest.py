@@ -31,7 +31,6 @@ LONGEST_FIRST = (
     "launch",
     "quickstart",
     "zoo",
-    "install",
     "learning",
 )
 pytest.register_assert_rewrite("cluster", "fed_run")

@@ -52,6 +52,7 @@ def run(*command, cwd):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_wheel_works_in_an_environment_of_its_own(tmp_path):
     """Which has the packages of this one that it needs, but not the repository, and nothing to show runs with."""
     source = tmp_path / "source"  # to build in a checkout leaves files there
