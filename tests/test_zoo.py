@@ -131,7 +131,7 @@ def train(names, folder, rng, bf16=False, **changes):
             continue
         if isinstance(values, Exception):
             raise values
-        row["layout"] = layouts.pop(0)
+        row["layout"] = layouts.pop(0) if layouts else "padded"  # nothing is logged where that was asked for
         found = {key: param.detach() for key, param in reading(final, torch.float32).named_parameters()}
         row["error"], row["worst"] = worst(found, values)
         row["export"] = unlike(weights_of(final), weights_of(Path(run["model_name"])), values)

@@ -1,6 +1,7 @@
 """The table of benchmarks/ARCHITECTURES.md, of what `test_zoo.py` wrote: python tests/zoo_table.py TABLE.jsonl..."""
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,7 @@ def cells(row):
     """Of one line, and which kind of line it is."""
     if "untried" in row:
         reason = row["untried"].strip().splitlines()[-1]
-        return "not tried", (row["name"], "", "", f"not tried: {reason[:110]}", "")
+        return "not tried", (row["name"], "", "", f"not tried: {reason.strip()[:110]}", "")
     if "refused" in row:
         same = row.get("dry") == row["refused"]
         return "refused", (
@@ -27,6 +28,10 @@ def cells(row):
     kind = f"exact, {row['layout']}" if exact else "not exact"
     error = f"{row['error']:.1e}" + (f" (float32 itself {row['float32']:.1e})" if "float32" in row else "")
     return kind, (row["name"], row["class"], error, row["layout"], row.get("dry", "runs"))
+
+
+def _without_folders(sentence):
+    return re.sub(r"'/[^']*/([^/']+)'", r"'\1'", sentence.removeprefix("error: "))
 
 
 def main(*paths):
