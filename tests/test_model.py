@@ -1,5 +1,6 @@
 """What a model does in training: nothing random, the same for a sequence in any layout; and which model is no start."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from wsft.dry_run import dry_run
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel
+from wsft.model.loading import passes_of
 from wsft.model.row_layouts import RowLayouts, find_row_layouts
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -294,6 +296,22 @@ def test_a_quantized_checkpoint_is_refused_by_run_and_dry_run(tmp_path, rng):
         train(folder, tmp_path, [make_group(rng, [10])])
     with pytest.raises(UserError, match="is quantized"):
         dry_run(WeightedSFTConfig(model_name=folder, device="cpu", output_dir=str(tmp_path / "run")))
+
+
+def test_code_that_asks_for_values_and_raises_is_no_reason_to_refuse_a_model(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    forward = modeling_llama.LlamaMLP.forward
+    checking = """def forward(self, x):
+        if x.isnan().any():
+            raise ValueError("not finite")
+        return inner(self, x)"""
+    for code, refused in ((checking, False), ("def forward(self, x): raise ValueError('needs an image')", True)):
+        names = {"inner": forward}
+        exec(code, names)
+        monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", names["forward"])
+        with pytest.raises(UserError, match="needs an image") if refused else contextlib.nullcontext():
+            passes_of(AutoConfig.for_model("llama", **SHAPE), False, 64)
 
 
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}

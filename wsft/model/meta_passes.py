@@ -7,6 +7,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -33,9 +35,12 @@ class OneSequence(TorchFunctionMode):
 
     Attributes:
         sees_later: whether attention of a sequence to itself was asked for without a mask, causal or other.
+        askers: code that asked whether a tensor is true, and may be wrong in what it does then.
     """
 
-    sees_later = False
+    def __init__(self):
+        super().__init__()
+        self.sees_later, self.askers = False, set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is scaled_dot_product_attention:
@@ -43,7 +48,10 @@ class OneSequence(TorchFunctionMode):
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             itself = given["query"].shape[-2] == given["key"].shape[-2] > 1
             self.sees_later |= itself and given.get("attn_mask") is None and not given.get("is_causal")
-        return True if function is torch.Tensor.__bool__ and args[0].is_meta else function(*args, **(kwargs or {}))
+        if function is torch.Tensor.__bool__ and args[0].is_meta:
+            self.askers.add(sys._getframe(1).f_code)
+            return True
+        return function(*args, **(kwargs or {}))
 
 
 LENGTHS = 2, 8, 16, 32, 64, 136  # tokens of a sequence: the last are more than attention compresses into one
@@ -124,13 +132,19 @@ class Passes:
                 if backward:
                     loss.backward()
         except STOPS as error:
-            self.failure = None if _looks_at_values(error) else error
+            self._note_failure(error)
             return None
         finally:
             for hook in hooks:
                 hook.remove()
         unreached = {name for name, param in self.model.named_parameters() if backward and param.grad is None}
         return _Pass(unreached, ran)
+
+    def _note_failure(self, error: Exception) -> None:
+        """Unless it is for want of values: torch's own, or raised by code that had asked for one."""
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        wants_values = _looks_at_values(error) or frame.f_code in self._askers
+        self.failure = None if wants_values else error
 
     def _find_routed(self) -> None:
         """Fill `routed`, until the model runs or it is not experts where its code stops."""
@@ -170,6 +184,7 @@ class Passes:
             cls.forward = functools.partialmethod(_stand_in, self._share_of_experts)
         try:
             with OneSequence() as mode:
+                self._askers = mode.askers
                 yield
             self.sees_later |= mode.sees_later
         finally:
@@ -184,8 +199,8 @@ class Passes:
                 head.vocab_size = kept if kept < len(self.model.get_output_embeddings().weight) else None
             return head
         except STOPS as error:
-            if self.whole and not _looks_at_values(error):
-                self.failure = error  # between hidden states and logits
+            if self.whole:  # between hidden states and logits
+                self._note_failure(error)
             return None
 
     def takes_packed_rows(self) -> bool:
