@@ -9,13 +9,14 @@ import torch
 from conftest import VOCAB, make_group, make_model, save_model, write_groups
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from zoo import config_of
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer
 from wsft.dry_run import dry_run
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel
-from wsft.model.loading import passes_of
+from wsft.model.loading import empty_model, load_model_config, passes_of, require_trainable
 from wsft.model.row_layouts import RowLayouts, find_row_layouts
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -298,6 +299,35 @@ def test_a_quantized_checkpoint_is_refused_by_run_and_dry_run(tmp_path, rng):
         dry_run(WeightedSFTConfig(model_name=folder, device="cpu", output_dir=str(tmp_path / "run")))
 
 
+@pytest.mark.parametrize(
+    "name, dtype, output",
+    [
+        ("xlnet", torch.float32, "a token sees those after it"),  # by attention of its own
+        ("inkling2_loop_text", torch.bfloat16, "not run with all its parameters in bf16, .*: train it in float32"),
+        ("pp_formulanet", torch.float32, "has no token embedding"),
+        ("reformer", torch.float32, "does not run on a sequence of tokens alone"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_without_its_weights(name, dtype, output):
+    config = config_of(name)
+    with pytest.raises(UserError, match=output):
+        require_trainable(empty_model(config, False), WeightedSFTConfig(model_name=name, max_token_len=32))
+        passes_of(config, False, 32, dtype)
+
+
+def test_a_config_that_names_no_width_is_refused(tmp_path):
+    config_of("pi0").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no hidden_size and no vocab_size: wsft trains decoder-only"):
+        load_model_config(str(tmp_path), WeightedSFTConfig(model_name="model"))
+
+
+def test_what_transformers_keeps_in_float32_is_said(tmp_path, rng, capfd):
+    config = AutoConfig.for_model("deepseek_v3", **SHAPE | MLA | {"first_k_dense_replace": 1})
+    ds = FP32 | {"bf16": {"enabled": True}}
+    train(save_model(tmp_path / "model", config), tmp_path, [make_group(rng, [10])], deepspeed=ds)
+    assert "keeps 1 parameters in float32 (model.layers.1.mlp.gate.weight); DeepSpeed has all in bf16" in capfd.readouterr().err
+
+
 def test_code_that_asks_for_values_and_raises_is_no_reason_to_refuse_a_model(monkeypatch):
     from transformers.models.llama import modeling_llama
 
@@ -311,7 +341,7 @@ def test_code_that_asks_for_values_and_raises_is_no_reason_to_refuse_a_model(mon
         exec(code, names)
         monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", names["forward"])
         with pytest.raises(UserError, match="needs an image") if refused else contextlib.nullcontext():
-            passes_of(AutoConfig.for_model("llama", **SHAPE), False, 64)
+            passes_of(AutoConfig.for_model("llama", **SHAPE), False, 64, torch.float32)
 
 
 MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}

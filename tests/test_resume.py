@@ -9,6 +9,7 @@ import signal
 import stat
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 from conftest import RANK_VARIABLES, clean_environment, make_group, make_model, run_together, write_groups
 from fed_run import fed, make_groups, make_settings, state_of, steps_of, train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer, trainer
@@ -421,7 +422,7 @@ class Evil:
 
 def test_export_writes_what_the_run_writes_in_as_many_shards_as_needed(untouched, tmp_path, monkeypatch):
     checkpoint = Checkpoint.at(untouched / "checkpoints" / f"step_{STEPS}")
-    monkeypatch.setattr(export_module, "SHARD", "10KB")
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 10_000)
     export_module.export(checkpoint, tmp_path / "out")
     shards = sorted((tmp_path / "out").glob("model-*.safetensors"))
     assert len(shards) > 2 and (tmp_path / "out" / "model.safetensors.index.json").exists()
@@ -432,6 +433,20 @@ def test_export_writes_what_the_run_writes_in_as_many_shards_as_needed(untouched
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(value, wanted[name]) for name, value in model.named_parameters())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
+
+
+def test_what_export_copies_out_of_the_base_model_is_in_as_many_shards_as_needed(untouched, tmp_path, monkeypatch):
+    checkpoint, model = Checkpoint.at(untouched / "checkpoints" / f"step_{STEPS}"), tmp_path / "model"
+    shutil.copytree(checkpoint.metadata["config"]["model_name"], model)
+    others = {f"mtp.{i}.weight": torch.full((50, 20), float(i)) for i in range(5)}  # 4 KB each
+    save_file(load_file(model / "model.safetensors") | others, model / "model.safetensors", {"format": "pt"})
+    config = checkpoint.metadata["config"] | {"model_name": str(model)}
+    monkeypatch.setattr(export_module, "SHARD_BYTES", 10_000)
+    export_module.export(replace(checkpoint, metadata=checkpoint.metadata | {"config": config}), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len({index["weight_map"][name] for name in others}) == 3
+    found = {name: load_file(tmp_path / "out" / index["weight_map"][name])[name] for name in others}
+    assert all(torch.equal(found[name], tensor) for name, tensor in others.items())
 
 
 @pytest.mark.parametrize("bf16", [False, True])

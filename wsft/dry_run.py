@@ -102,8 +102,8 @@ class _Run:
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)
         require_trainable(self.model, config)
         if any(Path(config.model_name).glob("*.safetensors*")):  # there may be no weights to tell what a run needs
-            require_complete(config.model_name, config)
-        self.passes = passes_of(self.shape, config.trust_remote_code, config.max_token_len)
+            require_complete(config.model_name, config, self.dtype)
+        self.passes = passes_of(self.shape, config.trust_remote_code, config.max_token_len, self.dtype)
         freeze_unreached(self.model, self.passes)
         self.reference = None
         if config.ref_model_name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import re
@@ -26,13 +27,15 @@ from wsft.config import WeightedSFTConfig
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel, noise_in
-from wsft.model.meta_passes import FEW, Passes
+from wsft.model.meta_passes import FEW, STOPS, Passes
 from wsft.model.packing import Layout
 from wsft.model.row_layouts import not_causal, position_reaches
 from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
 
 # of a model that looks its positions up, instead of computing rotations or distances
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
+
+SMALL, SMALL_VOCAB = 2**28, 64  # parameters and tokens of a model that is made to look at its attention
 
 log = logging.getLogger(__name__)
 # its table of parameters that are missing, of another shape or unexpected: `require_complete` says or refuses them
@@ -53,9 +56,15 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
 def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
     """The model's own config: its shape is needed before its weights."""
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})") from error
+    lacking = [key for key in ("hidden_size", "vocab_size") if not hasattr(found.get_text_config(), key)]
+    if lacking:
+        raise UserError(
+            f"{type(found).__name__} of {name!r} has no {' and no '.join(lacking)}: wsft trains decoder-only language models"
+        )
+    return found
 
 
 def class_for(config: PretrainedConfig) -> type:
@@ -86,8 +95,9 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.
 def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
     """UserError if it is no model that the run can train, by its classes and shapes: it may be on the meta device."""
     name = type(model).__name__
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
-        raise UserError(f"{name} has no linear lm_head: wsft trains decoder-only language models")
+    for part, has in (("linear lm_head", _has_linear_head), ("token embedding", _has_embedding)):
+        if not has(model):
+            raise UserError(f"{name} has no {part}: wsft trains decoder-only language models")
     quantization = getattr(model.config, "quantization_config", None)
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization.quant_method
@@ -113,16 +123,34 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
         )
 
 
-def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int) -> Passes:
-    """What the model tells without weights, in sequences of up to that length. UserError if it is none that can be trained."""
-    # in bf16, for which the products of experts have a form on the meta device; some code does not run in it
-    for dtype, by_text_model in itertools.product((torch.bfloat16, torch.float32), (False, True)):
-        passes = _passes_in(dtype, by_text_model, config, trust_remote_code, longest)
+def _has_linear_head(model: PreTrainedModel) -> bool:
+    return isinstance(model.get_output_embeddings(), torch.nn.Linear)
+
+
+def _has_embedding(model: PreTrainedModel) -> bool:
+    try:
+        return model.get_input_embeddings() is not None
+    except NotImplementedError:  # what transformers raises where it knows of none
+        return False
+
+
+def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int, dtype: torch.dtype) -> Passes:
+    """What the model tells without weights, in sequences of up to that length. UserError if it is none that can be trained
+    with parameters of that type."""
+    # first in bf16, for which the products of experts have a form on the meta device
+    for tried, by_text_model in itertools.product((torch.bfloat16, torch.float32), (False, True)):
+        passes = _passes_in(tried, by_text_model, config, trust_remote_code, longest)
         if not passes.failure:
+            if dtype == torch.bfloat16 and (passes.mixes_types or tried != dtype):
+                raise UserError(
+                    f"{type(passes.model).__name__} does not run with all its parameters in bf16, as DeepSpeed has them (its "
+                    f'code expects some in float32): train it in float32 (bf16 {{"enabled": false}} in the DeepSpeed JSON)'
+                )
             return passes
+        failure = f"{type(passes.failure).__name__}: {_first_line(passes.failure)}"
     raise UserError(
         f"{type(passes.model).__name__} does not run on a sequence of tokens alone, in this version of transformers "
-        f"({type(passes.failure).__name__}: {_first_line(passes.failure)}): wsft cannot train it"
+        f"({failure}): wsft cannot train it"
     )
 
 
@@ -131,7 +159,7 @@ def _passes_in(
 ) -> Passes:
     """By packed attention, else by its own, else by the one that is given a mask: as it runs first."""
     empty = empty_model(config, trust_remote_code).to(dtype)
-    model, own = WeightedSFTModel(empty), empty.config._attn_implementation
+    model, given = WeightedSFTModel(empty), empty.config._attn_implementation
     model.scored_by_text_model = by_text_model
 
     def loss(tokens: int, layout: Layout | None = None) -> torch.Tensor:
@@ -152,11 +180,33 @@ def _passes_in(
         passes.logit_options, passes.scored_by_text_model = head.options() if head else {}, by_text_model
         return passes
 
-    for attention in (PACKED, own, "eager"):
+    # the attention of transformers is seen in a pass without values, a model's own is not
+    if not type(empty)._can_set_attn_implementation() and not _is_causal_in_small(config, trust_remote_code):
+        raise not_causal(empty)
+    for attention in (PACKED, given, "eager"):
         if model.attend_by(attention) and (passes := look(attention == PACKED)).whole:
             return passes
-    model.attend_by(own)
+    model.attend_by(given)
     return look(packed=False)
+
+
+def _is_causal_in_small(config: PretrainedConfig, trust_remote_code: bool) -> bool:
+    """Whether a model of two layers with random weights gives a token the same logits whatever follows it. True
+    where there is no such model."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = 2, SMALL_VOCAB
+    tokens = torch.arange(FEW, 2 * FEW).unsqueeze(0)
+    other = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], dim=1)
+    try:
+        if sum(param.numel() for param in empty_model(small, trust_remote_code).parameters()) > SMALL:
+            return True
+        with torch.random.fork_rng(devices=[]):
+            model = class_for(small).from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+        with torch.no_grad():
+            found, wanted = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (other, tokens))
+    except (UserError, ArithmeticError, *STOPS):  # it cannot be made so small, or does not run alone
+        return True
+    return torch.allclose(found, wanted, atol=1e-3 * wanted.std())
 
 
 def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:
@@ -169,12 +219,13 @@ def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:
     return frozen
 
 
-def require_complete(name: str, config: WeightedSFTConfig) -> None:
+def require_complete(name: str, config: WeightedSFTConfig, dtype: torch.dtype) -> None:
     """UserError if the checkpoint lacks parameters of the model, which transformers would give random values, or has them in
-    other shapes. Reads names and shapes only."""
+    other shapes; says what transformers would keep in another type. Reads names and shapes only."""
     try:
         model, info = class_for(load_model_config(name, config)).from_pretrained(
             name,
+            dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             device_map="meta",
             output_loading_info=True,
@@ -192,6 +243,12 @@ def require_complete(name: str, config: WeightedSFTConfig) -> None:
     if info["mismatched_keys"]:
         shapes = [f"{key}: {list(found)}, expected {list(wanted)}" for key, found, wanted in sorted(info["mismatched_keys"])]
         raise UserError(f"the checkpoint in {name!r} has {len(shapes)} parameters of other shapes ({some(shapes)})")
+    wider = [key for key, param in model.named_parameters() if param.dtype != dtype and param.is_floating_point()]
+    if wider:
+        log.info(
+            "transformers keeps %d parameters in float32 (%s); DeepSpeed has all in bf16, the optimizer its own in float32",
+            len(wider), some(wider),
+        )  # fmt: skip
     if others:
         log.info("not used of the checkpoint in %s: %s", name, there)
 
@@ -207,8 +264,8 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
     empty = empty_model(load_model_config(name, config), config.trust_remote_code, dtype)
     require_trainable(empty, config)
-    require_complete(name, config)
-    passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len)
+    require_complete(name, config, dtype)
+    passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len, dtype)
     # from_pretrained looks for this object (a weak global reference) to partition while it loads
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,7 +22,7 @@ from wsft.errors import UserError
 from wsft.model.head_arithmetic import HeadArithmetic
 
 # what a pass that looks at values ends with, or one that is given what its code does not know
-STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError)
+STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 # of a config, how many experts there are, and to how many of them a token is sent
@@ -30,17 +30,21 @@ _EXPERTS = re.compile(r"(n|num|moe_num)_(routed_|local_)?experts")
 _CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts")
 
 
+_PRODUCTS = {linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.__matmul__}
+
+
 class OneSequence(TorchFunctionMode):
     """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, the answer is yes.
 
     Attributes:
+        mixes_types: whether a product of tensors of different types was asked for, which only this device has.
         sees_later: whether attention of a sequence to itself was asked for without a mask, causal or other.
         askers: code that asked whether a tensor is true, and may be wrong in what it does then.
     """
 
     def __init__(self):
         super().__init__()
-        self.sees_later, self.askers = False, set()
+        self.mixes_types, self.sees_later, self.askers = False, False, set()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is scaled_dot_product_attention:
@@ -48,6 +52,7 @@ class OneSequence(TorchFunctionMode):
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             itself = given["query"].shape[-2] == given["key"].shape[-2] > 1
             self.sees_later |= itself and given.get("attn_mask") is None and not given.get("is_causal")
+        self.mixes_types |= function in _PRODUCTS and len({x.dtype for x in args[:2]}) > 1
         if function is torch.Tensor.__bool__ and args[0].is_meta:
             self.askers.add(sys._getframe(1).f_code)
             return True
@@ -76,7 +81,7 @@ class Passes:
         whole: whether the model runs, but for modules of the classes in `routed`.
         routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
             with tokens: which of their children are run depends on the data.
-        sees_later: whether attention of a sequence to itself was asked for without a mask.
+        mixes_types, sees_later: as `OneSequence` has them.
         shortest: tokens from which on sequences run all of its modules that sequences of up to `longest` run.
         failure: what the model's code raises that is not for want of values.
         scored_by_text_model: as `WeightedSFTModel` has it.
@@ -90,6 +95,7 @@ class Passes:
     whole: bool = False
     routed: set[type[torch.nn.Module]] = field(default_factory=set)
     shortest: int = LENGTHS[0]
+    mixes_types: bool = False
     sees_later: bool = False
     logit_options: dict[str, float | int] = field(default_factory=dict)
     failure: Exception | None = None
@@ -186,7 +192,7 @@ class Passes:
             with OneSequence() as mode:
                 self._askers = mode.askers
                 yield
-            self.sees_later |= mode.sees_later
+            self.mixes_types, self.sees_later = self.mixes_types | mode.mixes_types, self.sees_later | mode.sees_later
         finally:
             for cls, forward in forwards.items():
                 cls.forward = forward

@@ -3,8 +3,8 @@
     python -m wsft.export runs/first/checkpoints/step_1000 OUT
 
 Parameters are put together one at a time into a file that is mapped into memory, from which transformers writes shards of
-safetensors. So hardly more than one shard is ever held, and what transformers does to a model's names on the way to disk is
-done. For as long as it runs, the disk holds the model twice.
+safetensors. So hardly more than one shard is ever held, and transformers gives tensors the names that they have on disk. While
+it runs, the disk holds the model twice.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from wsft.run.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
 
 log = logging.getLogger(__name__)
 
-SHARD = "5GB"
-OTHERS = "model-others.safetensors"  # what is copied out of the base model's files
+SHARD_BYTES = 5 * 10**9
 
 
 def export(checkpoint: Checkpoint, out: Path) -> None:
@@ -51,7 +50,7 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
         untrained, copied = _as_they_were(checkpoint, model)
         with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), aside / "mapped") as state:
             trained = {name: tensor for name, tensor in state.items() if name not in untrained}
-            model.save_pretrained(aside, state_dict=trained, max_shard_size=SHARD)
+            model.save_pretrained(aside, state_dict=trained, max_shard_size=SHARD_BYTES)
         if copied:
             _add(copied, aside)
         for name in ("config.json", "generation_config.json"):  # as transformers writes them today
@@ -76,9 +75,9 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
     return empty_model(config, trusts, dtype)
 
 
-def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[str], dict[str, torch.Tensor]]:
+def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[str], dict[str, Path]]:
     """What is copied out of the files of the base model: the names of parameters that were not trained; the tensors that make
-    them, and those of which transformers makes nothing, such as layers that predict further tokens."""
+    them, and those of which transformers makes nothing, such as layers that predict further tokens, with their files."""
     named, metadata = checkpoint.metadata["config"]["model_name"], checkpoint.metadata
     files = files_of(named)
     if metadata.get("not_loaded") and not files:
@@ -89,11 +88,11 @@ def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[s
     made, others = made_of(model, files)
     untrained = [each for each in made if set(metadata.get("untrained", [])).issuperset(each.targets)]
     copied = [*others, *(name for each in untrained for name in each.sources)]
-    return {name for each in untrained for name in each.targets}, {name: read(files[name], name) for name in copied}
+    return {name for each in untrained for name in each.targets}, {name: files[name] for name in copied}
 
 
-def _add(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the tensors into a file of their own in a folder of safetensors, and all into its index."""
+def _add(copied: dict[str, Path], folder: Path) -> None:
+    """Copy tensors of those files into shards of their own in a folder of safetensors, and all into its index."""
     single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index_path.exists():
         index = json.loads(index_path.read_text())
@@ -102,10 +101,23 @@ def _add(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         single = single.rename(folder / "model-00001-of-00001.safetensors")
         with safe_open(single, "pt") as file:
             index = {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(file.keys(), single.name)}
-    save_file(tensors, folder / OTHERS, metadata={"format": "pt"})
-    index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
-    index["weight_map"] |= dict.fromkeys(tensors, OTHERS)
+    for number, tensors in enumerate(_shards(copied), start=1):
+        name = f"model-others-{number:05d}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index["metadata"]["total_size"] += sum(tensor.nbytes for tensor in tensors.values())
+        index["weight_map"] |= dict.fromkeys(tensors, name)
     index_path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(copied: dict[str, Path]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    for name, file in copied.items():
+        tensor = read(file, name)
+        if shard and sum(each.nbytes for each in (*shard.values(), tensor)) > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
 
 
 @contextlib.contextmanager
