@@ -194,10 +194,10 @@ def _is_causal_in_small(config: PretrainedConfig, trust_remote_code: bool) -> bo
     """Whether a model of two layers with random weights gives a token the same logits whatever follows it. True
     where there is no such model."""
     small = copy.deepcopy(config)
-    small.num_hidden_layers, small.vocab_size = 2, SMALL_VOCAB
     tokens = torch.arange(FEW, 2 * FEW).unsqueeze(0)
     other = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], dim=1)
     try:
+        small.num_hidden_layers, small.vocab_size = 2, SMALL_VOCAB
         if sum(param.numel() for param in empty_model(small, trust_remote_code).parameters()) > SMALL:
             return True
         with torch.random.fork_rng(devices=[]):
