@@ -65,7 +65,7 @@ def half_written(descriptor, buffers):
 Journal, os_of_journal = journal.Journal, types.SimpleNamespace(**vars(os))
 match place:
     case "step":  # a step is taken and in metrics.jsonl
-        trainer.WeightedSFTTrainer._warn_of = killing(trainer.WeightedSFTTrainer._warn_of)
+        trainer.WeightedSFTTrainer._warn = killing(trainer.WeightedSFTTrainer._warn)
     case "fetch":  # a batch has come, and is not in the journal
         Journal.append = killing(Journal.append)
     case "append":  # half of a record is written

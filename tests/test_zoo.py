@@ -22,7 +22,7 @@ from zoo import REMOTE, VOCAB, ZOO, make, reading
 
 LEARNING_RATE, BATCH_SIZE, RANKS = 0.1, 12, 2
 EXACT = 2e-5
-OTHER = "mtp.layers.0.weight"  # of the file, and none of the model's: as layers are that predict further tokens
+OTHER = "mtp.layers.0.weight"  # in the file but not in the model, like layers for multi-token prediction
 SETTINGS = dict(
     batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, max_grad_norm=0, micro_batch_tokens=128, max_token_len=64, device="cpu",
     trust_remote_code=True, step_timeout=60,
@@ -145,7 +145,7 @@ def weights_of(folder):
 
 
 def unlike(exported, original, trained):
-    """What an export has otherwise than the original: names, shapes, and values that no text reaches."""
+    """How an export differs from the original: names, shapes, and values that are not reached from text."""
     found = sorted(exported.keys() ^ original.keys())
     found += [name for name in exported.keys() & original.keys() if exported[name].shape != original[name].shape]
     still = [name for name, param in trained.items() if name in original and param.grad is None]

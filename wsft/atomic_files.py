@@ -1,4 +1,4 @@
-"""Files that are there, whole, whenever the process dies."""
+"""Files that are complete whenever the process dies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Have the operating system write a file, or a folder's names, to the disk."""
+    """fsync a file, or a folder and so the names in it."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -16,7 +16,7 @@ def sync(path: Path) -> None:
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Replace a small file: it holds the old text or the new one, whenever the process dies."""
+    """Replace a small file. It holds either the old or the new text, whenever the process dies."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.touch(mode=0o600)

@@ -1,4 +1,4 @@
-"""What a device can do, and what memory it took. Knows nothing of models, batches or ranks."""
+"""Capabilities of a device, and its peak memory. Knows nothing of models, batches or ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wsft.errors import UserError
 
 log = logging.getLogger(__name__)
 
-NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # what the driver makes for each
+NVIDIA_CARDS = "/dev/nvidia[0-9]*"  # device files of the driver
 
 
 def device_type(asked: str) -> str:
@@ -39,15 +39,15 @@ def device_type(asked: str) -> str:
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To a GPU from pinned memory: from other memory a copy would first wait for all that the GPU has yet to do."""
+    """Copy to the device, from pinned memory to a GPU: a copy from pageable memory waits for all work queued on the GPU."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 @functools.cache
 def has_native_matmul(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device multiplies matrices of a type itself. On a CPU that does not, half precision takes 5 to 100 times as
-    long as float32."""
-    if device.type == "meta":  # nothing is multiplied there
+    """Whether the device has instructions for matrix products of this type. On a CPU without them, half precision is 5 to 100
+    times slower than float32."""
+    if device.type == "meta":  # nothing is computed there
         return True
     if device.type == "cuda":
         return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -57,13 +57,13 @@ def has_native_matmul(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile makes kernels for it that pay: on a CPU they gained nothing, and took 20 s to make. To be asked
-    outside of a forward pass first: ZeRO-3 does not survive an exception there."""
+    """Whether to use torch.compile on the device. On a CPU it gained nothing and took 20 s to compile. The first call must be
+    outside of a forward pass: ZeRO-3 cannot recover from an exception inside one."""
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # whatever Triton, or the C compiler that it calls, comes to
+    except Exception as error:  # any error of Triton, or of the C compiler that it calls
         log.warning(
             "the head's kernels cannot be compiled (%s): it runs without, and slower; they need gcc and Python's headers "
             "(Debian: apt-get install gcc python3-dev)",
@@ -74,26 +74,26 @@ def can_compile(device: torch.device) -> bool:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All there is of a GPU's."""
+    """Total memory of a GPU."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
 class PeakMemory:
-    """The most memory taken between two looks at it: on a GPU by tensors, else by the whole process."""
+    """Peak memory since the last call of `gib`: on a GPU that of tensors, else that of the whole process."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self.gib()
 
     def gib(self) -> float:
-        """Since the last look."""
+        """Peak in GiB; resets it."""
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
             torch.cuda.reset_peak_memory_stats(self._device)
             return peak / 2**30
         try:
             status = Path("/proc/self/status").read_text()
-            Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
-        except (OSError, TypeError):  # no Linux: the peak of the whole run so far
+        except (OSError, TypeError):  # not Linux: the peak since the process started
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,6 +1,7 @@
-"""`train.py --dry_run`: are the settings valid, and will the run fit? Nothing is trained, loaded, taken or written.
+"""`train.py --dry_run`: checks the settings and estimates memory and disk. It loads no weights, fetches no rollouts and writes
+nothing.
 
-Knows nothing of process groups: one process answers for any number of ranks, with or without a GPU.
+Knows nothing of process groups: one process estimates for any number of ranks, with or without a GPU.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ from wsft.model.meta_passes import STOPS
 from wsft.rollouts.sources import client_of, fetching_ranks, processor_of
 from wsft.run.metrics import require_wandb
 
-GPUS_A_HOST = 8  # of a machine other than this one
-# of a GPU's memory, what tensors cannot have: context and libraries, NCCL, and gaps between tensors
+GPUS_A_HOST = 8  # where the run is planned for another machine
+# GPU memory that is not available to tensors: CUDA context, libraries, NCCL, fragmentation
 RESERVED_BYTES, RESERVED_SHARE = 1.5 * 2**30, 0.05
 MOST_RANKS = 1024
 
@@ -52,14 +53,14 @@ MOST_RANKS = 1024
 class Machine:
     num_ranks: int
     ranks_here: int  # on one host
-    gpu_bytes: float | None  # None: there is no GPU, all is in the host's memory
-    host_bytes: float | None  # None: the host is another one, and not known
-    libraries: int  # of a rank, in the host's memory: Python, torch and what they load
+    gpu_bytes: float | None  # None: there is no GPU, and everything is in host memory
+    host_bytes: float | None  # None: another host, whose memory is not known
+    libraries: int  # host memory of one rank: Python, torch and their libraries
 
     @classmethod
     def of(cls, config: WeightedSFTConfig) -> Machine:
         if not config.gpu_memory_gib:
-            device_type(config.device)  # which looks whether there is one
+            device_type(config.device)  # raises if there is a GPU that torch cannot use
         gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
         ranks = config.ranks or int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", gpus or 1)))
         libraries = _memory_of_this_process()
@@ -69,7 +70,7 @@ class Machine:
         return cls(ranks, here, memory_bytes(torch.device("cuda", 0)) if gpus else None, _free_memory(), libraries)
 
     def shortage(self, need: Needs) -> str:
-        """What is too little; empty if nothing is."""
+        """What there is not enough of, as a sentence; empty if it fits."""
         host, gib = self.on_host(need), 2**30
         if self.gpu_bytes is not None and need.peak > self.usable:
             return f"a GPU has {self.usable / gib:.1f} GiB for tensors, {need.peak / gib:.1f} are needed"
@@ -83,12 +84,12 @@ class Machine:
         return self.gpu_bytes * (1 - RESERVED_SHARE) - RESERVED_BYTES
 
     def on_host(self, need: Needs) -> int:
-        """The memory of a host, of all its ranks."""
+        """Memory that all ranks of a host take of it."""
         return self.ranks_here * (self.libraries + sum(need.host.values()) + (need.peak if self.gpu_bytes is None else 0))
 
 
 class _Run:
-    """The run as its settings describe it, and its memory; each variation is asked for once."""
+    """The run that the settings describe, and its memory. Estimates are cached, since variations share most of them."""
 
     def __init__(self, config: WeightedSFTConfig, machine: Machine):
         self.config, self.machine = config, machine
@@ -101,7 +102,7 @@ class _Run:
         self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)
         require_trainable(self.model, config)
-        if any(Path(config.model_name).glob("*.safetensors*")):  # there may be no weights to tell what a run needs
+        if any(Path(config.model_name).glob("*.safetensors*")):  # weights are not needed for the estimate
             require_complete(config.model_name, config, self.dtype)
         self.passes = passes_of(self.shape, config.trust_remote_code, config.max_token_len, self.dtype)
         freeze_unreached(self.model, self.passes)
@@ -110,14 +111,14 @@ class _Run:
             reference = load_model_config(config.ref_model_name, config)
             self.reference = empty_model(reference, config.trust_remote_code, self.dtype)
 
-    @functools.cache  # noqa: B019 (one object, which lives as long as the process)
+    @functools.cache  # noqa: B019 (there is one object, for the life of the process)
     def work(self, tokens: int, checkpointing: bool) -> Work:
         try:
             return self._work_in(self.dtype, tokens, checkpointing)
         except (RuntimeError, NotImplementedError):
             if self.dtype == torch.bfloat16:
                 raise
-            # the products of experts have a form on the meta device in bf16 only
+            # on the meta device, grouped matrix products (experts) exist in bf16 only
             return self._work_in(torch.bfloat16, tokens, checkpointing).times(2)
 
     def _work_in(self, dtype: torch.dtype, tokens: int, checkpointing: bool) -> Work:
@@ -130,7 +131,7 @@ class _Run:
             return work_of(model, tokens, tokens_of_chunk(vocab_size, self.machine.gpu_bytes))
 
     def needs(self, config: WeightedSFTConfig, ds: dict[str, Any], machine: Machine) -> Needs:
-        # a sequence that is longer than micro_batch_tokens goes alone
+        # a sequence longer than micro_batch_tokens is a micro-batch of its own
         work = self.work(max(config.micro_batch_tokens, config.max_token_len), config.gradient_checkpointing)
         need = needs(self.model, ds, machine.num_ranks, work, machine.gpu_bytes is not None)
         if self.reference is not None:
@@ -138,7 +139,7 @@ class _Run:
         return need
 
     def remedies(self) -> Iterator[str]:
-        """Single changes with which it fits, the smallest first."""
+        """Single changes that make it fit, the smallest first."""
         config, ds, machine = self.config, self.ds, self.machine
 
         def fits(ds: dict = ds, machine: Machine = machine, **changes: Any) -> bool:
@@ -170,7 +171,7 @@ class _Run:
 
 
 def _offloads(zero: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Other sections zero_optimization, each with its description."""
+    """Sections zero_optimization that need less memory, each with its description."""
     cpu = {"device": "cpu", "pin_memory": True}
     if zero["stage"] < 3:
         yield "zero_optimization.stage 3 in the DeepSpeed JSON", zero | {"stage": 3}
@@ -182,9 +183,10 @@ def _offloads(zero: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def dry_run(config: WeightedSFTConfig) -> bool:
-    """Print what the run will need; whether all is valid and fits. UserError for what leaves nothing to tell."""
+    """Print what the run will need. Returns whether the settings are valid and the run fits; raises UserError where nothing
+    can be estimated."""
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))):
-        return True  # rank 0 says it
+        return True  # rank 0 prints it
     configure_logging(0)
     register()
     run = _Run(config, Machine.of(config))
@@ -196,7 +198,7 @@ def dry_run(config: WeightedSFTConfig) -> bool:
     except STOPS as error:
         what = str(error).strip() or type(error).__name__
         print(
-            f"memory      what {type(run.model).__name__} holds in its passes cannot be estimated: it does not run "
+            f"memory      the activations of {type(run.model).__name__} cannot be estimated: it does not run "
             f"without values ({what.splitlines()[0]}); train 2 steps, and read memory/peak_gib in metrics.jsonl"
         )
         for sentence in wrong:
@@ -225,7 +227,7 @@ def _advice(remedies: list[str]) -> str:
 
 
 def _look_at_source(run: _Run) -> tuple[str, list[str]]:
-    """What the data source says, and what is wrong with it. The first batch of a file is read; from a server nothing is."""
+    """What the data source is, and what is wrong with it. Reads the first batch of a file; takes nothing from a server."""
     config, tokenizer = run.config, load_tokenizer(run.config)
     try:
         fetching = fetching_ranks(config, run.machine.num_ranks)
@@ -244,7 +246,7 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
 
 
 def _look_at_disk(run: _Run, need: Needs) -> list[str]:
-    """The newest checkpoints and the one that is being written; the model, which is there twice while it is exported."""
+    """Too little disk for keep_checkpoints and the one being written, and for the model, which exporting holds twice."""
     wanted = (run.config.keep_checkpoints + 1) * need.checkpoint + 2 * need.model
     place = Path(run.config.output_dir).absolute()
     while not place.exists():
@@ -292,7 +294,7 @@ def _memory_of_this_process() -> int:
 
 
 def _free_memory() -> float | None:
-    """What this machine can still give, within the limit of the job's control group; None where nobody says."""
+    """Free memory of this machine, within the limit of the job's control group; None where it cannot be read."""
     free = []
     with contextlib.suppress(OSError, TypeError):
         free.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)

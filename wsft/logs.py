@@ -1,4 +1,4 @@
-"""How the log of this package reaches stderr, beside a progress line."""
+"""Logging to stderr that leaves the progress line intact."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 
 def configure_logging(rank: int) -> None:
-    """Send this package's log to stderr, above the progress line; off rank 0 only warnings, and only errors of transformers,
-    which says the same on every rank."""
+    """Send this package's log to stderr, above the progress line. Ranks other than 0 log warnings only, and only errors of
+    transformers, which logs the same on every rank."""
     if rank:
         logging.getLogger("transformers").setLevel(logging.ERROR)
     root = logging.getLogger("wsft")
@@ -29,5 +29,5 @@ class _AboveProgressLine(logging.Handler):
 
 
 def write_line(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody is left to read it, and there may be a checkpoint to save
+    with contextlib.suppress(OSError):  # stderr is closed, but there may be a checkpoint to save
         tqdm.write(text, file=sys.stderr)

@@ -1,5 +1,5 @@
-"""YAML and JSON files that people write. A name that stands twice in one object is an error, where of two values the last would
-win without a word; paths may begin with ~ and hold $VARIABLES.
+"""YAML and JSON files written by people. A duplicate key is an error, where the usual parsers silently keep the last value;
+paths may begin with ~ and contain $VARIABLES.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class _OnceOnly(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """yaml.YAMLError if it is no YAML, ValueError if it says something twice."""
+    """Raises yaml.YAMLError if the text is not YAML, ValueError for a duplicate key."""
     return yaml.load(text, _OnceOnly)
 
 
 def parse_json(text: str) -> Any:
-    """json.JSONDecodeError if it is no JSON, ValueError if it says something twice."""
+    """Raises json.JSONDecodeError if the text is not JSON, ValueError for a duplicate key."""
     value = json.loads(text)
-    objects: list[set[str] | None] = []  # the names of each that is open; None of a list
+    objects: list[set[str] | None] = []  # keys of each open object; None for an open list
     last = ""
     for token in _JSON_TOKEN.finditer(text):
         if token[0] in "{[":
@@ -51,11 +51,11 @@ def parse_json(text: str) -> Any:
 
 
 def _twice(name: str, line: int) -> str:
-    return f"{name} stands there twice, the second time on line {line}: keep one of the two"
+    return f"duplicate key {name}, the second on line {line}: keep one of the two"
 
 
 def expand_path(path: str) -> str:
-    """With ~ and $VARIABLES replaced, as a shell does it. ValueError where there is no such variable or user."""
+    """Replace ~ and $VARIABLES as a shell does. ValueError if there is no such variable or user."""
     expanded = os.path.expandvars(os.path.expanduser(path))
     missing = _VARIABLE.search(expanded)
     if missing:

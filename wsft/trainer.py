@@ -1,4 +1,4 @@
-"""WeightedSFTTrainer: the loop. What the run is stands in `train`; each step in `_train_on`."""
+"""WeightedSFTTrainer: the training loop. `train` is the run from start to end, `_train_on` one step."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ from wsft.run.output_folder import RunFolder
 log = logging.getLogger(__name__)
 
 BAD_STEPS_ALLOWED = 3
-CHECKPOINT_BYTES = 16  # of a parameter, with Adam's state, at most
+CHECKPOINT_BYTES = 16  # per parameter, at most: weights, float32 masters and Adam's two moments
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
 
 class TrainingDiverged(UserError):
-    """Three steps in a row with a loss or gradients that are not finite."""
+    """Loss or gradients were not finite for three steps in a row."""
 
 
 class _AskedToStop(Exception):
-    """Before there was a step to finish."""
+    """The run was asked to stop before its first step."""
 
 
 class WeightedSFTTrainer:
     """One run: batches from Atropos (or a file) in, a trained Hugging Face folder out.
 
-    Under a launcher (deepspeed, torchrun, srun) every rank makes one; without, it is the only rank.
+    Under a launcher (deepspeed, torchrun, srun) every rank creates one; without a launcher there is one rank.
     """
 
     def __init__(self, config: WeightedSFTConfig):
@@ -77,20 +77,20 @@ class WeightedSFTTrainer:
         """Train to the end; the folder of the trained model, or None if the run was asked to stop and can be resumed.
 
         Raises:
-            UserError: what the user can fix. With several ranks an exception ends the process instead:
-                all ranks, non-zero, within seconds, with the message of the rank that failed.
+            UserError: something the user can fix. With several ranks, an exception ends all processes within seconds
+                instead, with a non-zero exit code and the message of the rank that failed.
         """
         rank = ranks_from_environment()
         configure_logging(rank)
         if rank != 0 or not sys.stderr.isatty():
-            disable_progress_bar()  # of transformers: loading weights, writing shards
+            disable_progress_bar()  # those of transformers: loading weights, writing shards
         with contextlib.closing(self.folder), Stop() as self.stop:
             world = start_ranks(self.config)
             with world.fail_together(self.folder.failed):
                 try:
                     with world.extended_timeout():  # models may be downloaded
                         self._set_up(world)
-                except _AskedToStop:  # nothing is trained yet that could be saved
+                except _AskedToStop:  # nothing has been trained, so there is nothing to save
                     world.on_rank_0(lambda: self.folder.write_state("preempted", "asked to stop before the first step"))
                     return None
                 try:
@@ -150,7 +150,7 @@ class WeightedSFTTrainer:
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
-        self.said_missing = set()
+        self.warned_missing = set()
         self.step, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
         self.without_signal = metadata["without_signal"]
         self.feed = Feed(self.config, source, world, self.stop, metadata["feed"])
@@ -160,8 +160,8 @@ class WeightedSFTTrainer:
         log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
 
     def _choose_layout(self) -> tuple[bool, bool, int]:
-        """Whether rows are packed, whether prefixes are shared in them, and the tokens of a micro-batch: as all models and all
-        ranks can."""
+        """Whether to pack sequences, whether to share prefixes, and the token budget of a micro-batch: what the model and the
+        reference model support on all ranks."""
         models = [self.model, *([self.reference.model] if self.reference else [])]
         look = functools.partial(
             find_row_layouts,
@@ -182,7 +182,7 @@ class WeightedSFTTrainer:
         elif not pads:
             name = type(self.model.model).__name__
             log.info(
-                "what %s makes of a sequence depends on others of its micro-batch: each sequence is one, which is slow", name
+                "the logits of %s depend on the other sequences of a micro-batch: each sequence is its own, which is slow", name
             )
         return packs, shares, self.config.micro_batch_tokens if packs or pads else 1
 
@@ -196,7 +196,7 @@ class WeightedSFTTrainer:
         return reference
 
     def _stop_if_asked(self) -> None:
-        """Loading a large model takes minutes: between its parts."""
+        """Called between the stages of start-up, since loading a large model takes minutes."""
         if any(self.world.all_gather_int(self.stop.code)):
             raise _AskedToStop
 
@@ -232,14 +232,14 @@ class WeightedSFTTrainer:
         self.metrics.set_status(state)
 
     def _report(self) -> None:
-        """Write what the last step came to, unless that was done: where a device queues its work after the next step was given
-        to it, or when there is time to wait. A collective."""
+        """Write the metrics of the last step, if that is still to be done. A collective that waits for the device: on a GPU it
+        is called once the next step is queued, or while waiting for data."""
         unread, self.unread = self.unread, None
         if unread:
             unread()
 
     def _end(self) -> Path | None:
-        """The last checkpoint, and the trained model unless the run only pauses."""
+        """Save the last checkpoint and, unless the run was asked to stop, export the trained model."""
         self._report()
         if self.step == 0 and not self.feed.stopped:
             raise UserError(f"data {self.config.data} holds no usable sequence: nothing was trained")
@@ -247,7 +247,7 @@ class WeightedSFTTrainer:
             self._save()
         if self.feed.stopped:
             reason = name_of(self.feed.stopped)
-            log.info("stopped after step %d (%s); go on with --resume", self.step, reason)
+            log.info("stopped after step %d (%s); continue with --resume", self.step, reason)
             self.world.on_rank_0(lambda: self.folder.write_state("preempted", reason))
             self.feed.close()
             self.metrics.close()
@@ -260,7 +260,7 @@ class WeightedSFTTrainer:
         return self.folder.final
 
     def _save(self) -> None:
-        self._report()  # a checkpoint knows how many steps were not finite
+        self._report()  # a checkpoint holds the number of steps that were not finite
         self.metrics.set_status("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
@@ -278,11 +278,11 @@ class WeightedSFTTrainer:
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
     def _train_on(self, batch: Batch) -> tuple[Callable[[], StepResult], dict[str, float], float]:
-        """One optimizer step: a function that returns its result, metrics of the batch and its assignment (every rank computes
-        that), and the FLOPs of all ranks."""
+        """One optimizer step. Returns a function that returns its result, the metrics of the batch and of its assignment to
+        ranks (which every rank computes), and the FLOPs of all ranks."""
         self._require_what_the_loss_needs(batch)
         values = of_batch(batch, self.step)
-        # counted over the whole batch before the first backward: the step does not depend on how it is split
+        # counted over the global batch before the first backward, so that the step does not depend on how it is split
         scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
         if self.config.skip_zero_weight and not self.coefficients.concern_every_token:
             batch = batch.of_weight(self.objective)
@@ -313,12 +313,12 @@ class WeightedSFTTrainer:
                     f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "
                     f"environments send them, or leave strict out ({instead}, then)"
                 )
-            if name not in self.said_missing:
+            if name not in self.warned_missing:
                 self.metrics.warn(f"step {self.step + 1}: no trained token of the batch has {name}: {instead}")
-            self.said_missing.add(name)
+            self.warned_missing.add(name)
 
     def _write_metrics(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
-        """Write down what a step came to. A collective."""
+        """Write the metrics of a step. A collective."""
         result = read()
         finite = math.isfinite(result.loss) and (result.applied or not result.signal)
         self.bad = 0 if finite else self.bad + 1
@@ -329,16 +329,16 @@ class WeightedSFTTrainer:
         of_run["memory/peak_gib"] = result.peak_gib
         of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
         self.metrics.step({"step": values["step"], **of_step, **values, **of_all, **of_run})
-        self._warn_of(values["step"], result)
+        self._warn(values["step"], result)
 
-    def _warn_of(self, step: int, result: StepResult) -> None:
+    def _warn(self, step: int, result: StepResult) -> None:
         if not result.signal:
             self.metrics.warn(f"step {step}: no token has a weight: parameters, optimizer and schedule stay as they are")
         if result.without_gradient:
             names = result.without_gradient
             self.metrics.warn(
                 f"step {step}: {len(names)} parameters ({some(names)}) had no gradient on any rank: experts may have got no "
-                f"token yet; else the model's own code keeps gradients from them, and they learn nothing"
+                f"token yet; else the model's own code detaches them, and they learn nothing"
             )
         if not self.bad:
             return
@@ -354,8 +354,8 @@ class WeightedSFTTrainer:
 
 @contextlib.contextmanager
 def _private_files() -> Iterator[None]:
-    """What is written to output_dir is its user's alone: rollouts may hold anything. Not so what is downloaded or compiled into
-    caches that others share."""
+    """Files created inside are readable by their owner only, since rollouts may hold anything. Used for output_dir, not for
+    downloads and compiled ops, whose caches may be shared."""
     before = os.umask(0o077)
     try:
         yield

@@ -1,6 +1,6 @@
-"""The user's DeepSpeed JSON -> the one DeepSpeed gets: "auto" filled from the run, contradictions refused.
+"""Resolves the user's DeepSpeed JSON: "auto" is filled in from the run's settings, contradictions are errors.
 
-Pure: no torch, no DeepSpeed, no ranks beyond their number.
+Pure: no torch, no DeepSpeed; of the ranks only their number.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SECTIONS = (
     *("zero_allow_untested_optimizer", "prescale_gradients", "gradient_predivide_factor", "steps_per_print"),
 )
 
-_IMPLEMENTATION = ("torch_adam", "fused", "foreach")  # of an optimizer's parameters
-_WITHOUT_WEIGHT_DECAY = ("rprop", "lbfgs", "sparseadam")  # they know no such parameter
+_IMPLEMENTATION = ("torch_adam", "fused", "foreach")  # parameters of an optimizer
+_WITHOUT_WEIGHT_DECAY = ("rprop", "lbfgs", "sparseadam")  # optimizers without this parameter
 
-# scheduler -> its parameters that the run's settings name, too. Those of torch scale the optimizer's own rate.
+# scheduler -> those of its parameters that are settings of the run, too; torch's schedulers scale the optimizer's rate
 _SCHEDULERS = {
     "WarmupLR": {"warmup_max_lr": "learning_rate", "warmup_num_steps": "warmup_steps"},
     "WarmupDecayLR": {
@@ -57,18 +57,18 @@ _SIZED_BY_HIDDEN = {
 def resolve(
     config: WeightedSFTConfig, num_ranks: int, ranks_a_host: int, hidden_size: int, native_bf16: bool
 ) -> tuple[WeightedSFTConfig, dict[str, Any]]:
-    """The run's config and DeepSpeed's, in agreement.
+    """The run's config and the resolved DeepSpeed JSON.
 
-    A JSON value stands where the run left a setting at its default (the returned config then says so too); where both were
-    set and differ, that is a UserError naming both. bf16 "auto" is bf16 where the device computes in it (`native_bf16`), else
-    fp32. Whatever is still "auto" is an error, never passed on.
+    A value in the JSON is adopted where the run has the default (also in the returned config). Two values that were both set
+    and differ are a UserError naming both. bf16 "auto" becomes bf16 if the device supports it (`native_bf16`), else fp32. Any
+    other "auto" that is left is an error.
     """
     ds = _load(config.deepspeed)
     agree = _Agreement(config)
     params = _section(_section(ds, "optimizer", DEFAULT["optimizer"]), "params", {})
     agree.on(params, "lr", "optimizer.params.lr", "learning_rate", fill=True)
     decays = ds["optimizer"].get("type", "").lower() not in _WITHOUT_WEIGHT_DECAY
-    # filled in where the JSON lacks it: torch's AdamW would else take 0.01
+    # filled in where the JSON lacks it, since the default of torch's AdamW is 0.01
     agree.on(params, "weight_decay", "optimizer.params.weight_decay", "weight_decay", fill=decays or config.weight_decay > 0)
     agree.on(ds, "gradient_clipping", "gradient_clipping", "max_grad_norm", fill=True)
     agree.on(ds, "train_batch_size", "train_batch_size", "batch_size")
@@ -89,22 +89,22 @@ def resolve(
     _hierarchy(zero, num_ranks, ranks_a_host)
     if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    ds.setdefault("steps_per_print", 2**31 - 1)  # wsft prints its own progress
-    ds.setdefault("zero_allow_untested_optimizer", True)  # any optimizer: the user chose it
+    ds.setdefault("steps_per_print", 2**31 - 1)  # wsft logs its own progress
+    ds.setdefault("zero_allow_untested_optimizer", True)  # allows any optimizer of torch
     _refuse_auto(ds)
     return agree.config(), ds
 
 
 def what_learns(ds: dict[str, Any]) -> dict[str, Any]:
-    """Of the resolved JSON, what a checkpoint brings back: the optimizer's parameters, by whatever code it runs, and the
-    scheduler's."""
+    """The part of the resolved JSON that a checkpoint restores: parameters of the optimizer, whichever implementation runs it,
+    and of the scheduler."""
     params = {name: value for name, value in ds["optimizer"].get("params", {}).items() if name not in _IMPLEMENTATION}
     return {"optimizer": {"params": params}, "scheduler": ds.get("scheduler", {})}
 
 
 def for_reference(ds: dict[str, Any]) -> dict[str, Any]:
-    """The resolved JSON of a model that is not trained: sharded and offloaded as the trained one, with nothing to optimise, and
-    without the second shares, which are for backward passes."""
+    """The resolved JSON for a frozen model: sharded and offloaded as the trained one, without an optimizer, and without hpZ's
+    secondary partition, which is for backward passes."""
     idle = ("offload_optimizer", "zero_hpz_partition_size")
     zero = {k: v for k, v in ds["zero_optimization"].items() if k not in idle}
     idle = ("optimizer", "scheduler", "gradient_clipping", "zero_optimization", "checkpoint")
@@ -123,7 +123,7 @@ def _load(source: str | dict | None) -> dict[str, Any]:
         raise UserError(f"the DeepSpeed JSON {source}: {error}") from error
     if not isinstance(ds, dict):
         raise UserError(f"the DeepSpeed JSON {source} holds a {type(ds).__name__}, expected an object")
-    for key in ds:  # DeepSpeed passes over a section that it does not know
+    for key in ds:  # DeepSpeed silently ignores unknown sections
         near = difflib.get_close_matches(key, _SECTIONS, n=1, cutoff=0.85)
         if near and key not in _SECTIONS:
             raise UserError(f"the DeepSpeed JSON has {key!r}: did you mean {near[0]!r}?")
@@ -144,7 +144,7 @@ class _Agreement:
         self.run, self.adopted = config, {}
 
     def on(self, section: dict, key: str, path: str, setting: str, *, fill: bool = False) -> None:
-        """Bring section[key] and the run's setting together; with `fill`, also where the JSON does not have the key."""
+        """Reconcile section[key] with the run's setting; with `fill`, add the key where the JSON lacks it."""
         mine, theirs = getattr(self.run, setting), section.get(key)
         if theirs == "auto" or (theirs is None and fill):
             section[key] = mine
@@ -173,7 +173,7 @@ def _precision(ds: dict, native_bf16: bool) -> None:
             'write "bf16": {"enabled": true}, or leave both out for fp32'
         )
     del ds["fp16"]
-    if "bfloat16" in ds:  # DeepSpeed's older name for it, which it reads only where "bf16" is absent
+    if "bfloat16" in ds:  # DeepSpeed's old name, which it reads only if there is no "bf16"
         ds.setdefault("bf16", ds.pop("bfloat16"))
     bf16 = _section(ds, "bf16", {"enabled": False})
     if bf16.setdefault("enabled", False) == "auto":
@@ -181,9 +181,9 @@ def _precision(ds: dict, native_bf16: bool) -> None:
 
 
 def _accumulate_in_float32(ds: dict, zero: dict) -> None:
-    """Gradients are summed over micro-batches and over ranks in float32 unless the JSON says otherwise.
+    """Sum gradients over micro-batches and over ranks in float32, unless the JSON sets another type.
 
-    DeepSpeed's default is the model's type. In bf16, with 8 bits of mantissa, a sum stops growing where what is added is below
+    DeepSpeed's default is the model's type. In bf16, with a mantissa of 8 bits, a sum stops growing once the addend is below
     1/256 of it: 512 equal micro-batches gave 0.73 of their gradient.
     """
     types = _section(ds, "data_types", {})
@@ -203,7 +203,7 @@ def _accumulate_in_float32(ds: dict, zero: dict) -> None:
 
 
 def _micro_batches(ds: dict, num_ranks: int) -> None:
-    """Micro-batches are planned from micro_batch_tokens, their number varies with the data; DeepSpeed counts none."""
+    """Micro-batches are assigned by micro_batch_tokens, and their number varies: DeepSpeed must not count them."""
     for key, allowed in {"gradient_accumulation_steps": (1,), "train_micro_batch_size_per_gpu": ()}.items():
         if ds.get(key, "auto") not in ("auto", *allowed):
             raise UserError(
@@ -214,8 +214,8 @@ def _micro_batches(ds: dict, num_ranks: int) -> None:
 
 
 def _hierarchy(zero: dict, num_ranks: int, ranks_a_host: int) -> None:
-    """hpZ (Wang et al. 2023, "ZeRO++"): the backward pass gathers from second shares within a host. On one host the first are
-    there already."""
+    """hpZ (Wang et al. 2023, "ZeRO++"): the backward pass gathers from a secondary partition within a host. Of no use on one
+    host, where the primary partition is local, too."""
     size = zero.get("zero_hpz_partition_size", 1)
     if size == "auto":
         size = zero["zero_hpz_partition_size"] = ranks_a_host if ranks_a_host < num_ranks else 1
@@ -227,7 +227,7 @@ def _hierarchy(zero: dict, num_ranks: int, ranks_a_host: int) -> None:
 
 
 def _scheduler(ds: dict, agree: _Agreement) -> None:
-    """A scheduler in the JSON is the user's and drives the run; else the run's lr_scheduler does (engine.py)."""
+    """A scheduler in the JSON takes precedence; without one, the run's lr_scheduler is used (engine.py)."""
     if "scheduler" not in ds:
         return
     if "lr_scheduler" in agree.run.model_fields_set:
@@ -242,9 +242,9 @@ def _scheduler(ds: dict, agree: _Agreement) -> None:
             f"scheduler.type in the DeepSpeed JSON is {kind!r}, whose rates are not those of the run: write one of "
             f"{', '.join(_SCHEDULERS)} or leave the scheduler out, and set lr_scheduler and learning_rate"
         )
-    for name, setting in _SCHEDULERS.get(kind, {}).items():  # filled in where they are absent: DeepSpeed has values of its own
+    for name, setting in _SCHEDULERS.get(kind, {}).items():  # filled in where absent, since DeepSpeed has its own defaults
         agree.on(params, name, f"scheduler.params.{name}", setting, fill=True)
-    if params.get("warmup_num_steps") == 0:  # which DeepSpeed does not take
+    if params.get("warmup_num_steps") == 0:  # 0 is an error in DeepSpeed
         params["warmup_num_steps"] = 1
     if params.get("warmup_min_lr") == "auto":
         params["warmup_min_lr"] = 0

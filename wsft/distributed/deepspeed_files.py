@@ -1,4 +1,4 @@
-"""The files of DeepSpeed's checkpoints: read without running code from them, and converted to another number of ranks."""
+"""The files of DeepSpeed's checkpoints: reading without running code from them, and resharding to other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from wsft.errors import UserError
 
 
 def trust_no_pickle() -> None:
-    """From here on torch.load builds tensors, plain containers and three classes of DeepSpeed, and runs no code from a file;
-    also where DeepSpeed asks it to."""
+    """From now on torch.load unpickles tensors, plain containers and three classes of DeepSpeed only, so that it runs no code
+    from a file, also where DeepSpeed asks for weights_only=False."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -27,9 +27,9 @@ def trust_no_pickle() -> None:
 
 
 def convert(folder: Path, out: Path) -> None:
-    """A checkpoint of another number of ranks into one for any (DeepSpeed's "universal checkpoint"). One rank calls it.
+    """Convert a checkpoint to DeepSpeed's "universal checkpoint", which any number of ranks can load. Called by one rank.
 
-    In a process of its own: it takes the memory of several ranks, and gives it back.
+    Runs in a process of its own, since it takes the memory of several ranks.
     """
     code = (
         "from wsft.distributed.deepspeed_files import trust_no_pickle; trust_no_pickle()\n"
@@ -42,13 +42,13 @@ def convert(folder: Path, out: Path) -> None:
     if done.returncode:
         raise UserError(
             f"DeepSpeed cannot convert {folder} to another number of ranks (it knows Adam's state only): resume on as many "
-            f"ranks as saved it. It said: {done.stderr.strip().splitlines()[-1:]}"
+            f"ranks as saved it. Its last line: {done.stderr.strip().splitlines()[-1:]}"
         )
 
 
 def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
-    """Name -> whole value of everything in what `save` wrote; masters in float32. Values under ZeRO-3 are put together when
-    `.contiguous()` is called, out of files that are mapped, not read."""
+    """Name -> whole tensor, of everything that `Engine.save` wrote; trained parameters as their float32 masters. Under ZeRO-3 a
+    tensor is assembled from memory-mapped files when `.contiguous()` is called."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.utils import zero_to_fp32
 
@@ -61,12 +61,12 @@ def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
         state = quietly(
             zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint, str(folder.parent), tag=folder.name, lazy_mode=True
         )
-        if whole.exists():  # stages 1 and 2: what is not trained has no masters
+        if whole.exists():  # stages 1 and 2: frozen parameters have no masters
             state = torch.load(whole, map_location="cpu", mmap=True)["module"] | state
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
 def quietly(action: Any, *args: Any, **kwargs: Any) -> Any:
-    """DeepSpeed prints as it goes. (Its stderr stays: the watchdog logs there, too.)"""
+    """Call a function of DeepSpeed without what it prints to stdout. (Not stderr, to which the watchdog logs.)"""
     with contextlib.redirect_stdout(io.StringIO()):
         return action(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""One optimizer step of many uneven micro-batches, by DeepSpeed.
+"""One optimizer step by DeepSpeed over any number of micro-batches of different sizes.
 
-DeepSpeed divides by a fixed number of accumulation steps and averages over ranks. wsft's loss is a sum whose weights are
-already divided by the *global* count, and the number of micro-batches varies, so both are undone here and nowhere else.
-Knows nothing of Atropos or advantages; which objective weighs the tokens is known to `TokenTerms` alone.
+DeepSpeed divides by a fixed number of accumulation steps and averages over ranks. The loss of wsft is a sum whose weights are
+already divided by the *global* token count, and the number of micro-batches varies: both divisions are undone here, and nowhere
+else. Knows nothing of Atropos or advantages; only `TokenTerms` knows the objective.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from wsft.model.packing import Layout
 log = logging.getLogger(__name__)
 
 
-# deepspeed is imported inside functions: it picks its accelerator when it is imported, and start_ranks picks it first
+# deepspeed is imported inside functions: it selects its accelerator on import, which start_ranks must set before
 
 
 def check_json(ds: dict[str, Any]) -> None:
-    """UserError if DeepSpeed would refuse its resolved JSON for what it says. Needs no other rank."""
+    """UserError if DeepSpeed would reject the resolved JSON. Needs no other rank."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS, DeepSpeedConfig
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            DeepSpeedConfig(ds | {"train_batch_size": 1})  # alone, it counts one rank
+            DeepSpeedConfig(ds | {"train_batch_size": 1})  # without a process group it counts one rank
     except (ValueError, TypeError, KeyError, AssertionError) as error:
         raise UserError(f"DeepSpeed refuses its JSON: {error}") from error
     name = ds["optimizer"].get("type", "")
@@ -55,27 +55,27 @@ def check_json(ds: dict[str, Any]) -> None:
 
 @dataclass
 class MicroBatch:
-    """One forward pass: rows [B, T], flat positions of their trained tokens [N] (see causal_lm.py), their part of the loss."""
+    """Inputs of one forward pass: rows [B, T], flat positions [N] of the trained tokens (see causal_lm.py), loss terms."""
 
     tokens_BT: torch.Tensor
     trained_N: torch.Tensor
     terms: TokenTerms
-    layout: Layout | None  # of the sequences packed in one row; None: every row is one
+    layout: Layout | None  # of sequences packed in one row; None: each row is a sequence
 
 
 @dataclass
 class StepResult:
-    """One optimizer step, the same on every rank."""
+    """Result of an optimizer step, the same on every rank."""
 
     loss: float
     grad_norm: float
     learning_rate: float
-    applied: bool  # False: parameters, optimizer and schedule are as before
-    signal: bool  # whether any token had a weight: if not, no step was applied, with one gradients were not finite
-    without_gradient: list[str]  # parameters without a gradient on any rank; of the first step with a signal only
-    sums: dict[str, float]  # over all trained tokens of the global batch, as `TokenTerms.sums` names them
+    applied: bool  # False: parameters, optimizer and schedule are unchanged
+    signal: bool  # whether any token had a weight; with one, `applied` is False only if gradients were not finite
+    without_gradient: list[str]  # parameters without a gradient on any rank; in the first step with a signal only
+    sums: dict[str, float]  # over all trained tokens of the global batch, under the names of `TokenTerms.sums`
     maxima: dict[str, float]
-    peak_gib: float  # of memory, on the rank that took most, since the step before
+    peak_gib: float  # peak memory since the last step, of the rank with the highest
 
 
 class Engine:
@@ -87,7 +87,7 @@ class Engine:
         self._peak = PeakMemory(world.device)
         choose_adam(ds, world)
         if self.stage == 3:
-            _gather_as_one(model)
+            _set_leaf_modules(model)
         schedule = None if "scheduler" in ds else lambda optimizer: _schedule(config, optimizer)
         try:
             with compiling_ops():
@@ -102,25 +102,25 @@ class Engine:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
         model.run = self._engine.__call__
         _require_rates(self._engine, ds)
-        for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with NCCL's timeout, 10 minutes
+        for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's own have NCCL's default, 10 minutes
             dist.distributed_c10d._set_pg_timeout(collective_timeout(world.timeout_s), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
         self._without_gradient = _note_gradients(model)
         self._unwritten: Exception | None = None
         self._engine.checkpoint_engine.save = self._write
-        self._engine._copy_recovery_script = lambda folder: None  # no code among the data
+        self._engine._copy_recovery_script = lambda folder: None  # no script in the checkpoint
 
     @property
     def queues(self) -> bool:
-        """Whether what is asked of the device is done later."""
+        """Whether the device runs asynchronously."""
         return self.world.device.type == "cuda"
 
     def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> Callable[[], StepResult]:
-        """Forward and backward over this rank's micro-batches, then one step on all. Every rank brings equally many.
+        """Forward and backward over this rank's micro-batches, then one optimizer step. All ranks pass equally many.
 
-        With a reference, its logps are those that the KL term compares with. What is returned tells the result; to call it is
-        a collective, and waits for the device: best after the next step was given to it.
+        A reference scores the tokens for the KL term. Returns a function that returns the result. Calling it is a collective
+        and waits for the device, so call it after the next step was queued.
         """
         engine, found, signals = self._engine, [], []
         for i, mb in enumerate(micro_batches):
@@ -158,11 +158,10 @@ class Engine:
         return [name for name in found if not had[name]]
 
     def _apply(self, signal: bool) -> tuple[float | torch.Tensor, bool]:
-        """The optimizer step; the norm of the gradient before clipping, and whether there was a step: there is none where the
-        gradient is not finite, or where no token had a weight, for Adam's momentum and weight decay would move parameters all
-        the same.
+        """The optimizer step. Returns the gradient norm before clipping, and whether the step was applied: it is skipped if the
+        gradient is not finite or no token had a weight, since Adam's momentum and weight decay would still move parameters.
 
-        Stages 1 to 3 look for non-finite gradients themselves and skip the step without a message; stage 0 does not look.
+        Stages 1 to 3 check for non-finite gradients themselves and skip the step without a message; stage 0 does not.
         """
         engine = self._engine
         if self.stage > 0:
@@ -179,15 +178,15 @@ class Engine:
         return norm, applied
 
     def save(self, folder: Path) -> tuple[int, Exception | None]:
-        """DeepSpeed's sharded parameters, optimizer and schedule into a new folder. All ranks call it together, and each gets
-        through; returned are the bytes that this rank wrote, and the error of its disk."""
+        """Save the sharded parameters, optimizer and schedule into a new folder. A collective, which completes also if writing
+        fails on a rank. Returns the bytes that this rank wrote, and its error, if any."""
         self._written = 0
         quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False)
         failure, self._unwritten = self._unwritten, None
         return self._written, failure
 
     def _write(self, state_dict: dict, path: str) -> None:
-        """DeepSpeed's way to write a file, but durable, and without an exception between its barriers."""
+        """Replaces DeepSpeed's torch.save: with fsync, and without an exception between its barriers."""
         try:
             with open(path, "wb") as file:
                 torch.save(state_dict, file)
@@ -198,7 +197,7 @@ class Engine:
             self._unwritten = self._unwritten or error
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote, or what `convert` made of it. All ranks call it together, before the first step."""
+        """Load what `save` wrote, or `convert` made of it. A collective, called before the first step."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             path, _ = quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name)
@@ -206,20 +205,20 @@ class Engine:
         optimizer = self._engine.basic_optimizer
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for param, state in optimizer.state.items():
-            # from a converted checkpoint DeepSpeed gives all parameters one tensor, on the CPU, which each then would count up
+            # from a converted checkpoint, DeepSpeed gives all parameters the same step tensor, which each would increment
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].to(param.device if on_device else "cpu", copy=True)
 
 
 class Reference:
-    """A frozen model, sharded as the trained one is."""
+    """A frozen model that scores tokens, sharded like the trained one."""
 
     def __init__(self, ds: dict[str, Any], model: WeightedSFTModel, world: World):
         import deepspeed
 
         self.model = model
         if ds["zero_optimization"]["stage"] == 3:
-            _gather_as_one(model)
+            _set_leaf_modules(model)
             self._model, *_ = deepspeed.initialize(model=model, config=ds, dist_init_required=False)
             model.run = self._model.__call__
         else:
@@ -230,14 +229,14 @@ class Reference:
     def logp(
         self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, layout: Layout | None
     ) -> torch.Tensor:
-        """[N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
+        """Logprobs [N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
         silence_N = torch.zeros_like(temperature_N)
         return self._model(tokens_BT, trained_N, silence_N, layout, temperature=temperature_N).logp_N
 
 
 def _undo_warm_up(optimizer: Any) -> None:
-    """At stage 0 in bf16, DeepSpeed's optimizer takes a step on zero gradients to make its state: Adam would count it, and
-    weight decay would be applied once too often."""
+    """At stage 0 in bf16, DeepSpeed takes an optimizer step on zero gradients to allocate the state. Adam would count it, and
+    weight decay would be applied once more than it should."""
     optimizer.optimizer.state.clear()
     for params, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
         for param, master in zip(params, masters, strict=True):
@@ -245,7 +244,7 @@ def _undo_warm_up(optimizer: Any) -> None:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
-    """What the optimizer gets: matrices and embeddings decay, norms and biases do not, as in transformers' Trainer."""
+    """Parameter groups: weight decay for matrices and embeddings, none for norms and biases, as in transformers' Trainer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not weight_decay:
         return trained
@@ -255,15 +254,15 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
         for name, param in module.named_parameters(recurse=False)
         if "norm" in type(module).__name__.lower()
         or name.endswith("bias")
-        or len(getattr(param, "ds_shape", param.shape)) < 2  # under ZeRO-3 the parameter itself is partitioned and flat
+        or len(getattr(param, "ds_shape", param.shape)) < 2  # under ZeRO-3 the parameter itself is a flat partition
     }
     decayed, others = ([p for p in trained if (id(p) in kept) == keep] for keep in (False, True))
     return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
-def _gather_as_one(model: WeightedSFTModel) -> None:
-    """What is inside of a module that runs its children by what its input is. Where each gathered its own parameters, on those
-    ranks whose tokens want it, the others would not enter that collective."""
+def _set_leaf_modules(model: WeightedSFTModel) -> None:
+    """Make modules that route by data, such as mixtures of experts, leaf modules of ZeRO-3, whose parameters are gathered
+    together. Else an expert is gathered on the ranks with tokens for it only, and the others do not enter that collective."""
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
@@ -272,12 +271,12 @@ def _gather_as_one(model: WeightedSFTModel) -> None:
 
 
 def _require_rates(engine: Any, ds: dict[str, Any]) -> None:
-    """UserError if the optimizer or the scheduler as it was made has other values than the resolved JSON."""
+    """UserError if the created optimizer or scheduler has other values than the resolved JSON."""
     wanted, schedule = ds["optimizer"].get("params", {}), engine.lr_scheduler
     peaks = getattr(schedule, "max_lrs", None) or getattr(schedule, "org_lrs", None)
     for i, group in enumerate(engine.basic_optimizer.param_groups):
         found = group | {"lr": peaks[i] if peaks else group.get("initial_lr", group["lr"])}
-        for name in wanted.keys() & found.keys() - ({"weight_decay"} if i else set()):  # of norms and biases it is 0
+        for name in wanted.keys() & found.keys() - ({"weight_decay"} if i else set()):  # it is 0 for norms and biases
             if _plain(found[name]) != _plain(wanted[name]):
                 raise UserError(
                     f"optimizer.params.{name} in the DeepSpeed JSON, or the run's setting of it, is {wanted[name]}, but the "
@@ -290,7 +289,7 @@ def _plain(value: Any) -> Any:
 
 
 def _note_gradients(model: WeightedSFTModel) -> dict[str, bool]:
-    """Name -> whether it has had no gradient yet, of each trained parameter."""
+    """For each trained parameter, whether it has not had a gradient yet; updated by hooks."""
     missing = {}
 
     def note(name: str, param: torch.nn.Parameter) -> None:
@@ -309,7 +308,7 @@ def _note_gradients(model: WeightedSFTModel) -> dict[str, bool]:
 
 @contextlib.contextmanager
 def _without_update(engine: Any) -> Iterator[None]:
-    """A step inside empties what DeepSpeed has summed, and leaves parameters, optimizer and schedule as they are."""
+    """Inside, a step clears the accumulated gradients and leaves parameters, optimizer and schedule unchanged."""
     optimizer, schedule, sharded = engine.basic_optimizer, engine.lr_scheduler, engine.optimizer
     step, linked = optimizer.step, getattr(sharded, "_hp_optimizer_states_linked", None)
     optimizer.step, engine.lr_scheduler = lambda *_, **__: None, None
@@ -317,15 +316,15 @@ def _without_update(engine: Any) -> Iterator[None]:
         yield
     finally:
         optimizer.step, engine.lr_scheduler = step, schedule
-        if linked is False:  # to states that only a step makes
+        if linked is False:  # links to states that only a step creates
             sharded._hp_optimizer_states_linked = False
 
 
 def _schedule(config: WeightedSFTConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """Of the learning rate. No step has rate 0, as the usual schedules have at their first: batches are expensive."""
+    """The learning rate schedule. No step has rate 0, unlike the first of the usual schedules: batches are expensive."""
     warmup, total = config.warmup_steps, config.training_steps
 
-    def factor(step: int) -> float:  # of the update after `step` others
+    def factor(step: int) -> float:  # for the update number `step`, from 0
         if step < warmup:
             return (step + 1) / (warmup + 1)
         left = max(0, total - step) / (total - warmup)

@@ -1,8 +1,8 @@
 """Load balancing across data-parallel ranks: which rollouts each rank runs, in which micro-batch. Pure and deterministic: every
-rank computes the same assignment for itself, from the same lengths.
+rank computes the same assignment from the same lengths.
 
-Under ZeRO-3 the ranks go through each micro-step in lockstep: what counts is not that their sums are equal but that in each
-micro-step no one waits for another. So micro-batches are made equal in cost, and ranks get neighbours in cost each micro-step.
+Under ZeRO-3 all ranks run each micro-step in lockstep, so equal totals are not enough: in each micro-step all wait for the
+slowest. Micro-batches are therefore made equal in cost, and in each micro-step the ranks get those closest in cost.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Rows = list[int]  # the rollouts of one micro-batch
 
 @dataclass(frozen=True)
 class Cost:
-    """What it costs to run a sequence forward and backward, in floating point operations or any other unit.
+    """Cost of the forward and backward pass over a sequence, in FLOPs or any other unit.
 
     Args:
-        per_token: in the model's matrices.
-        per_pair: in attention, per pair of a token with one up to it; counted as T^2 for a sequence of T.
+        per_token: of the matrices.
+        per_pair: of attention, counted T^2 times for a sequence of T tokens.
     """
 
     per_token: float = 1.0
@@ -36,30 +36,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class Load:
-    """The rollouts of a batch as work. Args: lengths: [R] tokens. cost: of each."""
+    """Lengths [R] in tokens, costs and shared prefixes of the rollouts of a batch."""
 
     lengths: np.ndarray
     cost: Cost
     prefixes: Prefixes
 
     def tokens(self, rows: Rows) -> int:
-        """That are run, if these rollouts stand in one micro-batch."""
+        """Tokens that are computed if these rollouts form one micro-batch."""
         return int(self.lengths[rows].sum() - self._again(rows).sum())
 
     def of(self, rows: Rows) -> float:
-        """What these rollouts cost in one micro-batch."""
+        """Cost of these rollouts as one micro-batch."""
         return float(self.cost.of(self.lengths[rows]).sum() - self.cost.of(self._again(rows)).sum())
 
     def _again(self, rows: Rows) -> np.ndarray:
-        """Lengths of the prefixes that need not be run again: of all in a cluster but the first."""
+        """Lengths of the prefixes that are not computed again: for all rollouts of a cluster but the first."""
         rows = np.asarray(rows, dtype=np.int64)
         first = np.unique(self.prefixes.clusters[rows], return_index=True)[1]
         return np.delete(self.prefixes.lengths[rows], first)
 
     def bundles(self, rows: Rows, most: int) -> list[Rows]:
-        """The rollouts in bundles of a cluster, each of `most` tokens at most or of one rollout."""
+        """Group rollouts of a cluster into bundles, each of at most `most` tokens or of one rollout."""
         bundles: list[Rows] = []
-        size: dict[int, tuple[int, Rows]] = {}  # of the bundle that a cluster fills
+        size: dict[int, tuple[int, Rows]] = {}  # cluster -> tokens and rollouts of the bundle being filled
         for i in rows:
             cluster, prefix, length = self.prefixes.clusters[i], self.prefixes.lengths[i], self.lengths[i]
             tokens, bundle = size.get(cluster, (most, []))
@@ -72,14 +72,14 @@ class Load:
 
 
 def assign_rollouts(load: Load, rows: Rows, num_ranks: int, micro_batch_tokens: int, packed: bool) -> list[list[Rows]]:
-    """assignment[rank][micro-step]: those of the rollouts `rows` in one forward pass, the most expensive first. All ranks have
-    equally many micro-steps.
+    """assignment[rank][micro-step] lists the rollouts of one forward pass, the most expensive micro-step first. All ranks have
+    the same number of micro-steps.
 
-    A micro-batch has at most `micro_batch_tokens` tokens: packed their sum, prefixes counted once, else the longest times
-    their number. A longer rollout goes alone. Where micro-batches are too few for all ranks, some are empty, and still run:
-    ZeRO-3 needs all ranks in every forward.
+    A micro-batch has at most `micro_batch_tokens` tokens: if packed, the sum of lengths with shared prefixes counted once,
+    else the longest length times the number of rows. A longer rollout is a micro-batch of its own. If there are fewer
+    micro-batches than ranks, some are empty and still run, since ZeRO-3 needs all ranks in every forward pass.
     """
-    # large bundles share most prefixes, small ones are distributed most evenly: that which takes least time is chosen
+    # large bundles share more prefixes, small ones can be distributed more evenly: try several sizes, take the fastest
     sizes = [micro_batch_tokens * k // 8 for k in (8, 6, 4, 3, 2)] if packed and load.prefixes.lengths[rows].any() else []
     plans = [_plan(load, load.bundles(rows, most), num_ranks, micro_batch_tokens, packed) for most in (*sizes, 0)]
     return min(plans, key=lambda assignment: _time(assignment, load))
@@ -96,7 +96,7 @@ def _plan(load: Load, bundles: list[Rows], num_ranks: int, budget: int, packed: 
 
 
 def _time(assignment: list[list[Rows]], load: Load) -> float:
-    """Until all ranks are done: in each micro-step they wait for the slowest."""
+    """Time until all ranks are done, as in each micro-step they wait for the slowest."""
     return sum(max(map(load.of, micro_batches)) for micro_batches in zip(*assignment, strict=True))
 
 
@@ -107,7 +107,7 @@ def imbalance(assignment: list[list[Rows]], load: Load) -> float:
 
 
 def _packed(order: list[int], lengths: list[int], costs: list[float], num_ranks: int, budget: int) -> list[Rows]:
-    """The fewest micro-steps for which longest-processing-time-first finds a place for all, at about equal cost."""
+    """Micro-batches for the fewest micro-steps into which longest-processing-time-first fits all, at about equal cost."""
     alone = [[i] for i in order if lengths[i] > budget]
     shared = order[len(alone) :]
     fewest = -(-sum(lengths[i] for i in shared) // budget)
@@ -122,7 +122,7 @@ def _packed(order: list[int], lengths: list[int], costs: list[float], num_ranks:
 
 
 def _longest_first(order: list[int], lengths: list[int], costs: list[float], room: int, budget: int) -> list[Rows] | None:
-    """Each to the cheapest micro-batch that has room; None if there is none. Longest processing time first (Graham 1969)."""
+    """Longest processing time first (Graham 1969): each goes to the cheapest micro-batch with room. None if they do not fit."""
     heap = [(0.0, 0, k) for k in range(room)]  # cost, tokens, number
     micro_batches = [[] for _ in range(room)]
     for i in order:
@@ -140,7 +140,7 @@ def _longest_first(order: list[int], lengths: list[int], costs: list[float], roo
 
 
 def _best_fit(order: list[int], lengths: list[int], costs: list[float], room: int, budget: int) -> list[Rows] | None:
-    """Each to the fullest micro-batch that has room; None if there is none."""
+    """Best fit: each goes to the fullest micro-batch with room. None if they do not fit."""
     micro_batches, left = [[] for _ in range(room)], np.full(room, budget)
     for i in order:
         fits = np.flatnonzero(left >= lengths[i])
@@ -153,7 +153,7 @@ def _best_fit(order: list[int], lengths: list[int], costs: list[float], room: in
 
 
 def _padded(order: list[int], lengths: list[int], costs: list[float], num_ranks: int, budget: int) -> list[Rows]:
-    """Neighbours in length, so that little is padded; in micro-batches no larger than the number of micro-steps asks for."""
+    """Rows of similar length, for little padding; as small as the smallest possible number of micro-steps allows."""
 
     def fill(size: int) -> list[Rows]:
         micro_batches: list[Rows] = []

@@ -1,4 +1,4 @@
-"""DeepSpeed compiles ops at their first use: here by one process at a time; where that fails, torch's are used instead."""
+"""DeepSpeed compiles ops at their first use: here one process at a time does; if that fails, those of torch are used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def compiling_ops() -> Iterator[None]:
-    """Around whatever may compile an op of DeepSpeed. torch takes a file for a lock; a start that is killed leaves it, and all
-    that wait, or come later, would wait for ever. Here it is a lock that dies with its process."""
+    """A context for everything that may compile an op of DeepSpeed. torch's lock is a file: a process that is killed leaves it,
+    and all others would wait for ever. Inside, it is a lock that the kernel releases with its process."""
     before, cpp_extension.FileBaton = cpp_extension.FileBaton, _FileLock
     try:
         yield
@@ -29,19 +29,19 @@ def compiling_ops() -> Iterator[None]:
 
 
 class _FileLock:
-    """In the place of torch's: whoever comes next compiles what is not compiled yet, which is mostly nothing."""
+    """Replaces torch's lock. The next process compiles what is not yet compiled, which is mostly nothing."""
 
     def __init__(self, path: str, *_: Any, **__: Any):
         self._path, self._held = f"{path}.held", contextlib.ExitStack()
 
     def try_acquire(self) -> bool:
-        with contextlib.suppress(OSError):  # no such locks on this file system, or nothing that may be written
+        with contextlib.suppress(OSError):  # the file system has no locks, or is read-only
             file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             self._held.callback(os.close, file)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("waiting for another process, which compiles an op of DeepSpeed")
+                log.info("waiting for another process that compiles an op of DeepSpeed")
                 fcntl.flock(file, fcntl.LOCK_EX)
         return True
 
@@ -50,8 +50,8 @@ class _FileLock:
 
 
 def tolerate_missing_shared_memory_op() -> None:
-    """DeepSpeed compiles an op by which ranks on one CPU reduce through shared memory; gloo does as well, and slower."""
-    backend = importlib.import_module("deepspeed.comm.torch")  # `deepspeed.comm` has torch itself by that name
+    """DeepSpeed compiles an op for all-reduce through shared memory between ranks on one CPU. Without it, gloo is used."""
+    backend = importlib.import_module("deepspeed.comm.torch")  # in `deepspeed.comm`, `torch` is the attribute of this name
     build = backend.build_shm_op
     if build.__name__ == "build_if_possible":
         return
@@ -59,7 +59,7 @@ def tolerate_missing_shared_memory_op() -> None:
     def build_if_possible() -> Any:
         try:
             return build()
-        except Exception as error:  # of many kinds: no compiler, no ninja, no Python headers
+        except Exception as error:  # many types: no compiler, no ninja, no Python headers
             log.info(
                 "DeepSpeed's op for shared memory cannot be compiled (%s): gloo is used, which is slower", _last_line(error)
             )
@@ -69,8 +69,8 @@ def tolerate_missing_shared_memory_op() -> None:
 
 
 def choose_adam(ds: dict[str, Any], world: World) -> None:
-    """torch's fused Adam in the resolved JSON where it asks for DeepSpeed's own, and a rank cannot compile that: no compiler, a
-    CUDA toolkit of another version than torch's, or none."""
+    """Set torch's fused Adam in the resolved JSON where DeepSpeed's own would be used and a rank cannot compile it: without a
+    compiler, or without a CUDA toolkit of torch's version."""
     from deepspeed.accelerator import get_accelerator
 
     params = ds["optimizer"].setdefault("params", {})
@@ -81,13 +81,13 @@ def choose_adam(ds: dict[str, Any], world: World) -> None:
     try:
         with compiling_ops():
             get_accelerator().create_op_builder(builder).load(verbose=False)
-    except Exception as failure:  # of many kinds, from ninja's to DeepSpeed's own
+    except Exception as failure:  # many types, from ninja's to DeepSpeed's own
         error = failure
     if world.all_true(error is None):
         return
     params |= {"torch_adam": True, "fused": True}
-    reason = _last_line(error) if error else "another rank says why"
-    log.warning("DeepSpeed's Adam cannot be compiled here (%s): torch's fused one is used, which computes the same", reason)
+    reason = _last_line(error) if error else "see another rank"
+    log.warning("DeepSpeed's Adam cannot be compiled here (%s): torch's fused Adam is used, which computes the same", reason)
 
 
 def _last_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""How a rank starts: its device, its process group, DeepSpeed as wsft wants it."""
+"""Start of a rank: its device, its process group, settings of torch and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from wsft.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# By oneDNN, whose matrix products in bf16 on a CPU have a kernel for each size: of the 1,024 that it would keep, and as many
-# descriptions (0.3 GiB and more), few are used again, for hardly two micro-batches are of one size
+# Size of oneDNN's cache of kernels. On a CPU it compiles one per size of a bf16 matrix product, and micro-batches hardly ever
+# have the same size twice; its default of 1,024 takes 0.3 GiB and more
 KERNELS_KEPT = "128"
 
 
@@ -34,10 +34,10 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     kind = device_type(config.device)
     if kind == "cuda":
         local_rank = gpu_of_this_rank(os.environ, torch.cuda.device_count())
-        os.environ["LOCAL_RANK"] = str(local_rank)  # which DeepSpeed takes for the GPU, too
+        os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads this, too
         torch.cuda.set_device(local_rank)
     else:
-        if "OMP_NUM_THREADS" not in os.environ:  # else each rank takes every core, and they fight for them
+        if "OMP_NUM_THREADS" not in os.environ:  # without it, each rank would use all cores
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host()))
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, KERNELS_KEPT)
@@ -50,8 +50,8 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     _use_zero_at_stage_1()
     tolerate_missing_shared_memory_op()
     trust_no_pickle()
-    # DeepSpeed calls collectives by names that torch has deprecated, and prints of each op that it could be loaded: nothing
-    # that a user can fix
+    # DeepSpeed uses deprecated names of torch's collectives, and prints a line per op that it loads: nothing that a user
+    # can fix
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     with contextlib.redirect_stdout(io.StringIO()), compiling_ops():
         backend, timeout = "nccl" if kind == "cuda" else "gloo", collective_timeout(file_timeout_s(config.step_timeout))
@@ -62,8 +62,8 @@ def start_ranks(config: WeightedSFTConfig) -> World:
 
 
 def _meet_anew(backend: str, timeout: timedelta) -> None:
-    """Ranks that torchrun has started again (--max_restarts) meet in the store of those before them: under a name of their own
-    they do not find addresses of processes that are gone."""
+    """The rendezvous store, with a prefix per attempt: torchrun keeps it when it restarts ranks (--max_restarts), and they must
+    not find addresses of processes that have ended."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
@@ -74,8 +74,8 @@ def _meet_anew(backend: str, timeout: timedelta) -> None:
 
 
 def gpu_of_this_rank(env: Mapping[str, str], num_gpus: int) -> int:
-    """Its index among those that this process sees: with SLURM's --gpus-per-task=1 each task sees one, its own. UserError if
-    there is none."""
+    """The index of this rank's GPU among those it can see; with SLURM's --gpus-per-task=1 each task sees only its own.
+    UserError if there is none."""
     local_rank = int(env["LOCAL_RANK"])
     if local_rank < num_gpus:
         return local_rank
@@ -85,13 +85,13 @@ def gpu_of_this_rank(env: Mapping[str, str], num_gpus: int) -> int:
 
 
 def collective_timeout(timeout_s: float) -> timedelta:
-    """After which a collective aborts the process: later than the watchdog, which can say why (watchdog.py)."""
+    """Timeout after which a collective aborts the process: later than the watchdog, which logs why (watchdog.py)."""
     return timedelta(seconds=timeout_s + 60)
 
 
 def _use_zero_at_stage_1() -> None:
-    """For stage 1 in bf16 with gradients summed in float32, DeepSpeed takes an optimizer whose checkpoints its own
-    `zero_to_fp32` does not read, and whose gradients are whole on every rank: its ZeRO optimizer does it as well."""
+    """For stage 1 in bf16 with float32 gradient accumulation, DeepSpeed would choose an optimizer whose checkpoints its own
+    `zero_to_fp32` cannot read, and which keeps whole gradients on every rank. Its ZeRO optimizer supports this, too."""
     from deepspeed.runtime import engine
 
     choose = engine.DeepSpeedEngine._do_optimizer_sanity_check

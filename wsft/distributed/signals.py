@@ -1,7 +1,7 @@
-"""Why a run should end early: a signal, or a launcher that is gone. Knows nothing of ranks, steps or checkpoints.
+"""Reasons to end a run early: a signal, or a launcher that has ended. Knows nothing of ranks, steps or checkpoints.
 
-Python runs its signal handlers between two byte codes of the main thread, which may sit in a collective for a minute. What
-must be quick (a second Ctrl-C) is therefore done by a thread that the C-level handler wakes through a file descriptor.
+Python runs signal handlers in the main thread only, between two byte codes, and that thread may be in a collective for a
+minute. A second Ctrl-C is therefore handled by a thread, which the C-level handler wakes through a file descriptor.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
-LAUNCHER_GONE = 99  # a code no signal has
+LAUNCHER_GONE = 99  # not the number of a signal
 _LOOK_S = 1.0
-_early: list[int] = []  # signals that came before there was a Stop
-_early_launchers: dict[int, int] = {}  # as they were then: one that is gone by now is not seen by looking
+_early: list[int] = []  # signals received before the first `Stop`
+_early_launchers: dict[int, int] = {}  # at the start, since one that has ended cannot be found later
 
 
 def note_signals() -> None:
-    """From now on SIGTERM, SIGUSR1 and SIGHUP wait for the first `Stop`: libraries take seconds to load, and a run that is
-    asked to stop meanwhile must be able to say so to whoever would start it again. Once all is done they change nothing: Python
-    gives signals back to the system as it shuts down, and one that came then would make a failure of a run that has saved."""
+    """From now on SIGTERM, SIGUSR1 and SIGHUP are recorded for the first `Stop`: importing libraries takes seconds, and a run
+    that is asked to stop meanwhile must still end as `preempted`. At exit they are ignored: Python restores the default
+    handlers while it shuts down, and a signal then would make a run that has saved look like a failure."""
     _early_launchers.update(_launchers())
     for number in _heard(set(SIGNALS) - {signal.SIGINT}):
         signal.signal(number, lambda number, _: _early.append(number))
@@ -36,7 +36,7 @@ def note_signals() -> None:
 
 
 def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """Those of the signals that are for us: a process started by nohup goes on without its terminal."""
+    """The signals to handle: not SIGHUP where it is ignored, as by nohup."""
     return [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
@@ -45,7 +45,7 @@ def name_of(code: int) -> str:
 
 
 class Stop:
-    """A context in which SIGTERM, SIGUSR1, SIGHUP (the terminal is closed) and the first SIGINT only set `code`; a second
+    """A context in which SIGTERM, SIGUSR1, SIGHUP (the terminal was closed) and the first SIGINT only set `code`. A second
     SIGINT ends the process at once.
 
     Attributes:
@@ -58,7 +58,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is not threading.main_thread():
-            return self  # a library's guest: signals belong to its host
+            return self  # used from a thread of another program, which owns its signals
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._start(self._listen, reader)
@@ -80,7 +80,7 @@ class Stop:
     def _start(self, target: Callable[..., None], *args: object) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)
         thread.start()
-        self._restore.callback(thread.join)  # one that wakes while Python shuts down may abort it
+        self._restore.callback(thread.join)  # a daemon thread that wakes while Python shuts down may abort the process
 
     def _listen(self, reader: socket.socket) -> None:
         interrupts = 0
@@ -93,7 +93,7 @@ class Stop:
                 self._ask(numbers[0])
 
     def _watch(self, launchers: dict[int, int], over: threading.Event) -> None:
-        """Without its launcher a rank would go on as an orphan, beside whatever is started next."""
+        """Without its launcher a rank would keep running as an orphan, next to whatever is started then."""
         while not over.wait(_LOOK_S):
             if any(_parent_of(child) != parent for child, parent in launchers.items()):
                 return self._ask(LAUNCHER_GONE)
@@ -106,10 +106,10 @@ class Stop:
 
 
 def _launchers() -> dict[int, int]:
-    """Child -> parent, for the processes whose end means that nobody waits for this rank any more: what torchrun or deepspeed
-    started it, or launch/common.sh (WSFT_LAUNCHER_PID). deepspeed has two, one under the other. Nothing without a launcher, or
-    where there is no /proc."""
-    me, parent = os.getpid(), int(os.environ.get("WSFT_LAUNCHER_PID", os.getppid()))  # it may be gone already
+    """Child -> parent, for the launcher processes whose end means that nobody waits for this rank any more: those of torchrun
+    or deepspeed (which has two, one the parent of the other), or of launch/common.sh (WSFT_LAUNCHER_PID). Empty without a
+    launcher, or without /proc."""
+    me, parent = os.getpid(), int(os.environ.get("WSFT_LAUNCHER_PID", os.getppid()))  # it may have ended already
     launched = "LOCAL_WORLD_SIZE" in os.environ or "LOCAL_SIZE" in os.environ
     if not launched or _parent_of(me) is None:
         return {}

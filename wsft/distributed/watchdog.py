@@ -1,7 +1,7 @@
-"""A run that hangs ends, with the stacks of all its threads in the log, and not never.
+"""Ends a run that hangs, with the stacks of all threads in the log.
 
-A collective that one rank does not enter leaves the others in it for ever: no exception, no output. Each rank says when it
-got on; a thread of its own looks at the clock.
+If one rank does not enter a collective, the others wait in it for ever, without an exception or output. Each rank reports
+progress by `alive`; a thread of its own checks the time since.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ class Hung(RuntimeError):
 
 
 class Watchdog:
-    """Args: timeout: seconds without `alive()` after which the run counts as hanging."""
+    """Args: timeout: seconds without a call of `alive` after which the run counts as hanging."""
 
     def __init__(self, timeout: float):
         self._timeout, self._last, self._off = timeout, time.monotonic(), threading.Event()
-        self.allowed = timeout  # seconds; longer for what is no step
+        self.allowed = timeout  # seconds; longer for work on files
 
     def alive(self) -> None:
         self._last = time.monotonic()
 
     def off(self) -> None:
         self._off.set()
-        self._thread.join()  # a thread that wakes while Python shuts down may abort it
+        self._thread.join()  # a daemon thread that wakes while Python shuts down may abort the process
 
     def watch(self, peers: list[int], end: Callable[[Hung], None]) -> None:
-        """Start looking. When the run hangs the stacks are logged and `end` is called. Those of `peers` (pids of other ranks
-        on this host) that were stopped, and cannot look at a clock, are woken to log theirs and to find themselves alone.
+        """Start the thread. When the run hangs, the stacks are logged and `end` is called. Ranks of this host (`peers`, their
+        pids) that are stopped and so cannot check the time are continued, to log their own stacks and end.
         """
-        faulthandler.register(signal.SIGUSR2, all_threads=True)  # in C, before the woken process does anything else
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # in C, before the continued process does anything else
 
         def look() -> None:
             while not self._off.wait(min(1.0, self._timeout / 4)):
@@ -64,7 +64,7 @@ class Watchdog:
 
 
 def _is_stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError):  # gone
+    with contextlib.suppress(OSError):  # it has ended
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "tT"
     return False
 

@@ -1,7 +1,7 @@
-"""The ranks of a run: who they are, what they say to each other, and that they end together.
+"""The ranks of a run: their environment, control messages between them, and that all end when one fails.
 
-Imports torch.distributed only. Control messages and batches go over gloo on the host, never over NCCL, so that they need
-no stream, no device memory, and no rank can wait on a collective that another never enters without the watch below.
+Imports torch.distributed only. Control messages and batches go over gloo on the host, not over NCCL: they need neither a stream
+nor device memory, and a rank that waits in a collective which another never enters is noticed (`fail_together`).
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from wsft.errors import UserError
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_FAILURE = "wsft/failure"  # key in the rendezvous store, of an attempt: the message of the rank that failed first
-_SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # the shell that salloc gives; those of scripts and externs lie above
-_LOOK_S = 1.0  # between two looks at it
-# to download, load, save or export a model: seconds, and at least so many times step_timeout; and bytes per second beside them
+_FAILURE = "wsft/failure"  # key in the rendezvous store, per attempt: the message of the rank that failed first
+_SLURM_INTERACTIVE_STEP = 0xFFFFFFFA  # the shell of salloc; the step ids of batch scripts and externs are larger
+_LOOK_S = 1.0  # interval at which the store is polled
+# to download, load, save or export a model: at least so many seconds or times step_timeout, plus bytes at this rate
 FILES_S, FILES_TIMES, SLOWEST_DISK = 600.0, 10.0, 10 * 2**20
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # as gloo says it
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's error messages
 _RANK_0_GONE = "rank 0: gone without a message (killed, or out of memory?)"  # the store lives there
 
 
 class PeerFailed(RuntimeError):
-    """Another rank failed; its message is this one's."""
+    """Another rank failed; carries its message."""
 
 
 def ranks_from_environment() -> int:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun and deepspeed do, where they are missing:
-    from SLURM_* under `srun`, and to one rank for a plain `python train.py`. This process's rank."""
+    from SLURM_* under `srun`, to a single rank for a plain `python train.py`. Returns this process's rank."""
     env = os.environ
     if "RANK" not in env:
         _take_ranks_from_slurm(env) if _is_of_a_step(env) else _be_alone(env)
@@ -56,8 +56,8 @@ def ranks_from_environment() -> int:
 
 
 def _is_of_a_step(env: Mapping[str, str]) -> bool:
-    """Whether `srun` started this process beside others: the shell of an allocation has the names of a step, too, but is one
-    task of it, whatever the job is for."""
+    """Whether `srun` started this process as one of several tasks. The shell of an allocation has the variables of a step, too,
+    but is a single task, whatever the size of the job."""
     step = int(env.get("SLURM_STEP_ID", _SLURM_INTERACTIVE_STEP))
     return step < _SLURM_INTERACTIVE_STEP and int(_tasks(env)) > 1
 
@@ -70,13 +70,13 @@ def _take_ranks_from_slurm(env: MutableMapping[str, str]) -> None:
     env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": _tasks(env), "LOCAL_RANK": env["SLURM_LOCALID"]}
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
-    # steps of one job may run side by side
+    # several steps of one job may run at the same time
     port = 20000 + (int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])) % 20000
     env.setdefault("MASTER_PORT", str(port))
 
 
 def first_host(nodelist: str) -> str:
-    """Of SLURM's "gpu[03-05,9]-ib,login1". Without scontrol, which containers do not have."""
+    """The first host of SLURM's "gpu[03-05,9]-ib,login1". Parsed here, since containers have no scontrol."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
@@ -86,33 +86,33 @@ def _be_alone(env: MutableMapping[str, str]) -> None:
 
 
 def free_port() -> int:
-    """One on loopback that nobody listens on now."""
+    """A port on loopback that is not in use."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def ranks_on_this_host() -> int:
-    """As torchrun, deepspeed or srun say; 1 where nobody does."""
+    """From the variables of torchrun, deepspeed or srun; 1 without them."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def file_timeout_s(step_timeout: float, size: int = 0) -> float:
-    """Seconds that work on files of so many bytes may take."""
+    """Time limit in seconds for work on files of that size in bytes."""
     return max(FILES_S, FILES_TIMES * step_timeout) + size / SLOWEST_DISK
 
 
 class World:
-    """This rank among the others. Made after the process group (engine.py).
+    """This rank and its communication with the others. Created after the process group (process_start.py).
 
     Args:
-        step_timeout: seconds without any message between ranks after which the run counts as hanging (watchdog.py).
+        step_timeout: seconds without progress after which the run counts as hanging (watchdog.py).
     """
 
     def __init__(self, device: torch.device, step_timeout: float):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
-        # what takes too long is for the watchdog to say: it knows the stacks
+        # a timeout is reported by the watchdog, which logs the stacks
         self._hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._step_timeout, self._watchdog = step_timeout, Watchdog(step_timeout)
         self.timeout_s = file_timeout_s(step_timeout)
@@ -120,9 +120,9 @@ class World:
         self._dying = threading.Lock()
 
     def broadcast(self, arrays: object | None, like: type, source: int) -> object:
-        """A dataclass of 1-D NumPy arrays from one rank to all: one message of sizes, then one per field.
+        """Broadcast a dataclass of 1-D NumPy arrays: one message of sizes, then one per field.
 
-        No pickling: `like` gives the fields, and each field's dtype code travels with its size.
+        Nothing is pickled: `like` gives the fields, and the dtype code of each field is sent with its size.
         """
         fields = [f.name for f in dataclasses.fields(like)]
         header = torch.zeros(len(fields), 2, dtype=torch.int64)
@@ -139,9 +139,9 @@ class World:
         return like(**dict(zip(fields, received, strict=True)))
 
     def all_gather_int(self, value: int) -> list[int]:
-        """Every rank's word, on every rank."""
+        """One integer of each rank, on every rank."""
         if self._dying.locked():
-            threading.Event().wait()  # a thread of this process is ending it: a peer that woke up must not go on meanwhile
+            threading.Event().wait()  # another thread is ending this process
         self._watchdog.alive()
         gathered = torch.zeros(self.size, dtype=torch.int64)
         gathered[self.rank] = value
@@ -149,15 +149,15 @@ class World:
         return gathered.tolist()
 
     def all_true(self, yes: bool) -> bool:
-        """Whether every rank does."""
+        """Whether it is true on every rank."""
         return min(self.all_gather_int(int(yes))) == 1
 
     def reduce_sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Each scalar's sum over ranks, in float64."""
+        """The sum of each scalar over ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def reduce_max(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Each scalar's maximum over ranks, in float64."""
+        """The maximum of each scalar over ranks, in float64."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def _reduced(self, values: dict[str, torch.Tensor], how: dist.ReduceOp) -> dict[str, float]:
@@ -166,12 +166,12 @@ class World:
         return dict(zip(values, reduced.tolist(), strict=True))
 
     def broadcast_text(self, text: str) -> str:
-        """Rank 0's, on every rank."""
+        """The text of rank 0, on every rank."""
         mine = _Text(np.frombuffer(text.encode(), dtype=np.uint8).copy()) if self.rank == 0 else None
         return bytes(self.broadcast(mine, _Text, 0).text).decode()
 
     def raise_on_all_ranks(self, error: BaseException | None) -> None:
-        """Raise on every rank if any has an error: its own where it happened, `PeerFailed` elsewhere."""
+        """Raise on every rank if any has an error: its own exception where it happened, `PeerFailed` elsewhere."""
         failed = [rank for rank, word in enumerate(self.all_gather_int(int(error is not None))) if word]
         if not failed:
             return
@@ -180,7 +180,7 @@ class World:
         raise error or PeerFailed(f"rank {failed[0]}: {bytes(message.text).decode()}")
 
     def run_on_all_ranks(self, action: Callable[[], T] | None) -> T | None:
-        """Run the action (None: this rank has nothing to do); an exception on any rank is raised on all, afterwards."""
+        """Run the action (None: nothing to do on this rank). An exception on any rank is then raised on all."""
         result = error = None
         try:
             result = action() if action else None
@@ -194,8 +194,8 @@ class World:
 
     @contextlib.contextmanager
     def extended_timeout(self) -> Iterator[None]:
-        """Around work on the files of a whole model, which may take longer than any step: `timeout_s` pass before it counts
-        as hanging. A collective."""
+        """For work on the files of a whole model, which may take longer than a step: inside, the run counts as hanging after
+        `timeout_s` only. A collective."""
         self.all_gather_int(0)
         before, self._watchdog.allowed = self._watchdog.allowed, self.timeout_s
         yield
@@ -203,16 +203,16 @@ class World:
         self._watchdog.allowed = before
 
     def expect_files(self, size: int) -> None:
-        """From now on, the context around this too, of so many bytes."""
+        """Extend the timeout for files of that size in bytes, also that of the enclosing context."""
         self.timeout_s = self._watchdog.allowed = file_timeout_s(self._step_timeout, size)
 
     @contextlib.contextmanager
     def fail_together(self, failed: Callable[[str], None]) -> Iterator[None]:
-        """An exception on one rank inside ends every rank, within seconds, with that rank's message; so does a rank that hangs.
+        """Inside, an exception on one rank ends all ranks within seconds with that rank's message; so does a rank that hangs.
 
-        The others may sit in a collective that will never complete, so no collective can tell them. The failing rank writes
-        its message into the rendezvous store, where a thread of every rank looks, and lingers so that they read it before
-        its sockets close. `failed` is called with the message on one rank, before it ends.
+        The others may be in a collective that will never complete, so the message cannot be sent by a collective. The
+        failing rank writes it into the rendezvous store, which a thread of every rank polls, and waits so that they read it
+        before its sockets close. `failed` is called with the message on one rank, before it ends.
         """
         self._failed, peers = failed, self._peers()
         self._watchdog.alive()
@@ -231,9 +231,9 @@ class World:
 
     def _with_others(self) -> Iterator[None]:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # a rank 0 that is merely stopped is the watchdog's to notice, not a store that does not answer
+        # that rank 0 is stopped (SIGSTOP) is for the watchdog to notice, not for a store that does not answer
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=self._step_timeout + 60))
-        # torchrun keeps its store when it starts ranks again: what an attempt that failed has left is not for the next
+        # torchrun keeps its store when it restarts ranks: the next attempt must not read keys of one that failed
         store = dist.PrefixStore(str(self.all_gather_int(secrets.randbits(62))[0]), store)
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(store, over), daemon=True)
@@ -244,7 +244,7 @@ class World:
             self._die(self._first_failure(store, error))
         over.set()
         watch.join()
-        dist.barrier(group=self._hosts)  # the store lives on rank 0: nobody may find it gone while still watching
+        dist.barrier(group=self._hosts)  # the store is on rank 0, which must not end while another rank still polls it
 
     def _peers(self) -> list[int]:
         """Process ids of the other ranks on this host."""
@@ -253,11 +253,11 @@ class World:
         return [pid for pid, host in zip(pids, hosts, strict=True) if host == hosts[self.rank] and pid != os.getpid()]
 
     def _first_failure(self, store: dist.TCPStore, mine: BaseException) -> BaseException:
-        """Mine, now in the store for the others, or where it only follows from another rank's, that one."""
+        """Write this rank's message to the store; returns it, or the message of the rank whose failure caused this one."""
         lost_peer = isinstance(mine, RuntimeError) and any(phrase in str(mine) for phrase in _LOST_PEER)
         follows = lost_peer or isinstance(mine, PeerFailed)
         if lost_peer:
-            time.sleep(_LOOK_S)  # what the peer had to say may be on its way
+            time.sleep(_LOOK_S)  # the message of the rank that failed may still be on its way
         try:
             if store.check([_FAILURE]):
                 return PeerFailed(store.get(_FAILURE).decode()) if follows else mine
@@ -280,26 +280,26 @@ class World:
                 self._die(PeerFailed(message))
 
     def _die(self, error: BaseException) -> NoReturn:
-        """Say why and end this process at once: a normal exit would wait for threads and collectives that never end."""
+        """Log why and end this process at once: a normal exit would wait for threads and collectives that never end."""
         if not self._dying.acquire(blocking=False):
-            threading.Event().wait()  # the other thread of this process is saying it
+            threading.Event().wait()  # another thread of this process is logging it
         telling = threading.Thread(target=self._tell, args=(error,), daemon=True)
         telling.start()
-        telling.join(5 * _LOOK_S)  # a file system that hangs must not keep this process
+        telling.join(5 * _LOOK_S)  # a file system that hangs must not keep the process alive
         if isinstance(error, PeerFailed):
             log.error("ended by %s", error)
         elif not isinstance(error, SystemExit | KeyboardInterrupt):
             text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
             log.error("%s", text)
-        with contextlib.suppress(OSError):  # nobody may be left to read it
+        with contextlib.suppress(OSError):  # stderr may be closed
             sys.stdout.flush()
             sys.stderr.flush()
         if self.rank == 0 or not isinstance(error, PeerFailed):
-            time.sleep(3 * _LOOK_S)  # the message, and the store on rank 0, last until the other ranks look again
+            time.sleep(3 * _LOOK_S)  # so that the other ranks can still read the message from the store on rank 0
         os._exit(1)
 
     def _tell(self, error: BaseException) -> None:
-        """One rank writes down why: the first that is still there."""
+        """The first rank that is still alive records why."""
         if self.rank == (1 if _RANK_0_GONE in str(error) else 0):
             with contextlib.suppress(OSError):  # a full disk
                 self._failed(_sentence(error))

@@ -1,9 +1,9 @@
-"""Attention over packed rows: several sequences stand in one row, each sees itself alone, and the cost is the sum of their
-squares, not the square of the row. Sequences that begin alike may share the segment in which they do: it is computed once.
+"""Attention over packed rows: each sequence of a row attends to itself only, at the cost of the sum of squared lengths, not of
+the squared length of the row. Sequences with a common prefix may share its segment, which is computed once.
 
-Registered with transformers as `PACKED`; where the sequences begin travels as a keyword of its own, and where none share, as
-those that its flash attention takes (`cu_seq_lens_q`, ...). Without them a row is one sequence. Knows nothing of batches,
-losses or ranks.
+Registered with transformers as `PACKED`. The layout is passed as a keyword argument and, if no prefix is shared, also as those
+of transformers' flash attention (`cu_seq_lens_q`, ...). Without them a row is one sequence. Knows nothing of batches, losses or
+ranks.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from wsft.model.packing import VarlenMetadata
 
 PACKED = "wsft_packed"
-_PROBED = "wsft_packed_probed"  # the same, while `learn_masks` sees which mask each layer is given
-# tensors that change nothing in attention where a model hands them to it; no other (sinks, biases, blocks) may be passed over
+_PROBED = "wsft_packed_probed"  # the same, while `learn_masks` records which mask each layer is given
+# tensor arguments that do not change the result; any other (sinks, biases, block tables) must not be ignored
 _UNREAD = ("position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query sees, by their places in the sequence.
+    """Which keys a query attends to, by position in the sequence.
 
     Attributes:
-        window: the last so many, itself among them; None: all up to itself.
+        window: the last so many keys, the query's own position included; None: all up to it.
         allows: instead of a window, transformers' mask function (batch, head, query, key) -> bool, broadcast over tensors.
-        known: False where a model masks in a way that is not understood.
+        known: False for masks that packed attention cannot apply.
     """
 
     window: int | None = None
@@ -40,7 +40,7 @@ class Mask:
 
     @classmethod
     def of(cls, allows: Callable[..., torch.Tensor], length: int, device: torch.device) -> Mask:
-        """What a mask function comes to in sequences of up to that length."""
+        """The mask that a mask function gives in sequences of up to `length` tokens."""
         keys = torch.arange(length, device=device)
 
         def row(query: int) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Mask:
             window = length - int(seen[0]) if len(seen) else 0
             queries = {*range(8), window - 1, window, window + 1, 2 * window, length // 2, length - 2, length - 1}
             rows = {q: row(q) for q in queries if 0 <= q < length}
-        except (RuntimeError, IndexError, TypeError):  # a model's own function, which takes single numbers only
+        except (RuntimeError, IndexError, TypeError):  # a model's own function, which does not broadcast
             return cls(known=False)
         if all(torch.equal(found, (keys <= q) & (keys > q - window)) for q, found in rows.items()):
             return cls(None if window == length else window)
@@ -59,21 +59,21 @@ class Mask:
 
 
 def register() -> None:
-    """Make `PACKED` a name for `attn_implementation`. It wants no masks, which are T x T: `learn_masks` looks at them once."""
+    """Register `PACKED` as an `attn_implementation`. It gets no [T, T] masks: `learn_masks` examines them once instead."""
     AttentionInterface.register(PACKED, packed_attention)
     AttentionInterface.register(_PROBED, _probed_attention)
     AttentionMaskInterface.register(_PROBED, _probed_mask)
 
 
-# While `learn_masks` looks: storage of a mask -> the mask (lest its storage is used again), its function, and how far it sees;
-# attention layer -> the storages of the masks that it was given, None for none
+# Used by `learn_masks` only. Storage of a mask -> the mask (kept so that its storage is not reused), its function, its window;
+# attention layer -> storages of the masks that it was given, None for no mask
 _masks: dict[int, tuple[torch.Tensor, Callable[..., torch.Tensor], int | None]] = {}
 _layers: dict[torch.nn.Module, set[int | None]] = {}
 
 
 def learn_masks(model: PreTrainedModel, run: Callable[[], object], length: int, device: torch.device) -> list[int]:
-    """Have each attention layer of a model that attends by `PACKED` keep, as `module.wsft_mask`, the mask that the model gives
-    it in sequences of up to that length. Returned are the lengths beyond which a mask is not only causal.
+    """Store in each attention layer, as `module.wsft_mask`, the mask that the model gives it in sequences of up to `length`
+    tokens; `packed_attention` applies it. Returns the lengths beyond which a mask differs from the causal one.
 
     Args:
         run: a forward pass of a few tokens.
@@ -91,7 +91,10 @@ def learn_masks(model: PreTrainedModel, run: Callable[[], object], length: int, 
     return [reach for reach in reaches if reach < length]
 
 
-_SKIPS = ("allow_is_causal_skip", "allow_is_bidirectional_skip")  # of masks that are not needed: what they are is asked here
+_SKIPS = (
+    "allow_is_causal_skip",
+    "allow_is_bidirectional_skip",
+)  # would leave masks out
 
 
 def _probed_mask(*args: object, mask_function: Callable, local_size: int | None = None, **kwargs: object) -> torch.Tensor:
@@ -127,19 +130,19 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention [B, T, heads, D] of query [B, heads, T, D], key and value [B, kv_heads, T, D].
 
-    On a GPU, in half precision, one call of torch's variable-length flash attention; else a call of SDPA per sequence, on a
-    CPU in float32. What it does not know gives NaN, at which whoever tries it sees that it will not do: ZeRO-3 does not survive
-    an exception here. On the meta device, which has no NaN, it is a ValueError.
+    On a GPU in half precision it is one call of torch's variable-length flash attention, else one call of SDPA per sequence, in
+    float32 on a CPU. Unsupported arguments give NaN, since ZeRO-3 cannot recover from an exception here: the caller tries a few
+    tokens first (row_layouts.py). On the meta device, which has no NaN, they raise a ValueError.
     """
     mask = getattr(module, "wsft_mask", Mask(sliding_window))
     more = any(isinstance(value, torch.Tensor) and name not in _UNREAD for name, value in others.items())
     causal = others.get("is_causal") is not False and getattr(module, "is_causal", True)
     if more or attention_mask is not None or not causal or not mask.known:
         if query.device.type == "meta":
-            raise ValueError("attention that packed rows do not know")
+            raise ValueError("packed attention does not support these arguments")
         return query.new_full((*query.shape[:-1], value.shape[-1]), torch.nan).transpose(1, 2).contiguous(), None
     dtype = query.dtype
-    if query.device.type == "cpu":  # as fast as in bf16, the short ones faster, and no kernel is made for each length
+    if query.device.type == "cpu":  # as fast as bf16, faster for short sequences, and oneDNN compiles no kernel for each length
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if wsft_varlen is None:
         return _sequence(query, key, value, scaling, dropout, mask, softcap).transpose(1, 2).to(dtype).contiguous(), None
@@ -155,7 +158,7 @@ def packed_attention(
             scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return found.unsqueeze(0).contiguous(), None
-    # split, not sliced: the gradient of a slice is as large as the row
+    # split, since the gradient of a slice is as large as the row
     qs, ks, vs = (x.split(wsft_varlen.layout.lengths, dim=2) for x in (query, key, value))
     parts = []
     for i, parent in enumerate(wsft_varlen.layout.parents):
@@ -165,7 +168,7 @@ def packed_attention(
 
 
 def kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of what `packed_attention` calls, for the log."""
+    """The name of the kernel that `packed_attention` calls, for the log."""
     return "variable-length flash attention of torch" if _is_flash(device, dtype) else "torch's SDPA, sequence by sequence"
 
 
@@ -182,7 +185,7 @@ def _sequence(
     mask: Mask,
     softcap: float | None,
 ) -> torch.Tensor:
-    """[B, heads, T, D] of the last T tokens of sequences, whose keys and values are all there."""
+    """Attention [B, heads, T, D] of the last T tokens of sequences, given the keys and values of all their tokens."""
     if query.device.type == "meta":
         return _Fused.apply(query, key, value)
     T, S, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
@@ -205,8 +208,8 @@ def _sequence(
 
 
 class _Fused(torch.autograd.Function):
-    """What fused attention keeps for its backward pass: where there are only sizes, SDPA would show the T x T scores of the
-    unfused one (see memory.py)."""
+    """Stands for fused attention on the meta device: it saves what a fused kernel saves for backward, where SDPA on that device
+    would allocate the [T, T] scores (see memory.py)."""
 
     @staticmethod
     def forward(ctx, query, key, value):

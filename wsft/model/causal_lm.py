@@ -1,6 +1,6 @@
-"""The model that DeepSpeed trains: transformers' own, with the chunked head put in, and looked at before it is trusted.
+"""The model that DeepSpeed trains: that of transformers with the chunked head, verified before training.
 
-Knows nothing of Atropos, advantages or objectives: it is given weights.
+Knows nothing of Atropos, advantages or objectives: it is given token weights.
 """
 
 from __future__ import annotations
@@ -21,50 +21,51 @@ from wsft.loss.head import HeadOutput, LossHead, TokenLoss
 from wsft.model.attention import PACKED, kernel
 from wsft.model.packing import Layout, varlen_kwargs
 
-LARGE_LOGITS = 300.0  # beyond any bound that a model puts on them
+LARGE_LOGITS = 300.0  # beyond any soft cap
 
 
 log = logging.getLogger(__name__)
 
 
 class WeightedSFTModel(torch.nn.Module):
-    """What DeepSpeed trains: a causal language model whose forward pass ends in the weighted loss, never in logits."""
+    """A causal language model whose forward pass returns the weighted loss and never materializes the logits."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
-        # ZeRO-3 gathers a module's parameters around its forward: the arithmetic must be the forward of their owner
+        # ZeRO-3 gathers parameters around the forward of the module that owns them, so the loss is computed in that forward
         model.get_output_embeddings().__class__ = LossHead
-        # what passes on the meta device have shown (meta_passes.py): which classes of modules run other modules by what their
-        # input is, and whether a packed row may be tried at all
+        # found on the meta device (meta_passes.py): classes of modules that route by data, and whether to try packed rows
         self.routed: set[type[torch.nn.Module]] = set()
         self.takes_packed_rows = True
-        # tokens that a row has at least, for all its modules to be run: where a rank ran others, ZeRO-3 would wait for ever
+        # rows are padded to so many tokens, so that all modules run on every rank: else ZeRO-3's collectives would not match
         self.shortest = 2
-        # whether logits are asked of the language model in it, for its own pass does not run (Llama 4 in transformers 5.24)
+        # whether to get logits from its language model, since its own forward fails (Llama 4 in transformers 5.24)
         self.scored_by_text_model = False
-        # what lies between hidden states and logits: options of the head
+        # scale, soft cap and vocabulary of the logits, as options of the head
         self.logit_options: dict[str, float | int] = {}
-        # names of parameters that no text reaches, and how many tensors of the files are not of the model
+        # names of parameters that are not reached from text; the number of tensors in its files that are not part of the model
         self.untrained: set[str] = set()
         self.not_loaded = 0
-        # what runs `forward` for the looks below: DeepSpeed's engine, once there is one, for it alone gathers a parameter that
-        # is read outside of its own module
+        # runs `forward` in the checks below: DeepSpeed's engine once it exists, since only the engine gathers parameters that
+        # are read outside of their own module
         self.run: Callable[..., Any] = self.__call__
-        self._recomputing: list[torch.nn.Module] = []  # the modules that recompute activations, where they train
+        self._recomputing: list[torch.nn.Module] = []  # modules that checkpoint activations
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # asks the device for values, to warn that there is no attention mask
+            if isinstance(
+                module, PreTrainedModel
+            ):  # it warns of a missing attention mask, and synchronizes with the device to do so
                 module.warn_if_padding_and_no_attention_mask = lambda *_: None
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that have an embedding and a logit."""
+        """Number of tokens with an embedding and a logit."""
         return vocab_size_of(self.model, self.logit_options)
 
     def train(self, mode: bool = True) -> WeightedSFTModel:
-        """The model stays in evaluation mode: no dropout, router noise or layer drop, so that its logps are those of the policy
-        that samples, and do not depend on how a batch is split. Only modules that recompute activations ask whether they
-        train."""
+        """Keep the model in evaluation mode, without dropout, router noise or layer drop: its logprobs are those of the
+        sampling policy, and do not depend on how a batch is split. Only modules that checkpoint activations are in training
+        mode, which they check."""
         super().train(False)
         self.training = mode
         for module in self._recomputing:
@@ -72,9 +73,12 @@ class WeightedSFTModel(torch.nn.Module):
         return self
 
     def recompute_activations(self) -> None:
-        """In the backward pass, of each layer, where its code knows how to."""
+        """Turn on activation checkpointing, layer by layer, if the model supports it."""
         if not self.model.supports_gradient_checkpointing:
-            log.info("%s knows no recomputing of activations: all are held (gradient_checkpointing)", type(self.model).__name__)
+            log.info(
+                "%s does not support activation checkpointing: all activations are kept (gradient_checkpointing)",
+                type(self.model).__name__,
+            )
             return
         self.model.activation_checkpointing_enable({"use_reentrant": False})
         asking = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -92,14 +96,15 @@ class WeightedSFTModel(torch.nn.Module):
         layout: Layout | None = None,
         **options: Any,
     ) -> HeadOutput | torch.Tensor:
-        """The loss of the trained tokens, as `head.head_loss` has it.
+        """The loss of the trained tokens, see `head.head_loss`.
 
         Args:
-            tokens_BT: [B, T] int64 rows, padded on the right. No attention mask: under a causal one nothing sees the padding.
-            layout: of the sequences that are packed in the one row; None: every row is one sequence.
-            trained_N: [N] flat positions in [B, T] of the trained tokens; never the first of a row, or of a segment of the
-                layout. N may be 0.
-            weights, options: as there, for the N tokens. Without weights, the model's own logits [B, T, V] are returned.
+            tokens_BT: [B, T] int64 rows, padded on the right. There is no attention mask: in a causal model no token attends
+                to the padding after it.
+            layout: of the sequences packed in the one row; None: each row is a sequence.
+            trained_N: [N] flat positions in [B, T] of the trained tokens; never the first token of a row, or of a segment of
+                the layout. N may be 0.
+            weights, options: as in `head_loss`, for the N tokens. With weights None, returns the model's logits [B, T, V].
         """
         if weights is None:
             model = text_model_in(self.model) if self.scored_by_text_model else self.model
@@ -112,22 +117,22 @@ class WeightedSFTModel(torch.nn.Module):
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
-        """Hold the head against the model's own logits on a few tokens: a model may do more between the two than we know."""
+        """Compare the chunked head with the model's own logits on a few tokens: UserError if they differ."""
         if can_compile(device):
-            log.info("making the kernels of the head (the first time on a machine: up to a minute)")
+            log.info("compiling the kernels of the head (the first time on a machine: up to a minute)")
         tokens = (torch.arange(8, device=device) * 7919 % self.vocab_size).unsqueeze(0)
         trained, mode = torch.arange(1, 8, device=device), self.training
         self.eval()
-        options = {"temperature": torch.ones(7, device=device)}  # as in training, whose kernels are made here
+        options = {"temperature": torch.ones(7, device=device)}  # as in training, whose kernels are compiled here
         before = self._sum_of_parameters()
         scale = 1.0
-        for _ in range(2):  # as they are, and so large that a bound on them shows
+        for _ in range(2):  # also with logits so large that a soft cap shows
             with self._scaled_states(scale):
                 logits = self.run(tokens, trained, None)[0, :-1]
                 ours = self.run(tokens, trained, torch.zeros(7, device=device), **options).logp_N
             theirs = logits.float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
             largest = float(logits.abs().max())
-            # products of hidden states may differ by roundings of their size; what a model does with logits is far more
+            # logits may differ by rounding relative to their size; an unknown operation on them changes them far more
             tolerance = max(1e-3, 2 * torch.finfo(next(self.model.parameters()).dtype).eps * largest)
             if not torch.allclose(ours, theirs, atol=tolerance, rtol=1e-3):
                 raise UserError(
@@ -143,12 +148,12 @@ class WeightedSFTModel(torch.nn.Module):
         self.train(mode)
 
     def _sum_of_parameters(self) -> float:
-        """Of what this rank has of them."""
+        """Sum over this rank's partition of the parameters."""
         return sum(float(getattr(param, "ds_tensor", param).sum(dtype=torch.float64)) for param in self.parameters())
 
     @contextlib.contextmanager
     def _scaled_states(self, scale: float) -> Iterator[None]:
-        """Inside, the hidden states that the head is given are so many times as large."""
+        """Inside, hidden states are multiplied by `scale` before the head."""
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (given[0] * scale, *given[1:]))
         try:
@@ -165,29 +170,29 @@ class WeightedSFTModel(torch.nn.Module):
     def attend_by(self, name: str) -> bool:
         try:
             self.model.set_attn_implementation(name)
-        except ValueError:  # a model whose attention cannot be chosen
+        except ValueError:  # a model without a choice of attention
             return False
         return True
 
 
 def vocab_size_of(model: PreTrainedModel, logit_options: dict[str, float | int]) -> int:
-    """The smallest of what its config, its head and its code say."""
+    """The smallest of the sizes in its config, its head and its code."""
     sizes = model.config.get_text_config().vocab_size, model.get_output_embeddings().out_features
     return int(min(*sizes, logit_options.get("vocab_size", sizes[0])))
 
 
 def body_of(model: PreTrainedModel) -> torch.nn.Module:
-    """What makes the hidden states that the head is given."""
+    """The module whose output is the input of the head."""
     body, head, embedding = model, model.get_output_embeddings(), model.get_input_embeddings()
     while _holds(body, head):
         named = getattr(body, "base_model", body)
-        # Llama 4's text model has the name that its multimodal one is known by
+        # in Llama 4's text model, base_model_prefix is the name of another attribute
         body = named if named is not body else next(child for child in body.children() if _holds(child, embedding))
     return body
 
 
 def text_model_in(model: PreTrainedModel) -> PreTrainedModel:
-    """The innermost model that has both embedding and head: of a multimodal one, its language model may be."""
+    """The innermost model that has both embedding and head, such as the language model of a multimodal one."""
     parts = model.get_output_embeddings(), model.get_input_embeddings()
     models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     return [inner for inner in models if all(_holds(inner, part) for part in parts)][-1]
@@ -198,7 +203,7 @@ def _holds(module: torch.nn.Module, part: torch.nn.Module) -> bool:
 
 
 def _recompute(layer: torch.nn.Module, checkpoint: Callable, function: Callable, *args: Any) -> Any:
-    """Checkpoint the layer's forward pass, in which the layer itself is in evaluation mode, too."""
+    """Checkpoint the layer's forward pass, inside of which the layer is in evaluation mode."""
 
     def evaluate(*args: Any) -> Any:
         layer.training = False
@@ -211,7 +216,7 @@ def _recompute(layer: torch.nn.Module, checkpoint: Callable, function: Callable,
 
 
 def noise_in(config: dict[str, Any]) -> dict[str, float]:
-    """What a model's config says of randomness in training: the names that transformers gives it, and their values."""
+    """Settings of a model's config for dropout, jitter and the like that are not 0: name -> value."""
     found = {}
     for name, value in config.items():
         if isinstance(value, dict):

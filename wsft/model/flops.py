@@ -1,4 +1,4 @@
-"""Floating point operations: of a training step, of a sequence, and of what a card is sold with."""
+"""FLOPs of a training step, and the peak FLOP/s of GPUs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from wsft.model.causal_lm import body_of
 
-# bf16 matrix products in TFLOP/s, without sparsity, as the data sheets have it
+# peak TFLOP/s of dense bf16 matrix products, from the data sheets
 RATED_TFLOPS = {
     "A100": 312, "A800": 312, "A10": 125, "A10G": 70, "A30": 165, "A40": 150, "A6000": 155, "L4": 121, "L40": 181, "L40S": 362,
     "H100": 989, "H100 PCIe": 756, "H100 NVL": 835, "H800": 989, "H20": 148, "H200": 989, "GH200": 989, "B200": 2250,
@@ -20,12 +20,12 @@ RATED_TFLOPS = {
 
 
 class StepFlops(NamedTuple):
-    """FLOPs of a training step: those of a sequence of T tokens below lm_head, and those of a trained token in lm_head.
+    """FLOPs of a training step.
 
     Args:
-        per_token: in the model's matrices, for each of T tokens.
-        per_pair: in attention, for each of T^2 pairs of tokens.
-        per_trained_token: in lm_head.
+        per_token: of the matrices below lm_head, for each of T tokens.
+        per_pair: of attention, for each of T^2 pairs of tokens.
+        per_trained_token: of lm_head, which runs on trained tokens only.
     """
 
     per_token: float
@@ -36,11 +36,11 @@ class StepFlops(NamedTuple):
 def step_flops(model: PreTrainedModel, untrained: Collection[str] = ()) -> StepFlops:
     """6 FLOPs per parameter and token (Chowdhery et al. 2022, "PaLM", appendix B).
 
-    2 of the 6 are the forward pass, 4 the backward; what is computed anew for checkpointed activations is not counted. Causal
-    attention is half a square. Of experts, those count that a token is sent to; what is untrained is not run.
+    2 of the 6 are the forward pass, 4 the backward pass; recomputing activations is not counted. Causal attention is half of a
+    square. Of the experts, only those that a token is routed to count; parameters that are not reached from text do not.
     """
     config, used = model.config.get_text_config(), 0.0
-    named = config.to_dict()  # some attributes differ from layer to layer, and may not be asked of the config
+    named = config.to_dict()  # attributes that differ between layers raise if read from the config
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     experts = named.get("num_experts_per_tok")
     passed_over = embeddings | {id(param) for name, param in model.named_parameters() if name in untrained}
@@ -54,7 +54,7 @@ def step_flops(model: PreTrainedModel, untrained: Collection[str] = ()) -> StepF
 
 
 def rated_flops(device: torch.device) -> float | None:
-    """bf16 FLOP/s that the card is sold with; None where that is not known."""
+    """Peak bf16 FLOP/s of the GPU; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

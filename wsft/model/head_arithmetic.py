@@ -1,4 +1,4 @@
-"""What a model does between hidden states and logits beside lm_head, seen in a pass without values on the meta device."""
+"""Operations between a model's hidden states and its logits besides lm_head, found by tracing a pass on the meta device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MOVING = re.compile(
 
 
 class HeadArithmetic(TorchDispatchMode):
-    """Of a pass to the logits, what is done to hidden states before the head, and to logits after it.
+    """A context that traces the operations on hidden states before the head, and on logits after it.
 
     Attributes:
-        scale: the product of the numbers that both are multiplied by, up to a tanh of the logits, if there is one.
-        bound: the product of the numbers that its result is multiplied by; None: there is none.
-        vocab_size: how many logits there are, the first of those that the head makes; None: all.
-        unknown: names of other operations, of which the loss knows nothing, but for those that move numbers.
+        scale: the product of all factors on hidden states and logits, up to a tanh (soft cap) if there is one.
+        bound: the product of the factors after the tanh, the cap; None without a tanh.
+        vocab_size: the number of logits that are kept, counted from the first; None: all.
+        unknown: names of other operations, which the chunked head cannot reproduce (views and copies are left out).
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int):
@@ -51,7 +51,7 @@ class HeadArithmetic(TorchDispatchMode):
         return tensor.untyped_storage()._cdata in self._followed
 
     def _leave_body(self, made: object) -> None:
-        """Of modules with hidden states that contain each other, the outer one is left last."""
+        """Called for nested modules from the inside out: the outermost with hidden states counts."""
         hidden = getattr(made, "last_hidden_state", None)
         if hidden is not None and not self._are_logits:
             self._forget()
@@ -88,7 +88,7 @@ class HeadArithmetic(TorchDispatchMode):
             self.unknown.append(name)
 
     def options(self) -> dict[str, float | int]:
-        """The same as `LossHead` has it: bound * tanh(scale * logits / bound)."""
+        """As options of `LossHead`: bound * tanh(scale * logits / bound)."""
         scale = self.scale if self.bound is None else self.scale * self.bound
         found = {
             "logit_scale": None if math.isclose(scale, 1) else scale,
@@ -104,7 +104,7 @@ class HeadArithmetic(TorchDispatchMode):
 
 
 def _factor(name: str, given: list[object]) -> float | None:
-    """By which an operation multiplies a tensor; None if it does not, or by more than one number, or one without a value."""
+    """The number by which an operation multiplies a tensor; None for other operations and factors that are tensors."""
     numbers = [x for x in given if isinstance(x, int | float) or (torch.is_tensor(x) and x.ndim == 0 and not x.is_meta)]
     if name not in ("mul", "div") or len(numbers) != 1 or len(given) != 2:
         return None

@@ -1,4 +1,4 @@
-"""The tokenizer and the model, loaded (partitioned at once under ZeRO-3); which model is no start."""
+"""Loading of tokenizer and model (under ZeRO-3 partitioned while loading), and which models are refused."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from wsft.model.packing import Layout
 from wsft.model.row_layouts import not_causal, position_reaches
 from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
 
-# of a model that looks its positions up, instead of computing rotations or distances
+# tables of learned position embeddings
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
 
-SMALL, SMALL_VOCAB = 2**28, 64  # parameters and tokens of a model that is made to look at its attention
+SMALL, SMALL_VOCAB = 2**28, 64  # parameters (at most) and tokens of a model that is created to test its attention
 
 log = logging.getLogger(__name__)
-# its table of parameters that are missing, of another shape or unexpected: `require_complete` says or refuses them
+# its table of missing, mismatched or unexpected parameters: `require_complete` reports them
 logging.getLogger("transformers.modeling_utils").addFilter(lambda record: "LOAD REPORT" not in record.getMessage())
 
 
@@ -54,7 +54,7 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
-    """The model's own config: its shape is needed before its weights."""
+    """The model's config. UserError if there is none, or none of a language model."""
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -68,8 +68,8 @@ def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
 
 
 def class_for(config: PretrainedConfig) -> type:
-    """The auto class of transformers for what the checkpoint was saved as: of a multimodal model the whole, not its text part,
-    so that what is exported can take its place."""
+    """The auto class of transformers for the class that the checkpoint was saved from: of a multimodal model the whole, not
+    only its text part, so that the exported model can replace it."""
     saved_as = getattr(config, "architectures", None) or []
     whole = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if whole and (whole.__name__ in saved_as or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
@@ -78,7 +78,7 @@ def class_for(config: PretrainedConfig) -> type:
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """On the meta device: classes, names and shapes, no memory. UserError if there is no such model."""
+    """The model on the meta device, with names and shapes but without memory. UserError if there is no such model."""
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known and not getattr(config, "auto_map", None):
         raise UserError(
@@ -93,7 +93,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.
 
 
 def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
-    """UserError if it is no model that the run can train, by its classes and shapes: it may be on the meta device."""
+    """UserError if the model cannot be trained, judged by classes and shapes. It may be on the meta device."""
     name = type(model).__name__
     for part, has in (("linear lm_head", _has_linear_head), ("token embedding", _has_embedding)):
         if not has(model):
@@ -118,8 +118,8 @@ def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None
     ]
     if grow_from:
         raise UserError(
-            f"what {name} makes of a sequence depends on those that it was given before, for its rotary embeddings (rope_type "
-            f"dynamic) grow with the longest: set max_token_len to {min(grow_from)}, where they begin to"
+            f"the logits of {name} depend on sequences that were run before, since its rotary embeddings (rope_type dynamic) "
+            f"grow with the longest: set max_token_len to {min(grow_from)}, from which on they do"
         )
 
 
@@ -130,14 +130,14 @@ def _has_linear_head(model: PreTrainedModel) -> bool:
 def _has_embedding(model: PreTrainedModel) -> bool:
     try:
         return model.get_input_embeddings() is not None
-    except NotImplementedError:  # what transformers raises where it knows of none
+    except NotImplementedError:  # raised by transformers if it finds none
         return False
 
 
 def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int, dtype: torch.dtype) -> Passes:
-    """What the model tells without weights, in sequences of up to that length. UserError if it is none that can be trained
+    """Passes of the empty model on the meta device, for sequences of up to `longest` tokens. UserError if it cannot be trained
     with parameters of that type."""
-    # first in bf16, for which the products of experts have a form on the meta device
+    # first in bf16, since on the meta device grouped matrix products (experts) exist in bf16 only
     for tried, by_text_model in itertools.product((torch.bfloat16, torch.float32), (False, True)):
         passes = _passes_in(tried, by_text_model, config, trust_remote_code, longest)
         if not passes.failure:
@@ -157,7 +157,7 @@ def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int, d
 def _passes_in(
     dtype: torch.dtype, by_text_model: bool, config: PretrainedConfig, trust_remote_code: bool, longest: int
 ) -> Passes:
-    """By packed attention, else by its own, else by the one that is given a mask: as it runs first."""
+    """With the first attention that runs: packed, the model's own, eager (which is given a mask)."""
     empty = empty_model(config, trust_remote_code).to(dtype)
     model, given = WeightedSFTModel(empty), empty.config._attn_implementation
     model.scored_by_text_model = by_text_model
@@ -180,7 +180,7 @@ def _passes_in(
         passes.logit_options, passes.scored_by_text_model = head.options() if head else {}, by_text_model
         return passes
 
-    # the attention of transformers is seen in a pass without values, a model's own is not
+    # on the meta device only attention that goes through transformers' interface is seen
     if not type(empty)._can_set_attn_implementation() and not _is_causal_in_small(config, trust_remote_code):
         raise not_causal(empty)
     for attention in (PACKED, given, "eager"):
@@ -191,8 +191,8 @@ def _passes_in(
 
 
 def _is_causal_in_small(config: PretrainedConfig, trust_remote_code: bool) -> bool:
-    """Whether a model of two layers with random weights gives a token the same logits whatever follows it. True
-    where there is no such model."""
+    """Whether a model of two layers with random weights gives the same logits whatever the later tokens are. True if no such
+    model can be created."""
     small = copy.deepcopy(config)
     tokens = torch.arange(FEW, 2 * FEW).unsqueeze(0)
     other = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], dim=1)
@@ -204,24 +204,24 @@ def _is_causal_in_small(config: PretrainedConfig, trust_remote_code: bool) -> bo
             model = class_for(small).from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
         with torch.no_grad():
             found, wanted = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (other, tokens))
-    except (UserError, ArithmeticError, *STOPS):  # it cannot be made so small, or does not run alone
+    except (UserError, ArithmeticError, *STOPS):  # it cannot be made that small, or needs other inputs
         return True
     return torch.allclose(found, wanted, atol=1e-3 * wanted.std())
 
 
 def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:
-    """Parameters that no text reaches, such as those of a vision tower, need no gradient, and stay as they are. Their names."""
+    """Freeze parameters that are not reached from text, such as those of a vision tower. Returns their names."""
     frozen = passes.unreached()
     for name, param in model.named_parameters():
         param.requires_grad_(name not in frozen)
     if frozen:
-        log.info("no text reaches %d parameters (%s): they stay as they are", len(frozen), some(sorted(frozen)))
+        log.info("%d parameters are not reached from text (%s): they stay as they are", len(frozen), some(sorted(frozen)))
     return frozen
 
 
 def require_complete(name: str, config: WeightedSFTConfig, dtype: torch.dtype) -> None:
-    """UserError if the checkpoint lacks parameters of the model, which transformers would give random values, or has them in
-    other shapes; says what transformers would keep in another type. Reads names and shapes only."""
+    """UserError if the checkpoint lacks parameters of the model, which transformers would initialize at random, or has them in
+    other shapes. Logs which ones transformers would keep in float32. Reads names and shapes only."""
     try:
         model, info = class_for(load_model_config(name, config)).from_pretrained(
             name,
@@ -234,7 +234,7 @@ def require_complete(name: str, config: WeightedSFTConfig, dtype: torch.dtype) -
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
         raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
     missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    there = f"{len(others)} that are none of the model's ({some(others)})"
+    there = f"{len(others)} that are not of the model ({some(others)})"
     if missing:
         raise UserError(
             f"the checkpoint in {name!r} lacks {len(missing)} of the parameters of {type(model).__name__} ({some(missing)}), "
@@ -254,19 +254,19 @@ def require_complete(name: str, config: WeightedSFTConfig, dtype: torch.dtype) -
 
 
 def some(names: list[str]) -> str:
-    """The first few, as a sentence names them."""
+    """The first three, for a sentence."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> WeightedSFTModel:
-    """A model with its head put in. Under ZeRO-3 each parameter is partitioned as it is made."""
+    """The model with the chunked head. Under ZeRO-3 each parameter is partitioned when it is created."""
     register()
     dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
     empty = empty_model(load_model_config(name, config), config.trust_remote_code, dtype)
     require_trainable(empty, config)
     require_complete(name, config, dtype)
     passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len, dtype)
-    # from_pretrained looks for this object (a weak global reference) to partition while it loads
+    # from_pretrained finds this object by a global weak reference, and partitions while loading
     zero3 = HfDeepSpeedConfig(ds) if ds["zero_optimization"]["stage"] == 3 else None
     try:
         with loading_as_without_zero3(empty):
@@ -291,14 +291,14 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     untrained = freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:
-        log.info("no dropout and no other noise is drawn in training (the model's config has %s)", noise)
+        log.info("trained without dropout and other noise (the model's config has %s)", noise)
     text_config = model.config.get_text_config()
     if getattr(text_config, "output_router_logits", False) and getattr(text_config, "router_aux_loss_coef", 0):
         coefficient = text_config.router_aux_loss_coef
         log.info("the load-balancing loss that the model's config asks for (router_aux_loss_coef %s) is not added", coefficient)
     wrapped = WeightedSFTModel(model)
     if passes.attention == "eager" and not config.attn_implementation:
-        wrapped.attend_by("eager")  # its own code does not run without a mask
+        wrapped.attend_by("eager")  # its own attention needs a mask
     wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
     wrapped.shortest, wrapped.logit_options = passes.shortest, passes.logit_options
     wrapped.scored_by_text_model = passes.scored_by_text_model

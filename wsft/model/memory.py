@@ -1,12 +1,13 @@
-"""Estimates what a run will hold in memory and on disk: from a model on the meta device, without weights or ranks.
+"""Estimates the memory and disk that a run needs, from a model on the meta device, without weights or ranks.
 
-What DeepSpeed keeps is arithmetic. What the forward and backward pass hold is not guessed at: they are run on the meta device,
-where tensors have sizes and no contents, and the live bytes are counted.
+What DeepSpeed keeps follows from its config. Activations are not estimated by a formula: the forward and backward pass run on
+the meta device, where tensors have sizes but no contents, and the live bytes are counted.
 
-DeepSpeed's own `estimate_zero3_model_states_mem_needs` is right for bf16 with fp32 gradients, AdamW and no offload (18 bytes a
-parameter over the ranks, and the largest layer; a test holds the two together). It is not used: it knows no fp32, no other
-optimizer, no bucket, no update, no activation; takes the largest module for all that is gathered at once; and its `_live` form
-counts parameters by address, which on the meta device are all one. Knows nothing of batches or of what a machine has.
+DeepSpeed's own `estimate_zero3_model_states_mem_needs` is right for bf16 with fp32 gradients, AdamW and no offload (18 bytes
+per parameter over the ranks, plus the largest layer; a test compares the two). It is not used, since it ignores fp32, other
+optimizers, buckets, the optimizer step and activations, takes the largest module for all that is gathered at once, and its
+`_live` form identifies parameters by address, which is 0 for all of them on the meta device. Knows nothing of batches or of
+the machine.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from torch.utils._pytree import tree_leaves
 
 from wsft.model.meta_passes import OneSequence
 
-# bytes of optimizer state a parameter, in float32
+# bytes of optimizer state per parameter, in float32
 STATE_BYTES = {"adam": 8, "adamw": 8, "lamb": 8, "onebitadam": 8, "sgd": 0, "adagrad": 4, "lion": 4, "muon": 4}
 
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that the passes over one micro-batch hold, besides parameters and what DeepSpeed keeps."""
+    """Bytes of activations in the passes over one micro-batch."""
 
-    held: int  # when the forward pass reaches the head: with checkpointing a hidden state per layer, else everything
-    layer: int  # beyond it, at most, in any layer's forward or backward pass
-    head: int  # beyond it, in the head: a chunk of logits, the gradients of lm_head and of the hidden states
+    held: int  # when the forward pass reaches the head: with checkpointing a hidden state per layer, else all activations
+    layer: int  # in addition, the most in any layer's forward or backward pass
+    head: int  # in addition, in the head: a chunk of logits, the gradients of lm_head and of the hidden states
 
     @property
     def peak(self) -> int:
@@ -42,7 +43,8 @@ class Work:
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations made and that still exist."""
+    """Counts the bytes of live storages created inside. (torch's MemTracker is in a private module,
+    torch.distributed._tools.)"""
 
     def __init__(self):
         super().__init__()
@@ -56,8 +58,8 @@ class _Live(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         return made
 
-    def know(self, tensor: torch.Tensor) -> None:
-        """It was there before."""
+    def exclude(self, tensor: torch.Tensor) -> None:
+        """Do not count its storage, which existed before."""
         self._known.add(tensor.untyped_storage()._cdata)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -76,20 +78,20 @@ class _Live(TorchDispatchMode):
 def work_of(model: torch.nn.Module, tokens: int, chunk_tokens: int) -> Work:
     """Run a `WeightedSFTModel` on the meta device over a row of tokens, all trained, forward and backward.
 
-    Raises NotImplementedError or RuntimeError where its forward pass must look at values, as some mixtures of experts do.
+    Raises NotImplementedError or RuntimeError if its forward pass needs values, as some mixtures of experts do.
     """
     row = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     trained = torch.zeros(tokens - 1, dtype=torch.int64, device="meta")
     live, marks = _Live(), []
     for tensor in [*model.parameters(), *model.buffers()]:
-        live.know(tensor)
+        live.exclude(tensor)
 
     def at_head(*_: object) -> None:
         marks.append((live.now, live.peak))
         live.peak = live.now
 
     def release(param: torch.Tensor) -> None:
-        param.grad = None  # into DeepSpeed's bucket, which is counted there
+        param.grad = None  # it is copied to DeepSpeed's bucket, which is counted there
 
     hooks = [model.model.get_output_embeddings().register_forward_pre_hook(at_head)]
     hooks += [p.register_post_accumulate_grad_hook(release) for p in model.parameters() if p.requires_grad]
@@ -105,23 +107,23 @@ def work_of(model: torch.nn.Module, tokens: int, chunk_tokens: int) -> Work:
 
 @dataclass
 class Needs:
-    """Bytes of one rank, by what they are for."""
+    """Bytes per rank, by purpose."""
 
-    states: dict[str, int] = field(default_factory=dict)  # all along
-    passes: dict[str, int] = field(default_factory=dict)  # beside them while a micro-batch is run
-    update: dict[str, int] = field(default_factory=dict)  # beside them in the optimizer's step
-    host: dict[str, int] = field(default_factory=dict)  # in the machine's memory: what is offloaded
+    states: dict[str, int] = field(default_factory=dict)  # always
+    passes: dict[str, int] = field(default_factory=dict)  # in addition, while a micro-batch runs
+    update: dict[str, int] = field(default_factory=dict)  # in addition, in the optimizer step
+    host: dict[str, int] = field(default_factory=dict)  # offloaded to host memory
     checkpoint: int = 0  # on disk, of all ranks
-    model: int = 0  # on disk, as it is exported
+    model: int = 0  # on disk, the exported model
 
     @property
     def peak(self) -> int:
-        """Where the model is trained: on the GPU; without one, in the machine's memory, beside `host`."""
+        """Peak on the training device: GPU memory, or without a GPU host memory in addition to `host`."""
         return sum(self.states.values()) + max(sum(self.passes.values()), sum(self.update.values()))
 
 
 def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work, on_gpu: bool) -> Needs:
-    """With DeepSpeed's resolved JSON, for a model on the meta device in the type that it is trained in."""
+    """For DeepSpeed's resolved JSON and a model on the meta device, in the type in which it is trained."""
     zero, sizes = ds["zero_optimization"], [p.numel() for p in model.parameters()]
     stage, width = zero["stage"], next(model.parameters()).element_size()
     whole, share = sum(sizes), sum(-(-n // num_ranks) for n in sizes)
@@ -130,37 +132,37 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     updated, summed = of_rank if stage else sum(trained), of_rank if stage >= 2 else sum(trained)
     kind, options = ds["optimizer"]["type"].lower(), ds["optimizer"].get("params", {})
     state = STATE_BYTES.get(kind, 8) + (4 if kind == "sgd" and options.get("momentum") else 0)
-    master = 4 if width == 2 or stage else 0  # DeepSpeed keeps it beside parameters that are float32 themselves, too
+    master = 4 if width == 2 or stage else 0  # DeepSpeed keeps a master copy of float32 parameters, too
     accumulated = 4 if stage and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
     sent = 4 if ds.get("communication_data_type") == "fp32" else width
-    as_they_are = whole - (sum(trained) if stage == 3 else 0)  # its masters stand for them
+    as_they_are = whole - (sum(trained) if stage == 3 else 0)  # at stage 3 only the masters are saved
     saved = sum(trained) * (state + (4 if stage == 3 else master)) + as_they_are * width
     out = Needs(checkpoint=saved, model=whole * width)
 
     out.states["parameters"] = (share if stage == 3 else whole) * width
     second = zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1
     if second > 1:
-        out.states["second shares, within a host"] = sum(-(-n // second) for n in sizes) * width
+        out.states["secondary partition (hpZ)"] = sum(-(-n // second) for n in sizes) * width
     out.states["gradients"] = summed * accumulated
     out.states["master copy and optimizer"] = updated * (master + state)
     buffers, filled, alone = _reduction(zero, trained, on_gpu)
     out.states["reduction buckets"] = buffers * width
-    # when the first bucket is full, the backward pass has let go of what its layers held
+    # when the first bucket is full, the backward pass has freed the activations of its layers
     converted = filled * sent if sent != width else 0
     rearranged = max(0, filled * width + converted - int(work.held * filled / whole))
     out.passes["gradients being reduced"] = max(alone * width, rearranged)
-    if stage == 3 and (num_ranks > 1 or _offloads(zero, "param")):  # alone, a rank uses its share as it is
+    if stage == 3 and (num_ranks > 1 or _offloads(zero, "param")):  # a single rank gathers nothing
         out.passes["gathered layers"] = _gathered(model, zero) * width
     out.passes |= {"activations": work.held, "a layer, or the head": max(work.layer, work.head)}
     group = min(updated, int(zero.get("sub_group_size", 1e9))) if stage == 3 else updated
     if _offloads(zero, "optimizer"):
         out.states["gradients"] = 0
         out.states["master copy and optimizer"] = 0
-        # their sum over micro-batches, and beside it the float32 ones that the optimizer reads
+        # the sum over micro-batches, and the float32 gradients that the optimizer reads
         out.host["offloaded gradients"] = _pinned(summed * accumulated) + -(-updated // group) * _pinned(group * 4)
         out.host["offloaded optimizer"] = updated * (master + state)
     else:
-        if stage or width == 2:  # put end to end as they are, then made float32
+        if stage or width == 2:  # flattened, then converted to float32
             out.update["float32 gradients"] = group * (4 if accumulated == 4 else 4 + accumulated)
         out.update["its temporaries"] = group * _temporaries(kind, options, on_gpu)
     if stage == 3 and _offloads(zero, "param"):
@@ -170,7 +172,7 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
 
 
 def with_reference(out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int) -> None:
-    """Add the frozen reference model, which takes less than the trained one while it runs."""
+    """Add the frozen reference model. Its passes need less memory than those of the trained one."""
     zero, params = ds["zero_optimization"], list(model.parameters())
     size = sum(-(-p.numel() // num_ranks) if zero["stage"] == 3 else p.numel() for p in params) * params[0].element_size()
     offloaded = zero["stage"] == 3 and _offloads(zero, "param")
@@ -182,13 +184,13 @@ def _offloads(zero: dict[str, Any], what: str) -> bool:
 
 
 def _pinned(size: int) -> int:
-    """torch takes page-locked memory in powers of two."""
+    """torch allocates page-locked memory in powers of two."""
     return 1 << (size - 1).bit_length()
 
 
 def _reduction(zero: dict[str, Any], sizes: list[int], on_gpu: bool) -> tuple[int, int, int]:
-    """Elements of the buckets in which gradients wait to be reduced; of a full one, which is rearranged into as much again; and
-    of the largest parameter that fits in none and waits alone. A CPU gives memory when it is written to."""
+    """Elements of the gradient buckets; of a full one, which is copied for the reduction; and of the largest parameter that
+    does not fit into a bucket. On a CPU, memory counts once it is written to."""
     bucket = int(zero.get("reduce_bucket_size", 5e8))
     filled = min(bucket, sum(n for n in sizes if n <= bucket))
     alone = max((n for n in sizes if n > bucket), default=0)
@@ -197,10 +199,10 @@ def _reduction(zero: dict[str, Any], sizes: list[int], on_gpu: bool) -> tuple[in
 
 
 def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
-    """The most parameters that ZeRO-3 holds whole at a time: between the forward and the backward pass.
+    """The most parameters that ZeRO-3 has gathered at a time: between the forward and the backward pass.
 
-    A module's parameters are kept after its forward pass if its backward pass begins within `stage3_max_reuse_distance`
-    parameters from there; those above it count twice in between. Besides, what is fetched ahead.
+    A module's parameters are kept after its forward pass if its backward pass follows within `stage3_max_reuse_distance`
+    parameters, of which those above the module count twice. Prefetched parameters come in addition.
     """
     reach, above, kept = int(zero.get("stage3_max_reuse_distance", 1e9)), 0, {}
     largest, whole = 0, sum(p.numel() for p in model.parameters())
@@ -215,8 +217,8 @@ def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
 
 
 def _temporaries(kind: str, options: dict[str, Any], on_gpu: bool) -> int:
-    """Bytes a parameter that the optimizer's arithmetic takes: torch's Adam makes the root of its second moment on the way, on
-    a CPU twice over; fused it is one kernel, as DeepSpeed's is."""
+    """Bytes per parameter of temporaries in the optimizer step: torch's Adam computes the root of the second moment, on a CPU
+    twice; fused Adam and DeepSpeed's are single kernels."""
     if kind in ("adam", "adamw") and options.get("torch_adam") and not options.get("fused"):
         return 4 if on_gpu else 8
     return 0

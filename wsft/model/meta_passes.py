@@ -1,5 +1,5 @@
-"""What a model without weights tells: on the meta device, where tensors have sizes and no values, its code can be run, before
-anything is loaded, and so be asked what it does.
+"""Forward and backward passes of a model on the meta device, where tensors have shapes but no values: they show what its code
+does before any weights are loaded.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from wsft.errors import UserError
 from wsft.model.head_arithmetic import HeadArithmetic
 
-# what a pass that looks at values ends with, or one that is given what its code does not know
+# exceptions of code that needs values, or does not support the given arguments
 STOPS = (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
-# of a config, how many experts there are, and to how many of them a token is sent
+# names in configs: the number of experts, and of those that a token is routed to
 _EXPERTS = re.compile(r"(n|num|moe_num)_(routed_|local_)?experts")
 _CHOSEN = re.compile(r"(num_)?experts_per_tok(en)?|(moe_)?top_?k(_experts)?|moe_k|num_selected_experts")
 
@@ -34,12 +34,12 @@ _PRODUCTS = {linear, torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, tor
 
 
 class OneSequence(TorchFunctionMode):
-    """transformers asks the positions of a row whether they are one sequence's: where nothing has a value, the answer is yes.
+    """Inside, bool(tensor) is True on the meta device: transformers checks by it whether positions are those of one sequence.
 
     Attributes:
-        mixes_types: whether a product of tensors of different types was asked for, which only this device has.
-        sees_later: whether attention of a sequence to itself was asked for without a mask, causal or other.
-        askers: code that asked whether a tensor is true, and may be wrong in what it does then.
+        mixes_types: whether there was a matrix product of different types, which other devices reject.
+        sees_later: whether self-attention was called without a causal or other mask.
+        askers: code that called bool(tensor), whose behaviour afterwards proves nothing.
     """
 
     def __init__(self):
@@ -59,13 +59,13 @@ class OneSequence(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-LENGTHS = 2, 8, 16, 32, 64, 136  # tokens of a sequence: the last are more than attention compresses into one
+LENGTHS = 2, 8, 16, 32, 64, 136  # tokens of a sequence; the longest exceeds the blocks of compressed attention
 FEW = 8
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Names of the parameters without a gradient after a backward pass, and the modules that were run."""
+    """Names of the parameters without a gradient after backward, and the modules that were run."""
 
     unreached: set[str]
     ran: set[torch.nn.Module]
@@ -73,19 +73,19 @@ class _Pass:
 
 @dataclass
 class Passes:
-    """Forward passes of an empty model: `run(T)` of one sequence of so many tokens, `run_packed()` of two in one row, None
-    where it has attention of its own that packed rows cannot have.
+    """What passes of an empty model show. `run(T)` runs one sequence of T tokens, `run_packed()` two in one row (None if the
+    model does not use packed attention).
 
     Attributes:
         longest: tokens of the longest sequence in training.
-        whole: whether the model runs, but for modules of the classes in `routed`.
-        routed: classes of modules inside its layers whose code looks at values, as mixtures of experts do that loop over those
-            with tokens: which of their children are run depends on the data.
-        mixes_types, sees_later: as `OneSequence` has them.
-        shortest: tokens from which on sequences run all of its modules that sequences of up to `longest` run.
-        failure: what the model's code raises that is not for want of values.
-        scored_by_text_model: as `WeightedSFTModel` has it.
-        logit_options: what lies between its hidden states and its logits, as options of `LossHead`.
+        whole: whether the model runs, with stand-ins for the modules in `routed`.
+        routed: classes of modules that route by data, such as mixtures of experts with a loop over the experts that have
+            tokens: which of their children run depends on values.
+        mixes_types, sees_later: see `OneSequence`.
+        shortest: the number of tokens from which a sequence runs all modules that sequences of up to `longest` run.
+        failure: an exception of the model's code that is not due to missing values.
+        scored_by_text_model: see `WeightedSFTModel`.
+        logit_options: scale, soft cap and vocabulary of its logits, as options of `LossHead`.
     """
 
     model: PreTrainedModel
@@ -108,9 +108,9 @@ class Passes:
             self._find_routed()
         first = self._pass(FEW)
         self.whole = first is not None
-        if self.whole or self.routed:  # a stand-in may give other shapes than what it stands for
+        if self.whole or self.routed:  # a stand-in may return other shapes than the real module
             self.failure = None
-        # where a recurrence is run token by token, a longer sequence takes seconds: backward only if it can change anything
+        # long sequences take seconds in a recurrence that loops over tokens: backward only if it can change the result
         found = [first, *(self._pass(length, backward=bool(first.unreached)) for length in self._others)] if first else []
         passes = [each for each in found if each]
         self._unreached = set.intersection(*(each.unreached for each in passes)) if self.whole else self._not_of_the_decoder()
@@ -120,7 +120,7 @@ class Passes:
 
     @property
     def attention(self) -> str:
-        """What it attends by."""
+        """The name of its attention implementation."""
         return self.model.config._attn_implementation
 
     @property
@@ -128,7 +128,7 @@ class Passes:
         return LENGTHS[0], max(LENGTHS[0], min(LENGTHS[-1], self.longest))
 
     def _pass(self, length: int, backward: bool = True) -> _Pass | None:
-        """Forward and backward, else no parameter is unreached; None if the model does not run."""
+        """Forward and, if asked for, backward; without backward `unreached` is empty. None if the model does not run."""
         ran: set[torch.nn.Module] = set()
         hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in self.model.modules()]
         self.model.zero_grad()
@@ -147,13 +147,13 @@ class Passes:
         return _Pass(unreached, ran)
 
     def _note_failure(self, error: Exception) -> None:
-        """Unless it is for want of values: torch's own, or raised by code that had asked for one."""
+        """Set `failure`, unless the exception is due to missing values: torch's own, or of code that called bool(tensor)."""
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         wants_values = _looks_at_values(error) or frame.f_code in self._askers
         self.failure = None if wants_values else error
 
     def _find_routed(self) -> None:
-        """Fill `routed`, until the model runs or it is not experts where its code stops."""
+        """Fill `routed` until the model runs, or stops at a module that does not route by data."""
         while True:
             stopped, looked = self._where_it_stops()
             if stopped is None or not looked or type(stopped) in self.routed or self._holds_layers(stopped):
@@ -161,7 +161,7 @@ class Passes:
             self.routed.add(type(stopped))
 
     def _where_it_stops(self) -> tuple[torch.nn.Module | None, bool]:
-        """The innermost module with parameters, None if the pass gets through; whether it stops since code looks at values."""
+        """The innermost module with parameters in which a pass stops (None: it does not), and whether it stops for values."""
         within: list[torch.nn.Module] = []
         hooks = []
         for module in self.model.modules():
@@ -184,7 +184,7 @@ class Passes:
 
     @contextlib.contextmanager
     def standing_for_routed(self) -> Iterator[None]:
-        """Inside, modules of these classes, of any model, do not look at values: they take the memory that they would."""
+        """Inside, modules of the classes in `routed`, of any model, are replaced by stand-ins that allocate the same memory."""
         forwards = {cls: cls.forward for cls in self.routed}
         for cls in self.routed:
             cls.forward = functools.partialmethod(_stand_in, self._share_of_experts)
@@ -198,7 +198,7 @@ class Passes:
                 cls.forward = forward
 
     def head_arithmetic(self, logits: Callable[[], torch.Tensor]) -> HeadArithmetic | None:
-        """What the model does around its head in a pass of `FEW` tokens to its logits; None if it does not run."""
+        """The operations around the head in a pass of `FEW` tokens to the logits; None if it does not run."""
         try:
             with self.standing_for_routed(), torch.no_grad(), HeadArithmetic(self.model, FEW) as head:
                 kept = logits().shape[-1]
@@ -210,8 +210,8 @@ class Passes:
             return None
 
     def takes_packed_rows(self) -> bool:
-        """False if its code refuses them, or cannot run them, or nothing is known of it: ZeRO-3 does not survive an exception.
-        Whether what it computes is right is for its logps to show."""
+        """Whether packed rows may be tried: False if its code raises, or if it does not run here, since ZeRO-3 cannot recover
+        from an exception. Whether the result is right is tested on logprobs (row_layouts.py)."""
         if not self.whole or self.run_packed is None or self.shortest > LENGTHS[0]:
             return False
         try:
@@ -222,23 +222,23 @@ class Passes:
             return False
 
     def unreached(self) -> set[str]:
-        """Names of the parameters that no text reaches, such as a vision tower's: those without a gradient after a backward
-        pass; of a model that does not run, those of a multimodal one that are not of its text decoder.
+        """Names of the parameters that are not reached from text, such as those of a vision tower: those without a gradient
+        after backward or, if the model does not run, those outside the text decoder of a multimodal model.
 
         Raises:
-            UserError: the model's code keeps gradients from parameters in evaluation mode, in which it is trained.
+            UserError: the model's code detaches parameters in evaluation mode, in which it is trained.
         """
         model, found = self.model, self._unreached
         if not found:
             return found
-        model.train()  # as the model's own code has it
+        model.train()  # as it would be trained elsewhere
         in_training = [each.unreached for each in map(self._pass, (FEW, *self._others)) if each]
         kept = sorted(found - set.intersection(*in_training)) if in_training else []
         model.eval()
         if kept:
             raise UserError(
-                f"{type(model).__name__} keeps gradients from {len(kept)} parameters ({', '.join(kept[:3])}, ...) in "
-                f"evaluation mode, in which wsft trains so that nothing is random: they would learn nothing; change its code"
+                f"{type(model).__name__} detaches {len(kept)} parameters ({', '.join(kept[:3])}, ...) in evaluation mode, in "
+                f"which wsft trains so that nothing is random: they would learn nothing; change its code"
             )
         return found
 
@@ -252,12 +252,12 @@ class Passes:
 
 
 def _looks_at_values(error: Exception) -> bool:
-    """Whether it is what torch says of tensors without values."""
+    """Whether it is torch's exception for tensors without values."""
     return isinstance(error, NotImplementedError) or "meta" in str(error)
 
 
 def _share_of_experts(config: PretrainedConfig) -> float:
-    """Of all experts, those that a token is sent to; 1 where the config does not say."""
+    """The share of the experts that a token is routed to; 1 if the config does not say."""
     named = {**config.to_dict(), **config.get_text_config().to_dict()}
     named |= {name: value for within in list(named.values()) if isinstance(within, dict) for name, value in within.items()}
     chosen, experts = (
@@ -268,15 +268,15 @@ def _share_of_experts(config: PretrainedConfig) -> float:
 
 
 def _stand_in(module: torch.nn.Module, share: float, *args: object, **kwargs: object) -> torch.Tensor:
-    """What each token's experts hold for their backward pass: what goes into each of their products, and comes out. All that it
-    is given, such as a router's weights, gets a gradient."""
+    """Stands for a mixture of experts: saves for backward the inputs and outputs of the matrix products of each token's
+    experts. All its inputs, such as routing weights, get a gradient."""
     params, (x, *others) = list(module.parameters()), filter(torch.is_tensor, tree_flatten((args, kwargs))[0])
     width = sum(sum(p.shape[-2:]) * (len(p) if p.ndim > 2 else 1) for p in params if p.ndim > 1)
     return _Holding.apply(x, int(share * width) * (x.numel() // x.shape[-1]), *params, *others)
 
 
 class _Holding(torch.autograd.Function):
-    """As many numbers as its input has, from all that it is given; so many more are held for the backward pass."""
+    """Output of the shape of its first input; saves `held` numbers for backward."""
 
     @staticmethod
     def forward(ctx, x, held, *others):

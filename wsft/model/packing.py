@@ -1,5 +1,5 @@
-"""Packed rows: several sequences in one row, end to end, each of which attends to itself alone. Sequences that begin alike may
-share the segment in which they do: it is computed once. Knows nothing of batches, models or ranks.
+"""Packed rows: several sequences in one row, each of which attends to itself only. Sequences with a common prefix may share its
+segment, which is computed once. Knows nothing of batches, models or ranks.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 
 from wsft.device import to_device
 
-MIN_SHARED_PREFIX = 8  # tokens: for fewer the bookkeeping costs more than it saves
+MIN_SHARED_PREFIX = 8  # tokens; for shorter prefixes the overhead exceeds the saving
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The segments of a packed row, end to end.
+    """The segments of a packed row, in order.
 
     Attributes:
         lengths: tokens of each segment.
-        parents: for each segment, the index of the earlier one that precedes it in its sequence; -1 where it begins one.
+        parents: for each segment, the index of the segment that precedes it in its sequence; -1 for the first of a sequence.
     """
 
     lengths: tuple[int, ...]
@@ -29,17 +29,17 @@ class Layout:
 
     @classmethod
     def of(cls, lengths: list[int]) -> Layout:
-        """Sequences that share nothing."""
+        """Sequences without shared prefixes."""
         return cls(tuple(lengths), (-1,) * len(lengths))
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Which of R sequences begin alike, and may share the segment in which they do.
+    """Common prefixes of R sequences.
 
     Attributes:
-        clusters: [R] int64, the same number for sequences that share.
-        lengths: [R] int64, tokens that all of the sequence's cluster share; 0 where it is alone.
+        clusters: [R] int64, the same number for sequences that share a prefix.
+        lengths: [R] int64, tokens of the prefix that the sequence's cluster shares; 0 if it shares none.
     """
 
     clusters: np.ndarray
@@ -51,27 +51,27 @@ class Prefixes:
 
     @classmethod
     def of(cls, tokens_N: np.ndarray, loss_mask_N: np.ndarray, lengths_R: np.ndarray, rows: Iterable[int]) -> Prefixes:
-        """Of the sequences `rows` among R that stand end to end: neighbours that begin alike, as those of one group do.
+        """Find common prefixes of neighbours among the sequences `rows`, such as those of one group.
 
-        A shared prefix ends before the last token that precedes a trained one: the hidden state of that one is needed by each
-        sequence for itself.
+        A shared prefix ends before the token that precedes the first trained one, whose hidden state each sequence needs for
+        itself.
         """
         ends_R = np.cumsum(lengths_R)
         starts_R = ends_R - lengths_R
         trained_N = np.append(np.flatnonzero(loss_mask_N), len(loss_mask_N))
-        firsts_R = trained_N[np.searchsorted(trained_N, starts_R)]  # of each sequence, or of a later one
+        firsts_R = trained_N[np.searchsorted(trained_N, starts_R)]  # its own, or that of a later sequence
 
         def common(i: int, k: int, limit: int) -> int:
-            """Of the first `limit` tokens of these sequences, how many are alike from the first on."""
+            """Length of the common prefix of these sequences, at most `limit`."""
             ours, theirs = (tokens_N[start : start + limit] for start in starts_R[[i, k]])
             differ = np.flatnonzero(ours != theirs)
             return int(differ[0]) if len(differ) else limit
 
-        found, cluster, shared = cls.none(len(lengths_R)), [], 0  # shared: the tokens that all of the cluster have in common
+        found, cluster, shared = cls.none(len(lengths_R)), [], 0  # tokens that all of the cluster have in common
         for i in rows:
             own = int(min(firsts_R[i], ends_R[i]) - starts_R[i]) - 1
             n = common(cluster[0], i, min(shared, own)) if cluster else 0
-            # a template that every prompt begins with must not cost a group the prompt that it shares
+            # else a template common to all prompts would join groups, and lose their longer common prompts
             needed = max(MIN_SHARED_PREFIX, (shared if len(cluster) > 1 else min(shared, own)) / 2)
             if cluster and n >= needed:
                 cluster, shared = [*cluster, i], n
@@ -83,12 +83,12 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class VarlenMetadata:
-    """A layout in the form that variable-length attention takes.
+    """A layout as arguments of variable-length attention.
 
     Attributes:
-        cu_seqlens_q, cu_seqlens_k: int32, where segments begin among queries, and their sequences among keys, with the end.
-        max_seqlen_q, max_seqlen_k: tokens of the longest of each.
-        key_indices: [keys] int64, the position in the row of each key; None: query i is key i.
+        cu_seqlens_q, cu_seqlens_k: int32, cumulative lengths of the segments (queries) and of their sequences (keys), from 0.
+        max_seqlen_q, max_seqlen_k: the longest of each, in tokens.
+        key_indices: [keys] int64, the position in the row of each key; None if keys are the tokens of the row in order.
     """
 
     layout: Layout
@@ -100,10 +100,10 @@ class VarlenMetadata:
 
 
 def varlen_kwargs(layout: Layout, device: torch.device) -> dict[str, object]:
-    """Keyword arguments for a transformers model, beside the row: position_ids [1, T], and metadata for its attention: wsft's
-    own, and where no prefix is shared, those that transformers' flash attention takes."""
+    """Keyword arguments for a transformers model: position_ids [1, T], `wsft_varlen` for packed attention and, if no prefix is
+    shared, those of transformers' flash attention."""
     lengths, parents = torch.tensor(layout.lengths), torch.tensor(layout.parents)
-    prefixes = torch.where(parents < 0, 0, lengths[parents])  # tokens of the sequence that stand in the parent segment
+    prefixes = torch.where(parents < 0, 0, lengths[parents])  # tokens of the sequence that are in the parent segment
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     T = int(starts[-1])
     positions = torch.arange(T) + (prefixes - starts[:-1]).repeat_interleave(lengths)
@@ -116,7 +116,7 @@ def varlen_kwargs(layout: Layout, device: torch.device) -> dict[str, object]:
         return kwargs | {"wsft_varlen": VarlenMetadata(layout, cu_seqlens_q, cu_seqlens_q, longest, longest, None)}
     whole = lengths + prefixes
     k_starts = torch.nn.functional.pad(whole.cumsum(0), (1, 0))
-    # position within its sequence of each key: those below `prefixes` stand in the parent segment, the others in their own
+    # position of each key in its sequence: those below `prefixes` are in the parent segment, the others in their own
     in_sequence = torch.arange(int(k_starts[-1])) - k_starts[:-1].repeat_interleave(whole)
     in_own = in_sequence + (starts[:-1] - prefixes).repeat_interleave(whole)
     in_parent = in_sequence + starts[parents].repeat_interleave(whole)

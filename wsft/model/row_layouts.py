@@ -1,5 +1,5 @@
-"""Which rows a model's sequences may stand in: tried on a few tokens before anything is trained. A sequence must get the
-logprobs that it has alone, by the model's own attention.
+"""How a model's sequences can be batched: packed, with shared prefixes, or padded. Tried on a few tokens before training; in
+each layout a sequence must get the logprobs that it has alone with the model's own attention.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from wsft.model.attention import PACKED, learn_masks
 from wsft.model.causal_lm import WeightedSFTModel, body_of
 from wsft.model.packing import Layout
 
-FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they keep packed sequences apart themselves
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they support packed sequences themselves
 
 _SPAN = re.compile(r"window|chunk|block|budget|top_?k")
 
 
 @dataclass
 class RowLayouts:
-    """Attributes:
-    packs: several sequences in one row.
-    shares: in one row, with a segment that several begin with.
-    pads: several rows in one batch, padded on the right.
+    """Layouts that give right logprobs.
+
+    Attributes:
+        packs: several sequences in one row.
+        shares: packed sequences that share a prefix.
+        pads: several rows, padded on the right.
     """
 
     packs: bool = False
@@ -46,20 +48,20 @@ def find_row_layouts(
     packing: bool = True,
     all_true: Callable[[bool], bool] = bool,
 ) -> RowLayouts:
-    """Afterwards the model attends by packed attention where it packs, else by its own. A collective under ZeRO-3.
+    """Try the layouts. Afterwards the model uses packed attention if it packs, else its own. A collective under ZeRO-3.
 
     Args:
-        max_token_len: of the longest sequence in training.
+        max_token_len: length of the longest sequence in training.
         packing: whether to try packed rows.
-        all_true: whether it is true on all ranks: forward passes are collectives, and each result decides which come next.
+        all_true: reduces a bool over ranks. Forward passes are collectives, so all ranks must decide alike.
     Raises:
-        UserError: the logprobs of a sequence depend on those that were run before it, or on tokens after them.
+        UserError: the logprobs of a sequence depend on sequences that were run before it, or on later tokens.
     """
     own, mode, config = model.model.config._attn_implementation, model.training, model.model.config.get_text_config()
     model.eval()
     packed, masks_reach = PACKED if own not in FLASH else own, []
     growing = [reach for reach in position_reaches(config) if reach < max_token_len]
-    # asked beforehand: ZeRO-3 does not survive an exception in the middle of a forward pass
+    # checked before, since ZeRO-3 cannot recover from an exception inside a forward pass
     tries_packed = packing and model.takes_packed_rows and _takes_positions(model) and model.attend_by(packed)
     if tries_packed and packed == PACKED:
         few = torch.arange(8, device=device)
@@ -84,31 +86,30 @@ def find_row_layouts(
 
 
 class _Probe:
-    """Three sequences, of which the first and the last begin alike. The first is longer than any window of the model's masks,
-    and than what its position encodings treat alike (`reaches`)."""
+    """Three sequences, of which the first and the last have a common prefix. The first is longer than all `reaches`: windows of
+    the model's masks, and lengths from which its position encodings change."""
 
     def __init__(self, model: WeightedSFTModel, device: torch.device, max_token_len: int, reaches: list[int]):
         self._model, self._max_token_len = model, max_token_len
         longest = max(11, min(max([*reaches, 31]) + 9, max_token_len))
         self._lengths = [6, longest - 6, 8, 3]
         tokens = torch.arange(sum(self._lengths), device=device) * 7919 % model.vocab_size
-        tokens[3::4] = tokens[:-3:4][: len(tokens[3::4])]  # as in texts: where code picks among equals, rows may show it
+        tokens[3::4] = tokens[:-3:4][: len(tokens[3::4])]  # repeated tokens: ties in top-k may depend on the row
         self._segments = prefix, first, other, second = tokens.split(self._lengths)
         self._sequences = [torch.cat([prefix, first]), other, torch.cat([prefix, second])]
 
     def run_alone(self, reaches: list[int], all_true: Callable[[bool], bool]) -> None:
-        """Each sequence by itself. UserError where it cannot be: what depends on sequences that were run before, or on later
-        tokens."""
+        """Run each sequence by itself. UserError if logprobs depend on sequences that were run before, or on later tokens."""
         shorter, other = self._sequences[0][:-4], self._sequences[1]
         at_first = self._logps([shorter]) if reaches else None
         self._alone = [self._logps([sequence]) for sequence in reversed(self._sequences)][::-1]  # the longest last
-        # of what differs from token to token anyway: rounding is far below it, a sequence that sees another is not
+        # relative to the spread over tokens: rounding is far below it, attending to another sequence is not
         share = 1e-3 if next(self._model.parameters()).dtype == torch.float32 else 0.1
         self._tolerance = torch.cat(self._alone).std() * share
         if reaches and not all_true(self._agree(self._logps([shorter]), [at_first])):
             raise UserError(
-                f"what {type(self._model.model).__name__} makes of a sequence depends on those that it was given before, as "
-                f"where rotary embeddings grow with the longest: set max_token_len to {min(reaches)}, where they begin to"
+                f"the logits of {type(self._model.model).__name__} depend on sequences that were run before, as with rotary "
+                f"embeddings that grow with the longest: set max_token_len to {min(reaches)}, from which on they do"
             )
         if not self._agree(self._logps([other[:-3]]), [self._alone[1][:-3]]):
             raise not_causal(self._model.model)
@@ -122,7 +123,7 @@ class _Probe:
         return self._agree(found, [first[-self._lengths[1] + 1 :], other, second[-self._lengths[3] + 1 :]])
 
     def fits_padded(self) -> bool:
-        """All rows are padded, the longest too."""
+        """All rows are padded, also the longest."""
         rows = torch.nn.utils.rnn.pad_sequence(self._sequences, batch_first=True)
         rows = torch.nn.functional.pad(rows, (0, max(0, min(9, self._max_token_len - rows.shape[1]))))
         trained = torch.zeros_like(rows, dtype=torch.bool)
@@ -132,14 +133,14 @@ class _Probe:
         return self._agree(self._model.run(rows, at, torch.zeros(len(at), device=rows.device)).logp_N, self._alone)
 
     def _logps(self, row: list[torch.Tensor], layout: Layout | None = None, scored: slice = slice(None)) -> torch.Tensor:
-        """Of the scored segments of a row, from the second token of each."""
+        """Logprobs of the scored segments of a row, from the second token of each."""
         ends = list(itertools.accumulate(map(len, row)))
         pairs = list(zip(ends, row, strict=True))[scored]
         at = torch.cat([torch.arange(end - len(segment) + 1, end) for end, segment in pairs]).to(row[0].device)
         return self._model.run(torch.cat(row).unsqueeze(0), at, torch.zeros(len(at), device=at.device), layout).logp_N
 
     def _agree(self, found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-        return bool((found - torch.cat(wanted)).abs().max() < self._tolerance)  # not where one is NaN
+        return bool((found - torch.cat(wanted)).abs().max() < self._tolerance)  # False for NaN
 
 
 def _takes_positions(model: WeightedSFTModel) -> bool:
@@ -149,15 +150,18 @@ def _takes_positions(model: WeightedSFTModel) -> bool:
 
 def not_causal(model: PreTrainedModel) -> UserError:
     return UserError(
-        f"in {type(model).__name__} a token sees those after it: wsft trains causal language models (if its config has "
-        f"is_decoder, it may be one with true)"
+        f"in {type(model).__name__} tokens attend to later tokens: wsft trains causal language models (if its config has "
+        f"is_decoder, set it to true)"
     )
 
 
 def position_reaches(config: PretrainedConfig, types: Collection[str] = ("dynamic", "longrope")) -> list[int]:
-    """The lengths from which on rotary embeddings of a type that looks at the longest position are others."""
+    """Sequence lengths from which rotary embeddings change, for the types that depend on the longest position."""
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]  # one of all layers, or one of each type
+    kinds = [
+        rope,
+        *(value for value in rope.values() if isinstance(value, dict)),
+    ]  # for all layers, or per type of layer
     grows = [kind for kind in kinds if kind.get("rope_type") in types]
     names = ("original_max_position_embeddings", "max_position_embeddings")
     found = [[place.get(name) for name in names for place in (kind, config.to_dict())] for kind in grows]
@@ -165,6 +169,6 @@ def position_reaches(config: PretrainedConfig, types: Collection[str] = ("dynami
 
 
 def _spans_in(config: dict[str, Any], most: int) -> list[int]:
-    """Numbers of tokens below `most` that a model's config names, beyond which its code may treat them otherwise."""
+    """Windows, chunks and the like below `most` tokens in a model's config, beyond which its attention may change."""
     named = {name: value for name, value in config.items() if _SPAN.search(str(name))}
     return [value for value in named.values() if type(value) is int and value < most]

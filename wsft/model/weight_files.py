@@ -1,4 +1,4 @@
-"""The weights of a model as they stand in its files: which parameters transformers makes of them, and whether it did."""
+"""The weight files of a model: which parameters transformers makes of their tensors, and whether it loaded them right."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from transformers import PreTrainedModel, conversion_mapping, core_model_loading
 from transformers.integrations import deepspeed as deepspeed_integration
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_AT_ONCE = 2**24  # numbers that are summed at once: in float64 they take 128 MiB
-# of transformers' conversions, those that put the same values in another order
+_AT_ONCE = 2**24  # numbers summed at once: 128 MiB in float64
+# conversions of transformers that only rearrange values
 _KEEPING = {"Chunk", "Split", "Concatenate", "Interleave", "MergeModulelist", "SplitModulelist", "Transpose", "PermuteForRope"}
 
 
 def files_of(name: str) -> dict[str, Path]:
-    """Name of a tensor -> the file that has it, of a Hugging Face folder or of what is in the cache of a hub name. Empty where
-    the weights are in other files than safetensors."""
+    """Tensor name -> safetensors file, for a Hugging Face folder or a hub name in the cache. Empty for other formats."""
     folder = Path(name)
     if not folder.is_dir():
         try:
@@ -44,7 +43,7 @@ def files_of(name: str) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Made:
-    """Tensors of the files, and the parameters or buffers that are made of them, of the same values if it `keeps` them."""
+    """Tensors of the files, and the parameters or buffers made of them; `keeps`: of the same values, in some order."""
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
@@ -52,8 +51,8 @@ class Made:
 
 
 def made_of(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[Made], list[str]]:
-    """What transformers makes of tensors of those names; and those of which nothing of the model is made. The model may be on
-    the meta device."""
+    """What transformers makes of tensors with those names, and the names that it does not use. The model may be on the meta
+    device."""
     transforms = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
@@ -83,7 +82,7 @@ def _rename(
     meta_state_dict: dict[str, torch.Tensor] | None = None,
     **more: Any,
 ) -> tuple[str, str | None]:
-    """As transformers does it, but for a name that is the model's own where renaming it would make one that is not."""
+    """transformers' renaming, except that a name of the model is kept if it would be renamed to one that is not."""
     found = _transformers_rename(name, renamings, converters, base_model_prefix, meta_state_dict, **more)
     own = meta_state_dict or {}
     if found[0] not in own and name in own:
@@ -93,13 +92,13 @@ def _rename(
 
 @contextlib.contextmanager
 def loading_as_without_zero3(empty: PreTrainedModel) -> Iterator[None]:
-    """Inside, transformers' loader under ZeRO-3 does as its other loader does, where it would not (seen with 5.24):
+    """Patches transformers' loader under ZeRO-3 where its result differs from that without (seen with 5.24):
 
-    - a name that is the model's own is kept (else the last norm of DeepSeek V4 is lost, and becomes random);
-    - conversions that split a tensor by the sizes of parameters find them, in an empty model (of Sarvam, Lara);
-    - buffers are of the types that they have in an empty model: DeepSpeed gives what a constructor makes the type of the
-      parameters, so that what is loaded or computed in float32 would be rounded, or not rounded (of LFM2-MoE, RecurrentGemma);
-    - modules all of whose tensors were loaded are not initialized: the code that does it expects whole parameters (xLSTM's).
+    - a name of the model is kept (else the last norm of DeepSeek V4 is lost, and initialized at random);
+    - conversions that split a tensor by sizes of parameters read them from an empty model (Sarvam, Lara);
+    - buffers get the types that they have in an empty model: DeepSpeed creates them in the type of the parameters, which
+      would round values that are loaded or computed in float32 (LFM2-MoE, RecurrentGemma);
+    - modules whose tensors were all loaded are not initialized, since that code expects whole parameters (xLSTM).
     """
     load, convert = (
         modeling_utils._load_state_dict_into_zero3_model,
@@ -130,16 +129,16 @@ def loading_as_without_zero3(empty: PreTrainedModel) -> Iterator[None]:
 
 
 def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) -> list[str]:
-    """Parameters under ZeRO-3 whose values are not those in the model's files, by a sum over each. A collective: each rank
-    reads its share of the files."""
+    """Names of the parameters under ZeRO-3 whose sum differs from that in the model's files. A collective, in which each rank
+    reads a share of the files."""
     params = dict(model.named_parameters())
     rank, ranks = dist.get_rank(), dist.get_world_size()
     partitioned = [param for param in params.values() if hasattr(param, "ds_tensor")]
-    in_memory = all(param.ds_tensor.numel() * ranks >= param.ds_numel for param in partitioned)  # not on NVMe
+    in_memory = all(param.ds_tensor.numel() * ranks >= param.ds_numel for param in partitioned)  # else they are on NVMe
     made = [each for each in made if each.keeps and params.keys() >= set(each.targets)]
     if not made or not in_memory:
         return []
-    sums = torch.zeros(len(made), 3, dtype=torch.float64)  # in the files, of the parameters, and how large what was summed is
+    sums = torch.zeros(len(made), 3, dtype=torch.float64)  # sum in the files, sum of the parameters, sum of absolute values
     for i, each in enumerate(made):
         parts = [_part_of(params[target]) for target in each.targets]
         if i % ranks == rank:
@@ -155,8 +154,7 @@ def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) 
 
 
 def _part_of(param: torch.nn.Parameter) -> torch.Tensor:
-    """What this rank holds of a parameter that is partitioned, without what fills the last part; of one that is not yet, as of
-    a model within a model, rank 0 has all."""
+    """This rank's partition of a parameter, without padding. A parameter that is not partitioned counts on rank 0 only."""
     if not hasattr(param, "ds_tensor"):
         return param.detach().flatten()[: param.numel() if dist.get_rank() == 0 else 0]
     part = param.ds_tensor.detach().flatten()
@@ -164,13 +162,13 @@ def _part_of(param: torch.nn.Parameter) -> torch.Tensor:
 
 
 def read(path: Path, name: str) -> torch.Tensor:
-    """A tensor of a file, mapped."""
+    """A tensor of a file, memory-mapped."""
     with safe_open(path, "pt") as file:
         return file.get_tensor(name)
 
 
 def _sums(tensor: torch.Tensor) -> tuple[float, float]:
-    """Of the numbers, and of their sizes."""
+    """The sum of the values, and of their absolute values."""
     total = size = 0.0
     for piece in tensor.flatten().split(_AT_ONCE):
         total += piece.double().sum().item()

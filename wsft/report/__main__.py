@@ -1,10 +1,10 @@
 import sys
 
-from wsft.errors import say_how_to_install
+from wsft.errors import how_to_install
 
 try:
     from wsft.report.page import main
 except ModuleNotFoundError as error:
-    sys.exit(f"report: error: {say_how_to_install(error)}")
+    sys.exit(f"report: error: {how_to_install(error)}")
 
 main()
