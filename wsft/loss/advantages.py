@@ -1,7 +1,7 @@
 """Advantages: from scores, normalised over a batch, overridden per sequence. NumPy float64; no torch, no HTTP.
 
-The order is fixed: token-level advantages or scores -> `Shaping` over the global batch -> `override`. An overridden
-sequence stays out of every statistic, and what an override says is final.
+The order is fixed: token-level advantages or scores -> `Shaping` over the global batch -> `override`. Overridden
+sequences do not enter any statistic, and their values are final.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ from enum import IntEnum
 import numpy as np
 
 EPS = 1e-8
-# Standard deviations up to this, times the largest magnitude, are rounding and no preference: rewards are mostly computed in
-# float32, whose rounding (6e-8) a few operations raise to some 1e-6. Divided by such a standard deviation, noise would weigh as
-# much as the difference between right and wrong.
+# A standard deviation up to this share of the largest magnitude is rounding: rewards are mostly computed in float32, whose
+# rounding error (6e-8) grows to about 1e-6 over a few operations. Dividing by it would give noise the weight of a preference.
 RELATIVE_EPS = 1e-5
 FROM_SCORES = ("group_norm", "group_center", "rloo", "raw")
 NORMALIZATIONS = ("none", "batch", "batch_center")
 
 
 class Override(IntEnum):
-    """What an Atropos record may say of one sequence's advantages."""
+    """Overrides of a sequence's advantages in an Atropos record."""
 
     NONE = 0
     ZERO = 1  # set_advantage_to_zero
@@ -36,14 +35,14 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
     of the others, which is s - mean times n / (n - 1) (Ahmadian et al. 2024, arXiv:2402.14740); raw is s. An item of one
     sequence keeps its score.
 
-    A sequence that is rejected, truncated or fully masked still counts with its score: it was sampled for the same prompt, and
-    a baseline over only what is trained would depend on why the others are not.
+    The score of a sequence that is rejected, truncated or fully masked still counts: it was sampled for the same prompt, and a
+    baseline over trained sequences only would depend on why the others are not trained.
 
     Args:
         scores: [S] float64, one per sequence of the item.
         counted: [S] bool, the sequences that enter mean and standard deviation: finite scores, no override.
     Returns:
-        [S] float64; meaningless where the score itself is not finite.
+        [S] float64; undefined where the score is not finite.
     """
     if method == "raw" or len(scores) == 1 or not counted.any():
         return scores
@@ -60,13 +59,13 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
 
 @dataclass(frozen=True)
 class Shaping:
-    """What becomes of the advantages of a whole global batch, in this order.
+    """How the advantages of a global batch are transformed, in this order.
 
     Args:
         normalization: "batch" shifts and scales them so that those of the counted tokens have mean 0 and population standard
-            deviation 1 (at least 1e-8 is divided by; 0 where it is rounding, see `RELATIVE_EPS`); "batch_center" shifts only.
-        clip: they are held within -clip and clip.
-        negative_scale: negative ones are multiplied by it; 0 leaves only what is favoured.
+            deviation 1 (divided by at least 1e-8; 0 where it is rounding, see `RELATIVE_EPS`); "batch_center" shifts only.
+        clip: then they are clipped to [-clip, clip].
+        negative_scale: then negative ones are multiplied by it; 0 leaves positive advantages only.
     """
 
     normalization: str = "none"
@@ -74,7 +73,7 @@ class Shaping:
     negative_scale: float = 1.0
 
     def apply(self, advantages: np.ndarray, counted: np.ndarray) -> np.ndarray:
-        """Advantages [N], of which those `counted` [N] bool make the statistics."""
+        """Transform advantages [N]; the statistics are those of the `counted` ones, [N] bool."""
         if self.normalization != "none" and counted.any():
             centred = _centred(advantages, counted)
             advantages = _scaled(centred, advantages, counted) if self.normalization == "batch" else centred
@@ -84,20 +83,20 @@ class Shaping:
 
 
 def _centred(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """Values [N] minus the mean of the counted ones, after one of them is taken from all.
+    """Values [N] minus the mean of the counted ones, computed after subtracting one of them from all.
 
-    So equal values give 0 at any size. The plain mean of many is off by a rounding, which for values beyond 1e8 exceeds
-    EPS: divided by a deviation that is nothing else, it would become an advantage of 1.
+    So equal values give exactly 0. A plain mean has a rounding error, which for values above 1e8 exceeds EPS: divided by a
+    standard deviation that is rounding, too, it would become an advantage of 1.
     """
     shifted = values - values[counted][0]
     return shifted - shifted[counted].mean()
 
 
 def _scaled(centred: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """What `_centred` made of the values [N], over the population standard deviation of the counted ones."""
+    """Centred values [N] divided by the population standard deviation of the counted ones."""
     deviation = centred[counted].std()
     if deviation <= RELATIVE_EPS * np.abs(values[counted]).max():
-        return 0.0 * centred  # NaN stays, of a score that is not finite
+        return 0.0 * centred  # NaN stays: the score is not finite
     return centred / max(deviation, EPS)
 
 

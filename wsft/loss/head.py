@@ -1,10 +1,10 @@
-"""The chunked loss head: weighted cross-entropy from hidden states, without ever holding the logits.
+"""The chunked loss head: weighted cross-entropy from hidden states that never materializes the full logits.
 
-The logits of N tokens are the largest tensor of a training step, so they exist one chunk at a time: the head forms a chunk of
-them, reads logp and entropy, asks what each token weighs, and turns the same buffer into its own gradient, as
-weight * (softmax - onehot). The gradients of hidden states and head are ready when the forward pass is: three matrix products
-in all; a fourth where weights depend on whole sequences, whose logp must be known first. The dense twin is
-`wsft.loss.interface.WeightedSFTInterface`. Knows nothing of batches, processes, or where a weight came from.
+The logits of N tokens are the largest tensor of a training step, so only a chunk of them exists at a time. For each chunk the
+head computes logits, logp and entropy, gets the weight of each token, and overwrites the logits with their gradient,
+weight * (softmax - onehot). The gradients of hidden states and head are complete after the forward pass: three matrix products
+in all, and a fourth if weights depend on whole sequences, whose logp must be known first. The dense twin is
+`wsft.loss.interface.WeightedSFTInterface`. Knows nothing of batches, processes, or the origin of a weight.
 
 Letters: N trained tokens, C tokens of a chunk, R tokens of a block of it, H hidden, V vocabulary, K entries of a teacher.
 """
@@ -20,44 +20,44 @@ import torch
 
 from wsft.device import can_compile, has_native_matmul, memory_bytes
 
-# The size of a chunk's logits, were they float32. On a CPU larger ones were no faster. But each chunk reads and writes the
-# gradient of lm_head once: on a GPU that takes as long as the products of some hundred rows, on a CPU fewer than these cost up
-# to a sixth more.
+# Bytes of a chunk's logits in float32. On a CPU larger chunks were not faster. Each chunk reads and writes the gradient of
+# lm_head once: on a GPU this takes as long as the matrix products of some hundred rows; on a CPU smaller chunks cost up to a
+# sixth more.
 CHUNK_BYTES_CPU = 64 * 2**20
 CHUNK_SHARE_GPU = 1 / 32  # of its memory
 CHUNK_TOKENS = 256  # at least
-# Where it is not one kernel, the softmax walks over a chunk in blocks of rows, so that its float32 temporaries are small beside
-# the chunk, and on a CPU stay in the cache (2.5 times as fast as whole chunks).
+# If it is not compiled to one kernel, the softmax runs over blocks of rows of a chunk, so that its float32 temporaries are
+# small and on a CPU stay in the cache (2.5 times as fast as over whole chunks).
 BLOCKS_PER_CHUNK = 16
-# What is on the way from one type to another is so many bytes at a time: lm_head, where the device does not multiply its type;
-# products that are added up in float32, where it makes none in that type.
+# Bytes that are converted to another type at a time: lm_head, if the device has no matrix products in its type; products that
+# are accumulated in float32, if it cannot output that type.
 CONVERTED_BYTES = 4 * 2**20
 
 
 class HeadOutput(NamedTuple):
-    """What the head says of N tokens; a tuple, so that DeepSpeed's module hooks find the tensors in it."""
+    """Results for N tokens; a tuple, since DeepSpeed's module hooks look for tensors in tuples."""
 
-    loss: torch.Tensor  # scalar, float32 or float64, the one that carries gradients
+    loss: torch.Tensor  # scalar, float32 or float64; the only one with a gradient
     logp_N: torch.Tensor  # natural logarithm of softmax(logits / temperature)[target]
     entropy_N: torch.Tensor  # of the same distribution, in nats
     divergence_N: torch.Tensor  # KL(teacher || same distribution) over the teacher's entries, in nats; 0 without a teacher
 
 
 class TokenLoss(Protocol):
-    """A loss per token that depends on the model through its logp alone."""
+    """A loss per token that is a function of its logp."""
 
-    of_sequences: bool  # whether it wants the logp of all N tokens at once
+    of_sequences: bool  # whether it needs the logp of all N tokens at once
 
     def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, weight = -d loss / d logp) of the tokens `rows`, from their logp; no gradient flows through either."""
+        """(loss, weight = -d loss / d logp) of the tokens `rows`, given their logp; both are constants for autograd."""
 
 
 class Teacher(NamedTuple):
-    """What another model says in the place of each token: K token ids and their probabilities, which need not sum to 1."""
+    """Another model's distribution for each token: K token ids and their probabilities, which need not sum to 1."""
 
     ids_NK: torch.Tensor  # int64
-    probs_NK: torch.Tensor  # 0 for an entry that is not there
-    weights_N: torch.Tensor  # of the token's divergence in the loss
+    probs_NK: torch.Tensor  # 0 for absent entries
+    weights_N: torch.Tensor  # weight of the token's divergence in the loss
 
     def of_rows(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.ids_NK[rows], self.probs_NK[rows].to(dtype), self.weights_N[rows].unsqueeze(1).to(dtype)
@@ -72,7 +72,7 @@ def weighted_linear_cross_entropy(
     chunk_tokens: int | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The weighted sum of -log p(target): a scalar, differentiable in hidden, lm_head and bias. All is as in `head_loss`."""
+    """The weighted sum of -log p(target): a scalar, differentiable in hidden, lm_head and bias. See `head_loss`."""
     return head_loss(hidden_NH, lm_head_VH, targets_N, weights_N, temperature, chunk_tokens, **options).loss
 
 
@@ -92,28 +92,29 @@ def head_loss(
 ) -> HeadOutput:
     """sum_n weights[n] * -log_softmax(z_n / temperature)[targets[n]], with logp and entropy of each token.
 
-    To it are added -entropy_weights[n] * entropy[n], and the teacher's weights[n] * sum_k q_k * (log q_k - log p_k) over its
-    entries k: the forward KL divergence of the teacher's q from the model's p. Where `weights` is a `TokenLoss`, its losses
-    take the place of weights * -logp.
+    Added are -entropy_weights[n] * entropy[n], and the teacher's weights[n] * sum_k q_k * (log q_k - log p_k) over its entries
+    k: the forward KL divergence of the teacher's q from the model's p. If `weights` is a `TokenLoss`, its losses replace
+    weights * -logp.
 
     z = hidden @ lm_head.T + bias, then times `logit_scale` (Cohere; Granite's is 1 / logits_scaling), then
     cap * tanh(z / cap) with cap = `final_logit_softcapping` (Gemma 2): the order of the models in `transformers`.
 
     The matrix products run in the type of `hidden`; softmax, loss, and the sum of lm_head's gradient over chunks in float32
-    (float64 where hidden is). Hidden's gradient is made before the loss is scaled, so in float16 it may vanish: use bfloat16.
+    (float64 where hidden is). The gradient of hidden is computed before the loss is scaled, so it may underflow in float16: use
+    bfloat16.
 
     Args:
-        hidden_NH: [N, H], the states that score the targets (the shift is the caller's). N may be 0: a loss of 0, connected.
+        hidden_NH: [N, H], the states that score the targets (the caller shifts). If N is 0 the loss is 0, with a gradient of 0.
         lm_head_VH: [V, H], of the same type.
-        targets_N: [N] integers in [0, V). On a GPU an id out of range is an assertion of the device: to look would be to wait.
-        weights: [N] constants, no gradient flows to them; a token of weight 0 adds nothing, and its hidden state is read as 0
-            where it is not finite. Or a `TokenLoss`.
+        targets_N: [N] integers in [0, V). On a GPU an id out of range is a device-side assertion: a check would synchronize.
+        weights: [N], constants for autograd. A token of weight 0 adds nothing, also if its hidden state is not finite. Or a
+            `TokenLoss`.
         temperature: one number, or one per token [N].
         chunk_tokens: C; None chooses it by vocabulary and device.
-        entropy_weights_N: [N], of each token's entropy as a bonus.
+        entropy_weights_N: [N], coefficient of each token's entropy bonus.
         bias_V: [V], of the same type as lm_head.
     Raises:
-        ValueError: shapes or types that do not fit, or a value out of its range.
+        ValueError: shapes or types that do not match, or a value out of range.
     """
     shape = _LogitShape(temperature, 1.0 if logit_scale is None else logit_scale, final_logit_softcapping)
     token_loss = _Weighted(weights.detach()) if isinstance(weights, torch.Tensor) else weights
@@ -125,23 +126,23 @@ def head_loss(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; expected at least 1, or None to let the head choose")
     inputs = (hidden_NH, lm_head_VH, bias_V)
-    # asked here: inside a Function's forward the grad mode is always off, and ctx.needs_input_grad does not know of it
+    # read here, since inside a Function's forward the grad mode is always off
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     terms = terms._replace(targets_N=targets_N.long())
     return HeadOutput(*_ChunkedHead.apply(*inputs, terms, shape, chunk_tokens, wanted))
 
 
 def tokens_of_chunk(vocab_size: int, gpu_bytes: float | None) -> int:
-    """C, on a GPU of so much memory; None: on a CPU."""
+    """C, for a GPU with `gpu_bytes` of memory, or None for a CPU."""
     chunk_bytes = CHUNK_BYTES_CPU if gpu_bytes is None else CHUNK_SHARE_GPU * gpu_bytes
     return max(CHUNK_TOKENS, int(chunk_bytes / (4 * vocab_size)))
 
 
 class LossHead(torch.nn.Linear):
-    """What `model.lm_head.__class__` becomes: a Linear that, given targets, returns their loss instead of logits.
+    """A Linear that returns the loss of targets, if given, instead of logits. `model.lm_head.__class__` is set to it.
 
-    Under ZeRO-3 a parameter is whole only inside the forward of the module that owns it, so the loss is computed there: one
-    gather a micro-batch, however many chunks. It adds no state: parameters, names and checkpoints are those of the Linear.
+    Under ZeRO-3 a parameter is gathered only inside the forward of the module that owns it, so the loss is computed there: one
+    gather per micro-batch for any number of chunks. It adds no state: parameters, names and checkpoints are those of Linear.
     """
 
     def forward(
@@ -152,10 +153,10 @@ class LossHead(torch.nn.Linear):
         vocab_size: int | None = None,
         **options: Any,
     ) -> torch.Tensor | HeadOutput:
-        """Logits [..., V] of hidden [..., H] as ever; with targets and weights, the `head_loss` of hidden [N, H].
+        """Logits [..., V] of hidden [..., H]; with targets and weights, the `head_loss` of hidden [N, H].
 
-        Options: temperature, chunk_tokens, entropy_weights_N, teacher, logit_scale, final_logit_softcapping, as there. With a
-        `vocab_size`, only the first rows of lm_head make logits: the others fill it up to a size that suits a device.
+        Options: temperature, chunk_tokens, entropy_weights_N, teacher, logit_scale, final_logit_softcapping, see `head_loss`.
+        With `vocab_size`, only the first rows of lm_head count: the others are padding.
         """
         if targets_N is None:
             return super().forward(hidden)
@@ -168,7 +169,7 @@ class LossHead(torch.nn.Linear):
 
 
 class _LogitShape(NamedTuple):
-    """What lies between the products hidden @ lm_head.T + bias and the softmax."""
+    """The operations between the products hidden @ lm_head.T + bias and the softmax."""
 
     temperature: float | torch.Tensor  # one number, or [N]
     scale: float
@@ -183,18 +184,18 @@ class _LogitShape(NamedTuple):
         return self.scale / self.temperature
 
     def apply_(self, z: torch.Tensor) -> torch.Tensor:
-        """Make of the products [R, any], in place, what the softmax is taken of."""
+        """Apply them to products [R, any], in place."""
         if self.softcap is None:
             return z.mul_(self.logit_scale)
         return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def derivative(self, z: torch.Tensor) -> torch.Tensor | float:
-        """Of what `apply_` made, with respect to the products."""
+        """Derivative of the result of `apply_` with respect to the products."""
         return self.logit_scale * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.logit_scale
 
 
 class _Weighted:
-    """The loss weight * -logp, for constant weights [N]."""
+    """The loss weight * -logp with constant weights [N]."""
 
     of_sequences = False
 
@@ -207,7 +208,7 @@ class _Weighted:
 
 
 class _Known(NamedTuple):
-    """A loss whose values are there already, [N] each."""
+    """A loss that was already computed, [N] each."""
 
     loss_N: torch.Tensor
     weights_N: torch.Tensor
@@ -218,7 +219,7 @@ class _Known(NamedTuple):
 
 
 class _Terms(NamedTuple):
-    """What the loss is made of, for N tokens."""
+    """Inputs of the loss for N tokens."""
 
     targets_N: torch.Tensor
     token_loss: TokenLoss
@@ -226,7 +227,7 @@ class _Terms(NamedTuple):
     teacher: Teacher | None
 
     def without_non_finite(self, hidden_CH: torch.Tensor, chunk: slice) -> torch.Tensor:
-        """Hidden states, made finite where the weight is 0: 0 * NaN is NaN, and would reach every gradient."""
+        """Hidden states, with those of weight 0 made finite: 0 * NaN is NaN, and would reach all gradients."""
         if not isinstance(self.token_loss, _Weighted) or self.entropy_weights_N is not None or self.teacher:
             return hidden_CH
         zero_weight_C1 = (self.token_loss.weights_N[chunk] == 0).unsqueeze(1)
@@ -249,7 +250,7 @@ class _ChunkedHead(torch.autograd.Function):
         block_rows = math.ceil(len(buffer_CV) / (1 if can_compile(hidden_NH.device) else BLOCKS_PER_CHUNK))
 
         def blocks(chunk: slice, hidden_CH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-            """The chunk's logits, in the buffer; some rows at a time."""
+            """Compute the chunk's logits into the buffer, block by block."""
             for part, lm_head_PH in _parts(lm_head_VH, product):
                 out_CP = buffer_CV[: len(hidden_CH), part]
                 if bias_V is None:
@@ -269,7 +270,7 @@ class _ChunkedHead(torch.autograd.Function):
             hidden_CH = terms.without_non_finite(hidden_NH[chunk], chunk).to(product)
             for rows, block_RV in blocks(chunk, hidden_CH):
                 found_4N[:, rows] = _to_gradient_(block_RV, rows, terms, shape.of_rows(rows), any(wanted))
-            grad_CV = buffer_CV[: len(hidden_CH)]  # with respect to the products that stood there
+            grad_CV = buffer_CV[: len(hidden_CH)]  # with respect to the products that it overwrites
             if wants_hidden:
                 parts = (grad_CV[:, part] @ lm_head_PH for part, lm_head_PH in _parts(lm_head_VH, product))
                 grad_NH[chunk] = functools.reduce(torch.Tensor.add_, parts)
@@ -287,14 +288,14 @@ class _ChunkedHead(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
-            raise RuntimeError("the chunked head gives its gradients away in the first backward; run its forward again")
+            raise RuntimeError("the chunked head frees its gradients in the first backward; run its forward again")
         gradients, ctx.gradients = ctx.gradients, None
-        # scaled even by 1: to look at grad_loss would be to wait for the device
+        # also scaled by 1, since reading grad_loss would synchronize
         return *(g if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in gradients), None, None, None, None
 
 
 class _Softmax(NamedTuple):
-    """Of R rows of logits, where these stood now exp(z - max z); and of J of their entries."""
+    """Of R rows of logits, overwritten with exp(z - max z), and of J of their entries."""
 
     exp_RV: torch.Tensor
     peak_R1: torch.Tensor  # max z
@@ -313,7 +314,7 @@ class _Softmax(NamedTuple):
 
 
 def _exponentiate_(logits_RV: torch.Tensor, shape: _LogitShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Overwrites logits with exp(z - max z); max z, the sum of exp, the mean of z - max z, [R, 1] each."""
+    """Overwrites logits with exp(z - max z). Returns max z, the sum of exp, and the mean of z - max z, [R, 1] each."""
     z = shape.apply_(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
     peak_R1 = z.amax(1, keepdim=True)
     exp = z.sub_(peak_R1).exp()
@@ -326,7 +327,7 @@ def _exponentiate_(logits_RV: torch.Tensor, shape: _LogitShape) -> tuple[torch.T
 def _to_gradient_(
     logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: _LogitShape, wants_gradient: bool
 ) -> torch.Tensor:
-    """Loss, logp, entropy and divergence [4, R] of rows of products; these are overwritten with the loss's gradient.
+    """Loss, logp, entropy and divergence [4, R] of rows of products, which are overwritten with the gradient of the loss.
 
     With p = softmax(z), the gradient of -logp is p - onehot; that of -entropy p * (log p + entropy) = p * (z - mean z); that of
     the divergence sum(q) * p - q.
@@ -360,9 +361,9 @@ def _differentiate_(
     bonus_R1: torch.Tensor | None,
     shape: _LogitShape,
 ) -> None:
-    """Overwrites exp with the derivative * (p * (mass + bonus * z) - onehot), onehot at `ids` alone.
+    """Overwrites exp with derivative * (p * (mass + bonus * z) - onehot), where onehot is nonzero at `ids`.
 
-    Those entries are set, not added to: in the type of the buffer p - 1 would have lost its digits.
+    The entries at `ids` are written directly: subtracting 1 from p in the buffer's type would lose precision.
     """
     exp_RV, peak_R1, total_R1, _, z_RJ, logp_RJ = softmax
     at_ids_RJ = logp_RJ.exp() * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z_RJ) - onehot_RJ
@@ -374,7 +375,7 @@ def _differentiate_(
 def _spread_(
     exp_RV: torch.Tensor, mass_R1: torch.Tensor, bonus_R1: torch.Tensor | None, peak_R1: torch.Tensor, shape: _LogitShape
 ) -> None:
-    """Overwrites exp with the derivative * exp * (mass + bonus * z)."""
+    """Overwrites exp with derivative * exp * (mass + bonus * z)."""
     if bonus_R1 is None and shape.softcap is None:
         exp_RV.mul_(shape.logit_scale * mass_R1)
         return
@@ -388,25 +389,25 @@ _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
 
 
 def _fused(function: Callable, like: torch.Tensor) -> Callable:
-    """The function as one kernel where the device of `like` has them."""
+    """The function, compiled to one kernel if the device of `like` can."""
     return _compiled(function) if can_compile(like.device) else function
 
 
 def _of_equal_ids(ids_RJ: torch.Tensor, values_RJ: torch.Tensor) -> torch.Tensor:
-    """Each entry with the sum over those of its row that have its id."""
+    """Replace each entry by the sum over the entries of its row with the same id."""
     pairs = zip(ids_RJ.split(1, dim=1), values_RJ.split(1, dim=1), strict=True)
     return sum((ids_RJ == id_R1) * value_R1 for id_R1, value_R1 in pairs)
 
 
 def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-    """lm_head in a type that the device multiplies: itself, or one block of rows after the other, converted."""
+    """lm_head in a type with native matrix products: itself, or converted one block of rows at a time."""
     V, H = lm_head_VH.shape
     size = V if lm_head_VH.dtype == dtype else max(1, CONVERTED_BYTES // (4 * H))
     return ((part, lm_head_VH[part].to(dtype)) for part in _slices(0, V, size))
 
 
 def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.Tensor) -> None:
-    """sum += left @ right, in the type of the sum; where the device cannot, a few rows of the product at a time."""
+    """sum += left @ right in the type of the sum; if the device cannot, a block of rows at a time."""
     if left_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_VC, right_CH)
     elif sum_VH.device.type != "cpu":
@@ -428,7 +429,7 @@ def _check(
     terms: _Terms,
     shape: _LogitShape,
 ) -> None:
-    """Refuse what does not fit. Values are looked at on a CPU only: on a GPU that would wait for the device."""
+    """ValueError for invalid arguments. Values are checked on a CPU only, since on a GPU that would synchronize."""
     if hidden_NH.ndim != 2 or lm_head_VH.ndim != 2 or hidden_NH.shape[1] != lm_head_VH.shape[1]:
         found = f"hidden {list(hidden_NH.shape)} and lm_head {list(lm_head_VH.shape)}"
         raise ValueError(f"{found} do not fit; expected [N, H] and [V, H]")

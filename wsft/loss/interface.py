@@ -1,9 +1,9 @@
-"""Weighted SFT from logits: the dense interface, and the reference that the chunked head is held against.
+"""Weighted SFT from logits: the dense interface, and the reference that the chunked head is tested against.
 
     loss = reduce over trained tokens of  advantage * -log_softmax(logits / temperature)[token]
 
-Knows nothing of HTTP, DeepSpeed or the run's config. It wants the whole [B, T, V] of logits; training uses `wsft.loss.head`,
-which never holds them.
+Knows nothing of HTTP, DeepSpeed or the run's config. It needs the full [B, T, V] logits; training uses `wsft.loss.head`, which
+never materializes them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ REDUCTIONS = ("mean", "sequence_mean", "constant", "sum", "none")
 class WeightedSFTInterface:
     """Loss-masked, advantage-weighted cross-entropy of next tokens.
 
-    A token's mask and advantage stand at the token's own position: logits at t-1 score token t, so position 0 is never trained.
-    A token is trained where its mask is 1 and it is not `ignore_index`.
+    Mask and advantage are at the token's own position: logits at t-1 score token t, so position 0 is never trained. A token is
+    trained if its mask is 1 and it is not `ignore_index`.
 
     Args:
-        reduction: "mean" is the sum over the number of trained tokens (one of advantage 0 counts; 0 without any);
-            "sequence_mean" the mean over sequences of their means (those with trained tokens count); "constant" the same of
-            their sums over `max_token_len`; "sum"; "none" gives [B, T], 0 where nothing is trained.
+        reduction: "mean" divides the sum by the number of trained tokens (also those of advantage 0; the loss is 0 if there are
+            none); "sequence_mean" is the mean, over sequences with trained tokens, of their means; "constant" is the mean of
+            their sums divided by `max_token_len`; "sum"; "none" returns [B, T], 0 where untrained.
         advantage_normalization: of the advantages of the trained tokens, in float64: see `advantages.Shaping`.
         temperature: one number, or one per sequence [B].
         ignore_index: a token that is never trained.
@@ -97,7 +97,7 @@ class WeightedSFTInterface:
             weights = torch.from_numpy(shaped_N).to(weights.device)
         temperature = self.temperature.to(logits.device, dtype).expand(B)[rows]
 
-        # The one shift. Only what is trained is computed: a NaN elsewhere would reach the gradient as 0 * NaN.
+        # The only shift. Computed for trained tokens only: a NaN elsewhere would reach the gradient as 0 * NaN.
         logits_NV = logits[rows, columns - 1].to(dtype) / temperature.unsqueeze(1)
         logprobs = logits_NV.log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
         terms = weights.to(dtype) * -logprobs
@@ -107,7 +107,7 @@ class WeightedSFTInterface:
         return {"loss": loss, "num_tokens": len(terms), "token_logprobs": zeros.index_put(at, logprobs.detach())}
 
     def _divisors(self, trained: torch.Tensor) -> torch.Tensor:
-        """What the terms of each sequence's tokens are divided by [B]."""
+        """The divisor of each sequence's tokens [B]."""
         tokens_B = trained.sum(1).clamp(min=1)
         sequences = trained.any(1).sum().clamp(min=1)
         match self.reduction:

@@ -1,17 +1,17 @@
-"""Objectives: what a trained token weighs, given its logp, the sampler's, and its advantage. Pure functions of tensors.
+"""Objectives: the weight of a trained token, given its logp, its behavior logp and its advantage. Pure functions of tensors.
 
     loss = sum over trained tokens of  scale * weight * -logp        (no gradient flows through the weight)
 
-Each has the gradient of the surrogate that its paper writes down: d(ratio) = ratio * d(logp), so A * ratio as a constant weight
-on -logp is the policy gradient of A * ratio, and where a clip holds the surrogate constant the weight is 0. An objective of
-one's own is a function of the same signature, named `my_module:my_function`.
+Each has the gradient of its paper's surrogate: d(ratio) = ratio * d(logp), so A * ratio as a constant weight on -logp gives the
+policy gradient of A * ratio, and where clipping makes the surrogate constant the weight is 0. Your own objective is a function
+of the same signature, named `my_module:my_function`.
 
     def objective(logp_N, behavior_logp_N, advantages_N, *, my_argument=1.0):
-        return weights_N                # or (weights_N, clipped_N), a bool per token that is counted in ratio/clipped
+        return weights_N                # or (weights_N, clipped_N) with a bool per token, reported as ratio/clipped
 
-A function that also takes `sequence_N` (for each token, the number of its sequence, from 0) is of whole sequences. A token
-without a behavior logp comes with its own logp in that place: its ratio is 1. Logps are at the temperature of the sequence.
-Knows nothing of HTTP, DeepSpeed, ranks, the run's config, or where a batch came from; torch comes with the tensors.
+If it also takes `sequence_N` (the index of each token's sequence, from 0), it is called with all tokens of whole sequences. For
+a token without a behavior logp its own logp is passed, so its ratio is 1. Logps are at the temperature of the sequence. Knows
+nothing of HTTP, DeepSpeed, ranks, the run's config, or the origin of a batch; it does not import torch.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # a ratio is held within exp(-20) and exp(20), so that one absurd logp does not make a step infinite
+LOG_RATIO_LIMIT = 20.0  # ratios are clamped to [exp(-20), exp(20)], so that one absurd logp does not make a step infinite
 
 Below1 = Annotated[float, Field(ge=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,22 +37,22 @@ Above1 = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 def ratio(logp_N: "Tensor", behavior_logp_N: "Tensor") -> "Tensor":
-    """exp(logp - behavior_logp), the exponent held within +-20."""
+    """exp(logp - behavior_logp), with the exponent clamped to [-20, 20]."""
     return (logp_N - behavior_logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def weighted_sft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
-    """A: REINFORCE (Williams 1992) on the data as it is, whoever sampled it."""
+    """A: REINFORCE (Williams 1992), without a correction for off-policy data."""
     return advantages_N
 
 
 def sft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
-    """1: plain cross-entropy. Advantages are not looked at."""
+    """1: plain cross-entropy. Ignores advantages."""
     return logp_N.new_ones(logp_N.shape)
 
 
 def dft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
-    """p: dynamic fine-tuning, SFT less its implicit 1/p (Wu et al. 2025, arXiv:2508.05629). Advantages are not looked at."""
+    """p: dynamic fine-tuning, SFT without its implicit 1/p (Wu et al. 2025, arXiv:2508.05629). Ignores advantages."""
     return logp_N.exp()
 
 
@@ -95,9 +95,9 @@ def cispo(
     eps_low: Below1 = 1.0,
     eps_high: NotNegative = 4.0,
 ) -> tuple["Tensor", "Tensor"]:
-    """A * clip(ratio, 1 - eps_low, 1 + eps_high): the weight is clipped, no token falls silent (MiniMax-M1, arXiv:2506.13585).
+    """CISPO, A * clip(ratio, 1 - eps_low, 1 + eps_high): every token keeps a weight (MiniMax-M1, arXiv:2506.13585).
 
-    By default only from above, at 5, as there and in ScaleRL (arXiv:2510.13786).
+    By default it clips from above only, at 5, as there and in ScaleRL (arXiv:2510.13786).
     """
     r = ratio(logp_N, behavior_logp_N)
     return advantages_N * r.clamp(1 - eps_low, 1 + eps_high), (r < 1 - eps_low) | (r > 1 + eps_high)
@@ -125,7 +125,7 @@ def gspo(
 def _clipped(
     r: "Tensor", advantages_N: "Tensor", eps_low: float, eps_high: float, dual_clip: float | None = None
 ) -> tuple["Tensor", "Tensor"]:
-    """A * r where PPO's clip leaves it, 0 where it does not, and where that is."""
+    """A * r where PPO does not clip, else 0; and where it clips."""
     clipped = ((advantages_N > 0) & (r > 1 + eps_high)) | ((advantages_N < 0) & (r < 1 - eps_low))
     if dual_clip is not None:
         clipped |= (advantages_N < 0) & (r > dual_clip)
@@ -139,20 +139,20 @@ _WITHOUT_ADVANTAGE = {sft, dft}
 
 @dataclass(frozen=True)
 class Objective:
-    """A chosen objective with its arguments. Calling it gives weights [N] and which of them are clipped, bool [N]."""
+    """An objective with its arguments. Calling it returns weights [N] and which of them are clipped, bool [N]."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
     function: Callable = field(init=False)
 
     def __post_init__(self):
-        """ValueError: an unknown name, a module without it, arguments that it does not take."""
+        """Raises ValueError for an unknown name, a module without it, or unknown arguments."""
         object.__setattr__(self, "function", _function(self.name))
         object.__setattr__(self, "args", _checked(self.name, self.function, self.args))
 
     @property
     def of_sequences(self) -> bool:
-        """Whether it needs the logps of whole sequences before it can weigh any token of them."""
+        """Whether it needs the logps of whole sequences to weigh any of their tokens."""
         return "sequence_N" in inspect.signature(self.function).parameters
 
     @property
@@ -161,7 +161,7 @@ class Objective:
 
     @property
     def zero_weight_without_advantage(self) -> bool:
-        """Whether a token of advantage 0 surely weighs 0."""
+        """Whether the weight of a token of advantage 0 is always 0."""
         return self.function in OBJECTIVES.values() and self.function not in _WITHOUT_ADVANTAGE
 
     def __call__(
@@ -172,7 +172,7 @@ class Objective:
         found = self.function(logp_N, behavior_logp_N, advantages_N, **more, **self.args)
         pair = found if isinstance(found, tuple) and len(found) == 2 else (found, logp_N.new_zeros(len(logp_N), dtype=bool))
         for what, x in zip(("weights", "clipped"), pair, strict=True):
-            if getattr(x, "shape", None) != logp_N.shape:  # it may be no tensor at all
+            if getattr(x, "shape", None) != logp_N.shape:  # it may not be a tensor
                 shape = list(x.shape) if isinstance(x, type(logp_N)) else f"a {type(x).__name__}"
                 raise ValueError(f"objective {self.name} gave {what} {shape}; expected {list(logp_N.shape)}")
         return pair[0].detach(), pair[1].bool()
@@ -188,7 +188,7 @@ def _function(name: str) -> Callable:
         raise ValueError(
             f"unknown objective {name!r}: {hint} are {', '.join(OBJECTIVES)}, or your own as my_module:my_function"
         )
-    if os.getcwd() not in sys.path:  # as `python -m` has it; `python train.py` knows the folder of train.py only
+    if os.getcwd() not in sys.path:  # as with `python -m`; `python train.py` has the folder of train.py only
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -202,7 +202,7 @@ def _function(name: str) -> Callable:
 
 
 def _checked(name: str, function: Callable, args: dict[str, Any]) -> dict[str, Any]:
-    """The given arguments, read as the function's annotations say."""
+    """The arguments, converted to the types that the function's annotations name."""
     parameters = inspect.signature(function).parameters
     takes = {n: p for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     tensors = [n for n in parameters if n not in takes]
@@ -225,6 +225,6 @@ def _checked(name: str, function: Callable, args: dict[str, Any]) -> dict[str, A
 
 
 def _annotation(parameter: inspect.Parameter) -> Any:
-    """What pydantic is to read the argument as; anything, where the function does not say it in a type at hand."""
+    """The type of an argument for pydantic; Any if its annotation cannot be evaluated."""
     unsaid = parameter.annotation is parameter.empty or isinstance(parameter.annotation, str)
     return Any if unsaid else parameter.annotation

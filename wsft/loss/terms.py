@@ -1,9 +1,9 @@
-"""What the trained tokens of one micro-batch add to the loss: the objective, KL to a reference, entropy, a teacher.
+"""The terms of the loss of one micro-batch: the objective, KL to a reference, entropy, distillation from a teacher.
 
     loss = sum_n scale_n * (weight_n * -logp_n  +  kl_coef * k3_n  -  entropy_coef * entropy_n  +  distill_coef * divergence_n)
 
-The head (head.py) asks for it a chunk at a time; afterwards `sums` says in numbers what the tokens did. Knows nothing of
-batches, ranks, or which objective it is.
+The head (head.py) evaluates them a chunk at a time; `sums` then gives the sums behind the metrics. Knows nothing of batches or
+ranks.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from wsft.loss.objectives import LOG_RATIO_LIMIT, Objective
 
 @dataclass(frozen=True)
 class Coefficients:
-    """How much the terms beside the objective count."""
+    """Coefficients of the terms other than the objective."""
 
     kl: float = 0.0
     entropy: float = 0.0
     distill: float = 0.0
-    renormalize: bool = False  # the teacher's entries are taken to be all it says: their probabilities made to sum to 1
+    renormalize: bool = False  # normalize the probabilities of the teacher's entries to sum to 1
 
     @property
     def concern_every_token(self) -> bool:
-        """Whether a token may count that the objective gives no weight."""
+        """Whether tokens without a weight of the objective may add to the loss."""
         return bool(self.kl or self.entropy or self.distill)
 
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """N trained tokens. NaN stands for what is not known of a token. All on one device, float32 unless it says otherwise."""
+    """Inputs of the loss for N trained tokens, float32 unless noted, on one device. NaN means unknown."""
 
     objective: Objective
     coefficients: Coefficients
-    scale_N: torch.Tensor  # the reduction: what a token's terms are multiplied by
+    scale_N: torch.Tensor  # of the reduction: factor of all terms of a token
     advantages_N: torch.Tensor
     behavior_logp_N: torch.Tensor  # NaN: ratio 1
-    fixed_weights_N: torch.Tensor  # the weight where the record decides it, NaN where the objective does
+    fixed_weights_N: torch.Tensor  # weight set by the record (an override); NaN where the objective gives it
     temperature_N: torch.Tensor
-    sequence_N: torch.Tensor  # int64: which sequence a token is of, from 0 without gaps
+    sequence_N: torch.Tensor  # int64: index of the token's sequence, from 0 without gaps
     ref_logp_N: torch.Tensor | None = None  # NaN: no KL term
     teacher_ids_NK: torch.Tensor | None = None  # int64
     teacher_probs_NK: torch.Tensor | None = None
@@ -64,7 +64,7 @@ class TokenTerms:
         return self.objective.of_sequences
 
     def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(loss, -d loss / d logp) of some tokens, as `head.TokenLoss` wants it."""
+        """(loss, -d loss / d logp) of some tokens, see `head.TokenLoss`."""
         weights, _ = self.weigh(logp, rows)
         loss = weights * -logp
         if self.coefficients.kl:
@@ -75,14 +75,14 @@ class TokenTerms:
         return scale * loss, scale * weights
 
     def weigh(self, logp: torch.Tensor, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weight, whether it was clipped) of some tokens, before the reduction's scale."""
+        """(weight, whether it is clipped) of some tokens, before the factor of the reduction."""
         behavior, advantages = (x[rows].to(logp.dtype) for x in (self.behavior_logp_N, self.advantages_N))
         weights, clipped = self.objective(logp, behavior, advantages, self.sequence_N[rows])
         fixed = self.fixed_weights_N[rows].to(logp.dtype)
         return torch.where(fixed.isnan(), weights, fixed), clipped & fixed.isnan()
 
     def head_options(self) -> dict[str, torch.Tensor | Teacher | None]:
-        """What the head takes beside this."""
+        """The head's other arguments."""
         entropy, distill = self.coefficients.entropy, self.coefficients.distill
         teacher = None
         if distill and self.teacher_ids_NK is not None:
@@ -91,7 +91,7 @@ class TokenTerms:
         return {"temperature": self.temperature_N, "entropy_weights_N": bonus_N, "teacher": teacher}
 
     def sums(self, out: HeadOutput) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Sums and maxima over the tokens, float64 scalars. A sum that is a mean's numerator stands beside its count."""
+        """Sums and maxima over the tokens, float64 scalars: for each mean its sum and its count."""
         logp_N, N = out.logp_N, len(out.logp_N)
         weights_N, clipped_N = self.weigh(logp_N)
         advantages_N, known_N = self.advantages_N, ~self.behavior_logp_N.isnan()
@@ -120,16 +120,16 @@ class TokenTerms:
         return {name: x.double().sum() for name, x in sums.items()}, {"ratio": highest.double()}
 
     def has_signal(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Whether any token adds to the gradient, by what `sums` found; also where that is not a number."""
+        """Whether any token adds to the gradient, given the result of `sums`; also if a sum is NaN."""
         return sums["tokens" if self.coefficients.concern_every_token else "weight_abs"] != 0
 
     def _to_reference(self, logp: torch.Tensor, rows: slice) -> torch.Tensor:
-        """log(reference / policy) of some tokens; 0 where the reference is not known."""
+        """log(reference / policy) of some tokens; 0 without a reference logp."""
         log_ratio = self.ref_logp_N[rows].to(logp.dtype) - logp
         return log_ratio.nan_to_num(0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
-    """r - 1 - log r, with r = q/p: of samples of p an unbiased estimate of KL(p || q), never negative (Schulman 2020,
+    """k3 = r - 1 - log r with r = q/p: an unbiased, non-negative estimate of KL(p || q) from samples of p (Schulman 2020,
     "Approximating KL divergence")."""
     return log_ratio.expm1() - log_ratio
