@@ -1,4 +1,4 @@
-"""What bodies, failures and answers of the Atropos server mean, and how it is reached. Holds no state."""
+"""Parsing the bodies, errors and failures of the Atropos server, and how to connect to it. Stateless."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from wsft.config import without_password
 from wsft.errors import UserError
 from wsft.rollouts.json_parser import parse_json
 
-# gzip, the default of requests, more than doubles the server's time. A fresh connection per request: on one kept
-# alive, nobody can tell whether a request that failed was read.
+# gzip, the default of requests, more than doubles the server's time. A new connection per request: on a kept-alive one
+# it is unknown whether the server read a request that failed.
 HEADERS = {"Accept-Encoding": "identity", "Connection": "close"}
 
 
 def decode(body: bytes) -> list[dict]:
     """The groups of a body of `GET /batch`; none for null. ValueError if it is not JSON.
 
-    Long rows of numbers come back as arrays (json_parser.py); integers beyond 64 bits as floats, those beyond float range as
-    integers; neither is a token id.
+    Long rows of numbers are returned as arrays (json_parser.py); integers beyond 64 bits as floats, those beyond float range as
+    integers (neither is a valid token id).
     """
     groups = parse_object(body).get("batch") or []
     if not isinstance(groups, list):
@@ -38,27 +38,27 @@ def parse_object(body: bytes) -> dict:
 
 
 def is_batch(body: bytes) -> bool:
-    """Whether a body surely is a batch, without parsing 107 MB: the null and the error answer are short.
+    """Whether a body is certainly a batch, without parsing 107 MB: null and error answers are short.
 
-    A body without Content-Length (through a proxy) that was cut off lacks the end.
+    A truncated body without Content-Length (through a proxy) lacks the closing brackets.
     """
     return len(body) > 1024 and body.startswith(b'{"batch":[{') and body.rstrip().endswith(b"}]}")
 
 
 def never_sent(error: requests.RequestException) -> bool:
-    """Whether a request surely did not reach the server: no name, no route, refused, or no connection in time."""
+    """Whether a request certainly did not reach the server: DNS failure, no route, refused, or connect timeout."""
     cause = error.args[0] if error.args else None
     refused = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
     return refused or isinstance(error, requests.ConnectTimeout)
 
 
 def cause_of(error: requests.RequestException) -> str:
-    """The end of the chain that requests and urllib3 wrap around a failure: "[Errno 111] Connection refused"."""
+    """The innermost exception that requests and urllib3 wrapped, such as "[Errno 111] Connection refused"."""
     return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
 
 
 def proxies_for(url: str) -> dict[str, None]:
-    """For requests: no proxy to this machine itself, whatever http_proxy says; to others, what the environment says."""
+    """Proxies for requests: none to this machine, else those of the environment."""
     host = urlsplit(url).hostname or ""
     with contextlib.suppress(ValueError):
         if host == "localhost" or ipaddress.ip_address(host).is_loopback:
@@ -67,8 +67,8 @@ def proxies_for(url: str) -> dict[str, None]:
 
 
 def is_of_a_proxy(response: requests.Response) -> bool:
-    """Whether a proxy or gateway answers in the server's place, which names itself uvicorn and has no such answers. One that
-    waited for the server before it gave up may have brought it the request."""
+    """Whether the answer is that of a proxy or gateway, not of the server (uvicorn). Not for a gateway timeout, after which the
+    server may have got the request."""
     return response.status_code in (502, 503, 504) and "uvicorn" not in response.headers.get("Server", "")
 
 

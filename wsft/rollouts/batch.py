@@ -1,6 +1,6 @@
-"""Batches as flat arrays, padded rows, and the plan by which ranks share them. Pure and deterministic.
+"""Batches of rollouts as flat arrays, and their rows of tensors, padded or packed. Pure and deterministic.
 
-Knows nothing of ranks (it takes their number and returns every share), of networks, of models.
+Knows nothing of ranks, networks or models.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ REDUCTIONS = ("mean", "sequence_mean", "constant", "sum")
 
 @dataclass(frozen=True)
 class Batch:
-    """R rollouts of N tokens in all, end to end. The same on every rank; each field travels as one message."""
+    """R rollouts with N tokens in total, concatenated. The same on every rank; each field is sent as one message."""
 
     tokens: np.ndarray  # [N] int64
     loss_mask: np.ndarray  # [N] bool
     advantages: np.ndarray  # [N] float64
     behavior_logp: np.ndarray  # [N] float32, NaN where there is none
-    ref_logp: np.ndarray  # [N] float32, NaN where there is none; [0] if nobody asked
-    teacher_sizes: np.ndarray  # [N] int64, how many entries the teacher has for a token; [0] if nobody asked
+    ref_logp: np.ndarray  # [N] float32, NaN where there is none; [0] if not read
+    teacher_sizes: np.ndarray  # [N] int64, number of the teacher's entries per token; [0] if not read
     teacher_ids: np.ndarray  # [sum of teacher_sizes] int64
     teacher_logp: np.ndarray  # [sum of teacher_sizes] float32
     lengths: np.ndarray  # [R] int64
@@ -41,8 +41,8 @@ class Batch:
     temperatures: np.ndarray  # [R] float64, NaN where the record has none
     scores: np.ndarray  # [R] float64, NaN where the record has none
     env_ids: np.ndarray  # [R] int64, -1 where the record has none
-    weight_versions: np.ndarray  # [R] float64, the step whose weights sampled it; NaN where the record does not say
-    counts: np.ndarray  # [len(decoder.REASONS)] int64, what was left out on the way here
+    weight_versions: np.ndarray  # [R] float64, the step whose weights sampled it; NaN if unknown
+    counts: np.ndarray  # [len(decoder.REASONS)] int64, sequences left out before
 
     @classmethod
     def of(cls, rollouts: list[Rollout], counts: np.ndarray) -> Batch:
@@ -91,29 +91,29 @@ class Batch:
         return {reason: int(n) for reason, n in zip(REASONS, self.counts, strict=True) if n}
 
     def spans(self) -> list[slice]:
-        """Where each rollout lies in the flat arrays."""
+        """Slices of the rollouts in the flat arrays."""
         ends = np.cumsum(self.lengths)
         return [slice(int(end - n), int(end)) for end, n in zip(ends, self.lengths, strict=True)]
 
     @property
     def trained_tokens(self) -> np.ndarray:
-        """Of each rollout [R] int64."""
+        """Trained tokens of each rollout, [R] int64."""
         before_N = np.concatenate([[0], np.cumsum(self.loss_mask)])
         ends_R = np.cumsum(self.lengths)
         return before_N[ends_R] - before_N[ends_R - self.lengths]
 
     def prefixes(self, rows: Iterable[int]) -> Prefixes:
-        """Which of these rollouts begin alike."""
+        """Common prefixes of these rollouts."""
         return Prefixes.of(self.tokens, self.loss_mask, self.lengths, rows)
 
     def of_weight(self, objective: Objective) -> Batch:
-        """This batch with only those tokens trained that the objective may give a weight other than 0. To be asked for after
-        the reductions were counted, and final advantages set: it changes no sum."""
+        """This batch with the loss mask cleared where the objective's weight is certainly 0. Does not change the loss if called
+        after `scales` and with final advantages."""
         zero_weight_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
         if objective.zero_weight_without_advantage:
             zero_weight_N = zero_weight_N | (self.advantages == 0)
         left = dataclasses.replace(self, loss_mask=self.loss_mask & ~zero_weight_N)
-        if objective.of_sequences:  # which sees all trained tokens of a sequence, or none
+        if objective.of_sequences:  # it needs all trained tokens of a sequence, or none
             whole_N = np.repeat(left.trained_tokens > 0, self.lengths)
             left = dataclasses.replace(self, loss_mask=self.loss_mask & whole_N)
         return left
@@ -126,7 +126,7 @@ class Batch:
         return dataclasses.replace(self, advantages=advantages)
 
     def scales(self, reduction: str, max_token_len: int) -> np.ndarray:
-        """What the loss of each rollout's tokens is multiplied by [R], float64. S rollouts have trained tokens.
+        """Factor of the loss of each rollout's tokens, [R] float64. S is the number of rollouts with trained tokens.
 
         mean: 1 / trained tokens of the batch. sequence_mean: 1 / (S * the rollout's trained tokens), the mean of the rollouts'
         means, as in GRPO. constant: 1 / (S * max_token_len), as in Dr. GRPO (arXiv:2503.20783). sum: 1.
@@ -146,8 +146,8 @@ class AtroposBatchProcessor:
     """Turns what `GET /batch` returns into tensors.
 
     Args:
-        pad_token_id: fills rows to the longest one; any id that the model embeds, for padding is neither trained nor attended
-            to. 0 is one in every model; a tokenizer's own may lie beyond the model's embedding.
+        pad_token_id: pads rows to the longest one. Any valid id will do, since padding is neither trained nor attended to. 0 is
+            valid in every model; a tokenizer's pad token may be outside of the model's embedding.
         advantage_normalization, advantage_clip, negative_advantage_scale: see `advantages.Shaping`; over the trained tokens
             of the whole batch.
         decoding: see `decoder.Decoder`.
@@ -170,17 +170,17 @@ class AtroposBatchProcessor:
         self.decoder = Decoder(**decoding)
 
     def process_atropos_batch(self, groups: list[dict]) -> Batch:
-        """Validated rollouts with final advantages. Malformed sequences are left out and counted in `.rejected`.
+        """Decode and validate groups; advantages are final. Malformed sequences are left out and counted in `.rejected`.
 
         Raises:
-            ValueError: if `groups` is no list of groups at all (the server's `{"batch": null}` gives None: poll again).
+            ValueError: if `groups` is not a list (None from `{"batch": null}` means: poll again).
         """
         if not isinstance(groups, list):
             raise ValueError(f"expected the list under 'batch' of GET /batch, found {type(groups).__name__}")
         return self.decode(groups).with_final_advantages(self.shaping)
 
     def decode(self, groups: list[dict]) -> Batch:
-        """As `process_atropos_batch`, without shaping and overrides, which need the global batch."""
+        """Like `process_atropos_batch`, but without shaping and overrides, which need the global batch."""
         return Batch.of(self.decoder.batch(groups), self.decoder.take_counts())
 
     def to_tensors(self, processed: Batch, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
@@ -191,9 +191,9 @@ class AtroposBatchProcessor:
 
 
 def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2) -> dict[str, torch.Tensor]:
-    """The given rollouts as right-padded rows, all [B, T]; no rollout gives one row of pad tokens, trained nowhere.
+    """The given rollouts as right-padded rows, all [B, T]. Without rollouts, one untrained row of pad tokens.
 
-    T is `shortest` at least: of one token, the code of some models takes it for one that is being sampled."""
+    T is at least `shortest`: some models treat an input of one token as a step of generation."""
     spans = batch.spans()
     spans = [spans[i] for i in rows] or [slice(0, 0)]
     shape = len(spans), max(shortest, *(s.stop - s.start for s in spans))
@@ -217,7 +217,7 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2)
 def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, Layout]:
     """The given rollouts in one row: tokens [1, T] int64, flat positions of the trained ones [N], the layout.
 
-    Neighbours of one cluster share a segment. No rollout gives two pad tokens, trained nowhere.
+    Neighbours of one cluster share a prefix segment. Without rollouts, two untrained pad tokens.
     """
     spans, segments, parents = batch.spans(), [], []
     for _, neighbours in itertools.groupby(rows, key=lambda i: prefixes.clusters[i]):
@@ -239,7 +239,7 @@ def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -
 def token_terms(
     batch: Batch, rows: list[int], scales_R: np.ndarray, objective: Objective, coefficients: Coefficients, temperature: float
 ) -> TokenTerms:
-    """The trained tokens of the given rollouts, in their order. `temperature` is for rollouts that have none of their own."""
+    """Loss inputs of the trained tokens of the given rollouts, in order. `temperature` is for rollouts without their own."""
     spans = batch.spans()
     at = [span.start + np.flatnonzero(batch.loss_mask[span]) for span in (spans[i] for i in rows)]
     sizes = [len(positions) for positions in at]
@@ -261,7 +261,7 @@ def token_terms(
         temperature_N=float32(temperatures_R[row_N]),
         sequence_N=torch.from_numpy(np.unique(row_N, return_inverse=True)[1].astype(np.int64)),
     )
-    if coefficients.kl and len(batch.ref_logp):  # else a reference model will say
+    if coefficients.kl and len(batch.ref_logp):  # else computed by a reference model
         terms = dataclasses.replace(terms, ref_logp_N=float32(batch.ref_logp[at_N]))
     if coefficients.distill:
         ids_NK, probs_NK = _teacher(batch, at_N, coefficients.renormalize)
@@ -270,7 +270,7 @@ def token_terms(
 
 
 def _teacher(batch: Batch, at_N: np.ndarray, renormalize: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The teacher's entries at the given flat positions, ids and probabilities [N, K], filled up with probability 0."""
+    """The teacher's entries at the given flat positions: ids and probabilities [N, K], padded with probability 0."""
     sizes_N = batch.teacher_sizes[at_N]
     K = max(1, sizes_N.max(initial=0))
     there_NK = np.arange(K) < sizes_N[:, None]

@@ -1,8 +1,8 @@
-"""A trainer's side of the Atropos API: register, fetch batches, tolerate what the server does.
+"""The trainer's client of the Atropos API: registers, fetches batches, recovers from outages and restarts of the server.
 
-Knows no torch, no ranks, no disk. The server pops a batch before it sends it and keeps nothing, so a `GET /batch` that
-may have reached it is never sent again: what may be lost is counted and logged. Every fault that time or a new
-registration can heal is healed inside `poll`; the others are an `AtroposError`.
+Knows nothing of torch, ranks or disks. The server removes a batch from its queue before it sends it, so a `GET /batch` that may
+have reached it is not sent again: possibly lost batches are counted and logged. `poll` recovers from every fault that time or a
+new registration can fix; others are an `AtroposError`.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from wsft.rollouts.answers import (
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
-BATCH_READ_SECONDS = 900.0  # between two packets; 107 MB take the server 8 s and more to its first byte
-CONTROL_READ_SECONDS = 60.0  # the server answers nobody while it writes a big batch
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts that bring nothing
+BATCH_READ_SECONDS = 900.0  # between two packets; the server takes 8 s and more to the first byte of 107 MB
+CONTROL_READ_SECONDS = 60.0  # the server blocks while it writes a big batch
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts without a batch
 REMIND_SECONDS = 30.0  # between two warnings about one outage
-STALL_SECONDS = 30.0  # of null, before the server is asked what it holds
-ERRORS_BEFORE_LOOK = 3  # of 500 in a row, before the registration is looked at
+STALL_SECONDS = 30.0  # null answers before the server's queue is examined
+ERRORS_BEFORE_LOOK = 3  # consecutive 500s before the registration is checked
 UNREGISTERED = -1  # the batch_size in GET /info when no trainer is registered
 
 
 class AtroposError(UserError):
-    """The run cannot go on with this server: what was found, what was expected, what to do."""
+    """A fault of the server or its settings that does not go away by itself."""
 
 
 class _Fault(Exception):
-    """One request failed in a way that may heal."""
+    """A request failed, and may succeed later."""
 
     def __init__(self, reason: str, *, state: str = "unusable", quiet: bool = False):
         super().__init__(reason)
         self.state = state  # "server {state}"
-        self.quiet = quiet  # logged already, or expected: not worth a warning until it lasts
+        self.quiet = quiet  # logged already, or expected: no warning unless it lasts
 
 
 @dataclass
@@ -59,13 +59,13 @@ class AtroposClient:
     Args:
         url: "http://host:port"; ValueError if it has no scheme or no host.
         batch_size: sequences in a batch of this server.
-        timeout: seconds without interruption that the server may be unreachable or unusable. A server that answers
-            "nothing yet" is waited for without end: environments may be slow.
-        step: the trainer's own step, to be kept current by the trainer; a server that restarted gets it.
-        registers: False for a further rank that fetches for itself: it neither registers nor resets.
+        timeout: seconds at a stretch that the server may be unreachable or unusable. There is no limit on waiting for a
+            server that has no batch yet: environments may be slow.
+        step: the trainer's step, kept up to date by the trainer and sent to a server that restarted.
+        registers: False for all but one of several ranks that fetch: they neither register nor reset.
 
     Attributes:
-        possibly_lost: batches that the server may have handed out and that never arrived.
+        possibly_lost: batches that the server may have sent and that did not arrive.
         state: a short description for a progress line.
     """
 
@@ -95,10 +95,10 @@ class AtroposClient:
         self._drought: _Drought | None = None
 
     def poll(self) -> bytes | None:
-        """One attempt to fetch: the raw body of a non-empty batch, or None when there is none yet.
+        """Try once to fetch: the raw body of a non-empty batch, or None if there is none yet.
 
-        Paces itself: an attempt that brings nothing ends with a sleep of 0.05 s, growing to 1 s.
-        Raises AtroposError for what cannot heal: `timeout` exceeded, or a server registered for another batch.
+        Without a batch it sleeps before it returns, for 0.05 s at first and up to 1 s.
+        Raises AtroposError if `timeout` is exceeded, or the server is registered with other settings.
         """
         try:
             if not self._registered:
@@ -119,7 +119,7 @@ class AtroposClient:
         return body
 
     def look(self) -> tuple[str, bool]:
-        """What the server says of itself, in a sentence, and whether a run can begin there; nothing is taken or registered."""
+        """The state of the server as a sentence, and whether a run can start with it. Takes nothing and does not register."""
         try:
             info, queued, size = self._info(), self._ask_json("/status").get("queue_size", 0), self._latest_group_size()
         except _Fault as fault:
@@ -138,7 +138,7 @@ class AtroposClient:
         return f"{self._shown} answers: {known}, {queued} groups wait", True
 
     def latest_example(self) -> dict:
-        """The group posted last, as a record; one without tokens where there is none. Nothing is taken from the run."""
+        """The group posted last, as a record; without tokens if there is none. Takes nothing from the queue."""
         try:
             return self._ask_json("/latest_example")
         except _Fault as fault:
@@ -147,7 +147,7 @@ class AtroposClient:
     # -- the batch ----------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> bytes | None:
-        """The one place that sends GET /batch: the body of a batch, None when the server has none."""
+        """The only place that sends GET /batch. Returns the body of a batch, or None if the server has none."""
         try:
             response = self._send("GET", "/batch", BATCH_READ_SECONDS)
         except requests.RequestException as error:
@@ -178,11 +178,11 @@ class AtroposClient:
 
     def _lost(self, what: str) -> _Fault:
         self.possibly_lost += 1
-        log.warning("GET /batch %s. A batch may be lost (%d so far); going on with the next", what, self.possibly_lost)
+        log.warning("GET /batch %s. A batch may be lost (%d so far); continuing with the next", what, self.possibly_lost)
         return _Fault(f"GET /batch {what}", quiet=True)
 
     def _server_error(self, status_code: int) -> _Fault:
-        """A batch that holds NaN is lost with a 500; a server that was reset answers nothing else."""
+        """A batch with NaN is lost with a 500; a server that was reset answers 500 always."""
         fault = self._lost(f"was answered {status_code}")
         self._errors += 1
         if self.registers and self._errors % ERRORS_BEFORE_LOOK == 0:
@@ -190,7 +190,7 @@ class AtroposClient:
         return fault
 
     def _forgotten(self, message: str) -> _Fault:
-        """The answer of a server that restarted, or where no trainer has registered yet."""
+        """The answer of a server that restarted, or with which no trainer has registered."""
         if self.registers:
             log.warning("the Atropos server no longer knows this trainer (did it restart?): registering again")
             self._registered = False
@@ -258,7 +258,7 @@ class AtroposClient:
         return info
 
     def _ask(self, method: str, path: str, **arguments) -> requests.Response:
-        """A request that hands nothing out and can be sent again."""
+        """A request that is safe to repeat."""
         try:
             response = self._send(method, path, CONTROL_READ_SECONDS, **arguments)
         except requests.RequestException as error:
@@ -287,7 +287,7 @@ class AtroposClient:
     def _wait_for_environments(self) -> None:
         self.state = "waiting for a batch"
         if not self.registers:
-            return  # the rank that registers looks and warns for all
+            return  # the rank that registers checks and warns for all
         now = time.monotonic()
         if self._drought is None:
             self._drought = _Drought(next_look=now + STALL_SECONDS / 2)
@@ -296,8 +296,8 @@ class AtroposClient:
             self._look_at_queue(self._drought)
 
     def _look_at_queue(self, drought: _Drought) -> None:
-        """Warn, once until a batch comes, of a queue that is long enough in two looks and forms no batch."""
-        # Reset under us and posted to since, the server answers null for ever.
+        """Warn, once until a batch comes, if the queue was twice long enough for a batch and the server formed none."""
+        # After a reset and a new post, the server answers null for ever.
         self._look_at_registration()
         queued = self._ask_json("/status").get("queue_size", 0)
         sequences = queued * self._latest_group_size()
@@ -315,16 +315,16 @@ class AtroposClient:
             )
 
     def _latest_group_size(self) -> int:
-        """Sequences in the group posted last: a hint at how many the queue holds, at least 1."""
+        """Sequences in the group posted last, at least 1: an estimate of those of the queued groups."""
         try:
             return max(1, len(self._ask_json("/latest_example").get("tokens") or []))
-        except _Fault:  # it answers 500 where that group holds a NaN
+        except _Fault:  # it answers 500 if that group contains NaN
             return 1
 
     # -- outages ------------------------------------------------------------------------------------------------------
 
     def _outlast(self, fault: _Fault) -> None:
-        """Count how long the server has been failing, say it now and then, end the run when it is too long."""
+        """Log an outage from time to time; AtroposError once it exceeds `timeout`."""
         now = time.monotonic()
         if self._outage is None:
             self._outage = _Outage(since=now, next_warning=now + REMIND_SECONDS)
@@ -353,7 +353,7 @@ class AtroposClient:
 
 @dataclass
 class _Outage:
-    """The server fails without interruption. Times are of time.monotonic()."""
+    """An outage of the server. Times are those of time.monotonic()."""
 
     since: float
     next_warning: float
@@ -362,8 +362,8 @@ class _Outage:
 
 @dataclass
 class _Drought:
-    """The server is well and has no batch."""
+    """The server works and has no batch yet."""
 
     next_look: float
-    queued: int = 0  # groups at the last look, if they were enough for a batch
+    queued: int = 0  # queued groups at the last check, if enough for a batch
     warned: bool = False

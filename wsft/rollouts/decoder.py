@@ -1,6 +1,6 @@
-"""Atropos records -> validated rollouts. What is malformed is left out, counted and named; it never ends a run.
+"""Atropos records -> validated rollouts. Malformed sequences are left out, counted and logged; they never end a run.
 
-NumPy only: no torch, no HTTP, no ranks. What each field may hold stands in `records.py`.
+NumPy only: no torch, no HTTP, no ranks. `records.py` reads the fields.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ REJECTED = (
     "teacher does not fit the tokens",
     "longer than max_token_len",
     "has images",
-    "no token is trained",  # of a batch that has no other sequences
+    "no token is trained",  # of a batch without other sequences
     "line is not JSON",
 )
-# What was made of a sequence that is trained all the same.
+# Repairs of sequences that are trained.
 REPAIRED = (
     "truncated to max_token_len",
     "trained without inference_logprobs: they do not fit the tokens",
@@ -47,15 +47,15 @@ REPAIRED = (
     "trained at the run's temperature: its own is not a number above 0",
 )
 REASONS = REJECTED + REPAIRED
-FAULTS_KEPT = 1000  # of each reason, between two looks: a file may be nothing but faults
+FAULTS_KEPT = 1000  # per reason and batch: a file may be nothing but faults
 
 
 class Origin(NamedTuple):
-    """Where a sequence comes from: its record, what messages call that ("group 3", "line 17"), its number in it."""
+    """Origin of a sequence: its record, the record's name in messages ("group 3", "line 17"), its index in the record."""
 
     record: Any
     name: str
-    sequence: int | None  # None: of no sequence, but of the record
+    sequence: int | None  # None: the record itself
 
     def __str__(self) -> str:
         return self.name if self.sequence is None else f"{self.name}, sequence {self.sequence}"
@@ -68,15 +68,15 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sequence. Arrays of [T] stand at the token's own position; position 0 is never trained.
+    """One sequence. Values of [T] arrays are at the token's own position; position 0 is never trained.
 
-    What its record does not have is NaN or -1; a field that the decoder was not asked to read is an array of no entries.
+    Values that the record lacks are NaN or -1; arrays of fields that the decoder does not read are empty.
     """
 
     tokens: np.ndarray  # [T] int64
     loss_mask: np.ndarray  # [T] bool
-    advantages: np.ndarray  # [T] float64, 0 where untrained; neither shaped over the batch nor overridden yet
-    behavior_logp: np.ndarray  # [T] float32, the sampler's
+    advantages: np.ndarray  # [T] float64, 0 where untrained; before shaping and overrides
+    behavior_logp: np.ndarray  # [T] float32, of the sampling policy
     ref_logp: np.ndarray  # [T] float32
     teacher_sizes: np.ndarray  # [T] int64, the number of the teacher's entries
     teacher_ids: np.ndarray  # [sum of sizes] int64
@@ -91,16 +91,16 @@ class Rollout:
 
 @dataclass
 class Decoder:
-    """The rules by which records become rollouts, and the count of what they left out.
+    """Decodes records to rollouts, and counts what it leaves out.
 
     Args:
         max_token_len: longest sequence; None for any.
-        overlong: "drop" or "truncate" what is longer.
+        overlong: "drop" or "truncate" longer ones.
         score_advantages: "group_norm", "group_center", "rloo" or "raw" (see `advantages.from_scores`).
         vocab_size: token ids must be below it; None for no limit.
         record_temperature: take a record's own temperature.
         reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
-        group_sizes: what the run has seen before, see `_groups`.
+        group_sizes: largest record of each environment so far, see `_groups`.
     """
 
     max_token_len: int | None = None
@@ -122,7 +122,7 @@ class Decoder:
             raise ValueError(f"max_token_len is {self.max_token_len}, expected at least 2, or None for any length")
 
     def batch(self, found: list[Any], names: Sequence[str] | None = None) -> list[Rollout]:
-        """The good sequences of the records of one batch, some of which may be parts of one group. `names` are for messages."""
+        """The valid sequences of a batch of records, several of which may be parts of one group. `names` are for messages."""
         advantages = {}
         for numbers in self._groups(found):
             advantages |= zip(numbers, self._score_advantages([found[n] for n in numbers]), strict=True)
@@ -137,7 +137,7 @@ class Decoder:
             kept.append(Fault(origin, detail))
 
     def take_counts(self) -> np.ndarray:
-        """Counts [len(REASONS)] int64 since the last call; each reason is logged once with its first example."""
+        """Counts per reason, [len(REASONS)] int64, since the last call. Each reason is logged once, with its first example."""
         for reason, count in self.rejected.items():
             what = f"left out: {reason}" if reason in REJECTED else reason
             first = self.faults[reason][0]
@@ -151,13 +151,13 @@ class Decoder:
         self.faults.clear()
 
     def _groups(self, found: list[Any]) -> list[list[int]]:
-        """The numbers of the records of a batch, those that are parts of one group together.
+        """Indices of the records of a batch, grouped: records that are parts of one group are together.
 
-        The server keeps a record that is smaller than its environment's group size back until others of that environment fill
-        it up, then releases them together, in the order in which they came. What fills up may be another prompt's: parts of one
-        group have one env_id and one prompt, each is smaller than a group, and together they are no larger than one. So large
-        is what the record's group_overrides say, else the largest record of the environment that was seen so far. Where that is
-        one sequence, which nothing could be compared with, no size is known, and those of one prompt in a batch are one group.
+        The server holds a record that is smaller than its environment's group size until others of that environment complete
+        it, and releases them together, in the order of arrival. The others may be of another prompt: parts of one group have
+        the same env_id and prompt, each is smaller than a group, and together they are not larger than one. The group size is
+        that in the record's group_overrides, else the largest record of the environment so far. If that is a single sequence,
+        the size is unknown, and all records of one prompt in a batch are one group.
         """
         sizes = [len(record["tokens"]) if is_group(record) else 0 for record in found]
         for record, size in zip(found, sizes, strict=True):
@@ -165,11 +165,11 @@ class Decoder:
                 env_id = records.env_id(record)
                 self.group_sizes[env_id] = max(size, self.group_sizes.get(env_id, 0))
         groups: list[list[int]] = []
-        incomplete: dict[Any, list[int]] = {}  # prompt -> the last of `groups` that is of it, while it lacks sequences
+        incomplete: dict[Any, list[int]] = {}  # prompt -> its last group, while incomplete
         for number, (record, size) in enumerate(zip(found, sizes, strict=True)):
             prompt = records.prompt(record)
             whole = self._group_size(record) if prompt else 0
-            if size >= whole:  # or of no prompt
+            if size >= whole:  # or without a prompt
                 groups.append([number])
                 continue
             group = incomplete.get(prompt, [])
@@ -185,7 +185,7 @@ class Decoder:
         return stated or (largest if largest > 1 else math.inf)
 
     def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
-        """For each of the records, which are one group, the advantages of its sequences from the scores of all."""
+        """For each record of one group, the advantages of its sequences, from the scores of the whole group."""
         sizes = [len(part["tokens"]) if is_group(part) else 0 for part in parts]
         places = [(part, i) for part, size in zip(parts, sizes, strict=True) for i in range(size)]
         scores = np.array([records.score(*place) for place in places])
@@ -249,7 +249,7 @@ class Decoder:
         )
 
     def _mended(self, origin: Origin, instead: Any, read: Callable, *args: Any) -> Any:
-        """What `read` finds, or something instead of what is malformed, which is counted."""
+        """The result of `read`; if it is malformed, `instead`, and it is counted."""
         try:
             return read(*args)
         except Malformed as fault:

@@ -1,9 +1,8 @@
-"""How every rank gets the same batch at the same time.
+"""Delivers the same batch to every rank at the same time.
 
-A source (sources.py) is asked in a thread of its own, `prefetch_batches` ahead of the step that trains: a batch is fetched,
-journalled and decoded while the one before it trains, and the main thread answers the other ranks meanwhile. Ranks never wait
-for data inside one collective: they meet about once a second and say whether they have theirs. So a run may wait for hours, an
-error on the fetching rank reaches all, and nobody's collective times out.
+A thread reads from the source (sources.py), `prefetch_batches` ahead of the training step: a batch is fetched, journalled and
+decoded while the one before it trains. Ranks do not wait for data inside one long collective. They exchange their states about
+once a second, so a run may wait for hours without a timeout, and an error on the fetching rank reaches all.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from wsft.rollouts.sources import EndOfData, Position, Source
 log = logging.getLogger(__name__)
 
 EMPTY_BATCHES_ALLOWED = 3
-POLL_S = 1.0  # the ranks meet about as often
-LAST_WORD_S = 30.0  # for a request that is under way when the run ends
+POLL_S = 1.0  # interval of the exchange between ranks
+LAST_WORD_S = 30.0  # for a request in flight when the run ends
 
 
 class _Ahead:
-    """A thread that does one thing after the other, until one fails: those behind it then fail likewise, for a batch must not
-    be fetched in the place of one that could not be. It does not keep the process from ending, as a pool's would."""
+    """A thread that runs functions in order. After one fails the others fail, too, since a batch that could not be fetched must
+    not be replaced by the next. A daemon, which does not keep the process alive as a ThreadPoolExecutor would."""
 
     def __init__(self):
         self._jobs: queue.SimpleQueue[tuple[Future, Callable[[], Any]]] = queue.SimpleQueue()
@@ -62,7 +61,7 @@ class _Ahead:
 
 
 class _Answer(IntEnum):
-    """What a rank says at each meeting. STOP has the code of why added to it: one rank that was asked to stop is enough."""
+    """States that ranks exchange. The reason is added to STOP, which one rank suffices for."""
 
     WAIT = 0
     READY = 1
@@ -72,33 +71,33 @@ class _Answer(IntEnum):
 
 
 class Feed:
-    """The global batches of a run, the same on every rank; advantages are as decoded, not yet shaped over the batch.
+    """The global batches of a run, the same on every rank; advantages are not yet shaped over the batch.
 
     Attributes:
-        batches: how many the run has taken so far; the number of the next one in the journal.
-        stopped: why the run should stop, as any rank was asked to (signals.py); 0 if it should not.
+        batches: number of batches that the run has taken, and index of the next in the journal.
+        stopped: why any rank was asked to stop (signals.py); 0 if none was.
         possibly_lost: batches that may have been lost between server and trainer, over all ranks and restarts.
-        position: of the source on rank 0, behind the last batch taken.
+        position: of the source on rank 0, after the last batch taken.
     """
 
     def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, metadata: dict[str, Any]):
         self._config, self._source, self._world, self._stop = config, source, world, stop
-        # learn once who fetches
+        # learn which ranks fetch
         self._fetching = [rank for rank, has in enumerate(world.all_gather_int(int(source is not None))) if has]
         self.batches, self._lost_before = metadata.get("batches", 0), metadata.get("possibly_lost", 0)
         self.possibly_lost, self.position = self._lost_before, metadata.get("position")
         self.stopped, self._pruned_gib = 0, self.journal_gib
         self._over, self._ahead = threading.Event(), _Ahead()
-        self._taking: dict[int, Future] = {}  # number of a batch -> it and the position behind it, in the making
+        self._taking: dict[int, Future] = {}  # batch number -> future of the batch and the position after it
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a checkpoint keeps, to go on from here."""
+        """State for a checkpoint, to resume from."""
         return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
 
     def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
-        """The next batch with a trained token in it; None at the end of the data or if the run should stop. What was passed
-        over on the way counts in it as left out. `waiting` is called with the state every second."""
+        """The next batch with a trained token; None at the end of the data or if the run should stop. Sequences of batches that
+        were skipped are counted in it as left out. `waiting` is called with the state every second."""
         left_out = np.zeros(len(REASONS), dtype=np.int64)
         for _ in range(EMPTY_BATCHES_ALLOWED):
             batch = self._exchange(step, waiting)
@@ -129,7 +128,7 @@ class Feed:
                     answer = _Answer.READY if mine is not None else _Answer.WAIT
                 except EndOfData:
                     answer = _Answer.END
-                except Exception as failure:  # whatever it is, the other ranks must hear of it
+                except Exception as failure:  # any exception must reach the other ranks
                     answer, error = _Answer.FAILED, failure
             stopping = self._stop.code and answer != _Answer.FAILED
             answers = world.all_gather_int(_Answer.STOP + self._stop.code if stopping else answer)
@@ -137,7 +136,7 @@ class Feed:
                 world.raise_on_all_ranks(error)
             self.stopped = max(0, max(answers) - _Answer.STOP)
             if self.stopped or _Answer.END in answers:
-                return None  # what is READY here is in the journal, and comes again
+                return None  # a batch that is READY here is in the journal, and will be replayed
             if _Answer.WAIT not in answers:
                 break
             waiting(self._source.state if self._source else "")
@@ -149,7 +148,7 @@ class Feed:
         return batch
 
     def _take(self, step: int) -> tuple[Batch, Position] | None:
-        """The next batch if it is there within a second, while those behind it come; none beyond the last step's."""
+        """The next batch if it is ready within a second. Schedules the following ones, up to the last step."""
         ahead = min(self._config.prefetch_batches, self._config.training_steps - step - 1)
         for number in range(self.batches, self.batches + ahead + 1):
             if number not in self._taking:
@@ -160,7 +159,7 @@ class Feed:
 
     @property
     def journal_gib(self) -> float:
-        """What this rank's journal takes on disk."""
+        """Size of this rank's journal on disk."""
         return self._source.journal_bytes / 2**30 if self._source else 0.0
 
     def journal_is_full(self) -> bool:
@@ -169,13 +168,13 @@ class Feed:
         return any(self._world.all_gather_int(int(since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1))))
 
     def prune(self, below: int) -> None:
-        """Forget the batches below that number: a checkpoint that is kept has them in its parameters."""
+        """Delete batches below that number from the journal: all kept checkpoints were trained on them."""
         if self._source:
             self._source.prune(below)
             self._pruned_gib = self.journal_gib
 
     def close(self) -> None:
-        """The run ends: let what is under way arrive."""
+        """Wait for a request in flight, so that its batch reaches the journal."""
         self._over.set()
         if wait(self._taking.values(), timeout=LAST_WORD_S).not_done:
             log.warning(

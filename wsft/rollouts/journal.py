@@ -1,8 +1,8 @@
-"""An append-only log of byte strings on disk: what `append` has returned from is there, whenever the process dies.
+"""An append-only log of byte strings on disk: once `append` returns, the record is durable.
 
-A folder of segments, each a run of records: a header (magic, number, length and CRC-32 of the body, CRC-32 of these) and the
-body. Every record is synced before the next is begun, so a crash can tear only the last one of the last segment: that is cut
-off. Whatever else does not add up is damage, and an error. Knows bytes and numbers only.
+A folder of segment files. A record is a header (magic, number, length and CRC-32 of the body, CRC-32 of these) and the body.
+Every record is synced before the next is written, so a crash can leave only the last record of the last segment incomplete,
+which is truncated. Any other inconsistency is damage, and an error. Knows bytes and numbers only.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from wsft.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SEGMENT_BYTES = 64 * 2**20  # a segment that is larger takes no further record
+SEGMENT_BYTES = 64 * 2**20  # size from which a new segment is started
 _MAGIC = b"wsfJ"
 _FIELDS = struct.Struct("<4sQQI")  # magic, number, length and CRC-32 of the body
-_CRC = struct.Struct("<I")  # of these
+_CRC = struct.Struct("<I")  # CRC-32 of the fields above
 _HEADER_BYTES = _FIELDS.size + _CRC.size
 
 
 class JournalDamaged(UserError):
-    """Bytes that were safe on disk are no longer what they were."""
+    """Bytes that were synced to disk have changed."""
 
 
 class Journal:
-    """The records of one folder, under ascending numbers; there may be gaps. One process appends; any may read.
+    """The records in a folder, with ascending numbers and possibly gaps. One process appends, any number may read.
 
     Args:
-        folder: made if it is missing, for the user alone.
-        read_only: opening changes nothing on disk; a torn record is not there, and a missing folder is an empty journal.
+        folder: created if missing, accessible to the user only.
+        read_only: change nothing on disk; an incomplete record is ignored, a missing folder is an empty journal.
 
     Attributes:
-        torn: incomplete records that were cut off at opening: 0 or 1.
+        torn: incomplete records truncated when it was opened, 0 or 1.
 
     Raises:
-        JournalDamaged: naming file and byte, for anything but a torn end.
+        JournalDamaged: with file and byte, for any damage other than an incomplete last record.
     """
 
     def __init__(self, folder: Path, read_only: bool = False):
         self._folder, self.torn, self._pruned = folder, 0, False
         self._records: dict[int, _Record] = {}  # ascending
-        self._lock = threading.Lock()  # a batch may arrive in its thread while a checkpoint prunes
+        self._lock = threading.Lock()  # a batch may be appended by another thread while a checkpoint prunes
         try:
             if not read_only:
                 _make(folder)
@@ -64,8 +64,8 @@ class Journal:
             raise UserError(f"the journal {folder} cannot be opened: {error}") from error
 
     def append(self, number: int, body: bytes) -> None:
-        """On disk when this returns. ValueError if the number is not above all that are held; UserError, and the journal as
-        it was, if the disk refuses."""
+        """Append a record, durable on return. ValueError unless the number is above all others; UserError if writing fails,
+        which leaves the journal unchanged."""
         with self._lock:
             last = next(reversed(self._records.values()), None)
             if last and number <= last.number:
@@ -83,7 +83,7 @@ class Journal:
             self._records[number], self._pruned = record, False
 
     def read(self, number: int) -> bytes:
-        """KeyError if the number is not held, JournalDamaged if its body is not what was appended."""
+        """The body of a record. KeyError without such a number, JournalDamaged if the body has changed."""
         record = self._records[number]
         try:
             body = record.read()
@@ -106,7 +106,7 @@ class Journal:
         return sum(record.end - record.offset for record in list(self._records.values()))
 
     def require_room(self, size: int) -> None:
-        """UserError if fewer than `size` bytes are free: to be asked before a batch is fetched that could not be kept."""
+        """UserError if fewer than `size` bytes are free. Called before a batch is fetched that could not be stored."""
         free = shutil.disk_usage(self._folder).free
         if free < size:
             raise UserError(
@@ -115,9 +115,9 @@ class Journal:
             )
 
     def prune(self, below: int) -> None:
-        """Delete the segments that hold only numbers below the one given, of a journal opened read_only, too.
+        """Delete segments with numbers below the given one only, also of a journal opened read_only.
 
-        The next append begins a segment, so that the next time all of them can go.
+        The next append starts a segment, so that the next call can delete all before it.
         """
         with self._lock:
             self._pruned = True
@@ -132,7 +132,7 @@ class Journal:
         records = list(_scan(path, size))
         if is_last and records and zlib.crc32(records[-1].read()) != records[-1].crc:
             torn = records.pop()
-            if path.read_bytes()[torn.end :].strip(b"\0"):  # another append was under way, so this one was safe
+            if path.read_bytes()[torn.end :].strip(b"\0"):  # a later append had started, so this record was complete
                 raise torn.damaged(f"the body of record {torn.number} does not match its checksum, and something follows it")
         end = records[-1].end if records else 0
         whole = end == size > 0
@@ -145,7 +145,7 @@ class Journal:
             self._records[record.number] = record
         if repairs and not whole:
             _cut(path, end)
-            if size:  # not merely a segment in which nothing was written yet
+            if size:  # not an empty new segment
                 self.torn = 1
                 message = "cut %d bytes off the end of %s: a batch that was being written there when the run was killed is lost"
                 log.warning(message, size - end, path)
@@ -183,7 +183,7 @@ def _name(number: int) -> str:
 
 
 def _scan(path: Path, size: int) -> Iterator[_Record]:
-    """The records, from the beginning to the first that is not whole. Bodies are passed over."""
+    """The records up to the first incomplete one, without their bodies."""
     end = 0
     with path.open("rb", buffering=0) as file:
         while (record := _parse(path, end, file.read(_HEADER_BYTES))) and record.end <= size:
@@ -199,7 +199,7 @@ def _parse(path: Path, offset: int, header: bytes) -> _Record | None:
 
 
 def _is_torn(path: Path, end: int) -> bool:
-    """Whether one append left what follows the whole records: no header stands in it, unless at its very beginning."""
+    """Whether the bytes after the last complete record are from a single append: they contain no further header."""
     with path.open("rb") as file:
         file.seek(end)
         tail = file.read()
@@ -208,7 +208,7 @@ def _is_torn(path: Path, end: int) -> bool:
 
 
 def _write(record: _Record, body: bytes) -> None:
-    """Put the record in its place, durably, or leave the segment as it was."""
+    """Write the record durably, or leave the segment unchanged."""
     begins = record.offset == 0
     fields = _FIELDS.pack(_MAGIC, record.number, record.length, record.crc)
     left = [memoryview(fields + _CRC.pack(zlib.crc32(fields))), memoryview(body)]
@@ -224,7 +224,7 @@ def _write(record: _Record, body: bytes) -> None:
         if begins:
             sync(record.path.parent)
     except BaseException:
-        with contextlib.suppress(OSError):  # what stays is written over by the next append, or found torn
+        with contextlib.suppress(OSError):  # the next append overwrites the rest, or opening truncates it
             _cut(record.path, record.offset)
         raise
     finally:
@@ -232,7 +232,7 @@ def _write(record: _Record, body: bytes) -> None:
 
 
 def _cut(path: Path, end: int) -> None:
-    """Take what is behind `end` off a segment, durably; one that is left with nothing goes."""
+    """Truncate a segment at `end`, durably; delete it if it is then empty."""
     if end:
         os.truncate(path, end)
         sync(path)
@@ -242,7 +242,7 @@ def _cut(path: Path, end: int) -> None:
 
 
 def _make(folder: Path) -> None:
-    """The folder and those missing above it, durably: a file is no safer than the names that lead to it."""
+    """Create the folder and missing parents durably, since a file is only as durable as the names of its path."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in missing:

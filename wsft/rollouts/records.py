@@ -1,6 +1,6 @@
-"""The fields of an Atropos record, each read and checked by one function. What cannot be right is a `Malformed`.
+"""The fields of an Atropos record, each read and validated by one function, which raises `Malformed`.
 
-NumPy only: no torch, no HTTP, no ranks. The record format and every fault handled here were seen on the real server.
+NumPy only: no torch, no HTTP, no ranks. The format and every fault handled here were observed with the real server.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from wsft.loss.advantages import Override
 
 IGNORED = -100  # the label of an untrained token in Atropos masks
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_COLDEST = 0.01  # temperature: below it sampling is greedy in effect, and the gradient that much larger
-_LOGP_ROUNDING = 1e-3  # of a logp above 0, as bf16 samplers make them
-# What lies below is no logp but a sentinel for one that is not known: vLLM writes -9999.0 for -inf and NaN in its JSON. The
-# smallest float32 has the logarithm -103.3, and no sampler draws a token of a probability that it rounds to 0. A reference
-# model scores tokens that it did not draw.
+_COLDEST = 0.01  # lowest temperature: below it sampling is greedy, and gradients are that much larger
+_LOGP_ROUNDING = 1e-3  # logps up to this are rounding in bf16
+# Lower values are sentinels for unknown logps: vLLM writes -9999.0 for -inf and NaN. The logarithm of the smallest float32 is
+# -103.3, and a sampler does not draw a token of probability 0. A reference model scores tokens that it did not draw.
 _LOWEST_LOGP = {"inference_logprobs": -103.5, "ref_logprobs": -1000.0}
 
 
 class Malformed(Exception):
-    """What a record says cannot be used: one of `decoder.REASONS`, and what was found in its place."""
+    """A field is invalid: one of `decoder.REASONS`, and what was found."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason)
@@ -32,7 +31,7 @@ class Malformed(Exception):
 
 
 def short(value: Any) -> str:
-    """A value in at most 60 characters; reprlib, because the whole may be huge or nested too deeply for repr."""
+    """A value in at most 60 characters, by reprlib, since it may be huge or nested too deeply for repr."""
     text = reprlib.repr(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
@@ -45,21 +44,21 @@ def is_group(record: Any) -> bool:
 
 
 def env_id(group: dict) -> int:
-    """-1 where there is none."""
+    """-1 if there is none."""
     value = group.get("env_id")
     return value if type(value) is int and 0 <= value < 2**63 else -1
 
 
 def group_size(record: dict) -> int | None:
-    """The completions that its environment samples for one prompt, where its group_overrides say it."""
+    """Completions per prompt of its environment, if set in group_overrides."""
     overrides = record.get("group_overrides")
     value = overrides.get("group_size") if isinstance(overrides, dict) else None
     return value if type(value) is int and value > 0 else None
 
 
 def prompt(record: Any) -> tuple[int, bytes] | None:
-    """(env_id, tokens of the first sequence before its first trained one): what parts of one group have in common. None where
-    that is but the token that begins every text."""
+    """(env_id, prompt tokens of the first sequence), which parts of one group have in common. None if the prompt is only a
+    beginning-of-sequence token."""
     if not is_group(record) or not record["tokens"] or env_id(record) < 0:
         return None
     try:
@@ -109,13 +108,13 @@ def loss_mask(group: dict, i: int, ids: np.ndarray) -> np.ndarray:
 
 
 def score(group: dict, i: int) -> float:
-    """NaN where there is no finite number; true and false are 1 and 0."""
+    """NaN if it is not a finite number; true and false are 1 and 0."""
     value = _row(group, "scores", i)
     return float(value) if isinstance(value, int | float) and _finite(value) else math.nan
 
 
 def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> np.ndarray:
-    """[T] float64, 0 where untrained: the token-level row, one number for the sequence, or what its score makes."""
+    """[T] float64, 0 where untrained: token-level advantages, one number for the sequence, or the advantage from its score."""
     row = _row(group, "advantages", i)
     if _absent(row):
         if not _finite(from_score):
@@ -132,21 +131,21 @@ def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> n
 
 
 def has_images(group: dict, i: int) -> bool:
-    """Its own entry, or what is no list and so stands for all."""
+    """Entry i, or a value that is not a list and applies to all sequences."""
     images = group.get("images")
     own = _row(group, "images", i) if isinstance(images, list) else images
     return len(own) > 0 if isinstance(own, np.ndarray) else bool(own)
 
 
 def override(group: dict, i: int) -> Override | None:
-    """The sequence's own, else its group's; set_advantage_to_zero wins over sft. None for a "false" in quotes."""
+    """Of the sequence, else of its group; set_advantage_to_zero precedes sft. None if invalid, like a "false" in quotes."""
     own, shared = _row(group, "overrides", i), group.get("group_overrides")
     places = [place for place in (own, shared) if isinstance(place, dict)]
     zero, sft = (
-        next((place[name] for place in places if place.get(name) is not None), None)  # null says nothing
+        next((place[name] for place in places if place.get(name) is not None), None)  # null means unset
         for name in ("set_advantage_to_zero", "sft")
     )
-    if any(flag not in (None, False, True) for flag in (zero, sft)):  # 0 and 1 are equal to them
+    if any(flag not in (None, False, True) for flag in (zero, sft)):  # 0 and 1 compare equal to them
         return None
     if zero:
         return Override.ZERO
@@ -154,8 +153,8 @@ def override(group: dict, i: int) -> Override | None:
 
 
 def temperature(group: dict, i: int) -> float:
-    """As `_said`; NaN where nobody says it."""
-    value = _said(group, i, "temperature")
+    """See `_setting`; NaN if unset."""
+    value = _setting(group, i, "temperature")
     if value is None:
         return math.nan
     if not (_is_number(value) and value >= _COLDEST and _finite(value)):
@@ -164,16 +163,16 @@ def temperature(group: dict, i: int) -> float:
 
 
 def weight_version(group: dict, i: int) -> float:
-    """The trainer's step whose weights sampled it, as `_said`; NaN where nobody says it."""
-    value = _said(group, i, "weight_version")
-    if isinstance(value, str) and value.isdecimal() and len(value) < 16:  # as SGLang writes it
+    """The trainer step whose weights sampled the sequence, see `_setting`; NaN if unset."""
+    value = _setting(group, i, "weight_version")
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:  # SGLang writes it as a string
         value = int(value)
     return float(value) if type(value) is int and 0 <= value < 2**53 else math.nan
 
 
 def logps(group: dict, i: int, name: str, trained: np.ndarray) -> np.ndarray:
-    """`inference_logprobs` or `ref_logprobs` [T] float32 of the trained tokens. NaN where there is none: at placeholders, which
-    are 1.0, and whatever else is no logp (`_LOWEST_LOGP`)."""
+    """`inference_logprobs` or `ref_logprobs` [T] float32 of the trained tokens. NaN where there is none: for the placeholder
+    1.0 and other values that are not logps (`_LOWEST_LOGP`)."""
     row = _row(group, name, i)
     if _absent(row):
         return np.full(len(trained), np.nan, dtype=np.float32)
@@ -186,7 +185,7 @@ def logps(group: dict, i: int, name: str, trained: np.ndarray) -> np.ndarray:
 
 
 def teacher(group: dict, i: int, trained: np.ndarray, vocab_size: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """distill_token_ids and distill_logprobs: how many entries each token has [T], 0 where untrained; ids and logps of all."""
+    """distill_token_ids and distill_logprobs: entries per token [T], 0 where untrained; ids and logps of all entries."""
     ids, logps = _row(group, "distill_token_ids", i), _row(group, "distill_logprobs", i)
     sizes, reason = np.zeros(len(trained), np.int64), "teacher does not fit the tokens"
     if not ids and not logps:
@@ -211,7 +210,7 @@ def teacher(group: dict, i: int, trained: np.ndarray, vocab_size: int | None) ->
 
 
 def _row(group: dict, name: str, i: int) -> Any:
-    """Entry i of a per-sequence field; None where the field is null, empty, shorter, or no list."""
+    """Entry i of a per-sequence field; None if the field is null, empty, shorter, or not a list."""
     rows = group.get(name)
     return rows[i] if isinstance(rows, list) and i < len(rows) else None
 
@@ -221,17 +220,17 @@ def _absent(row: Any) -> bool:
     return row is None or (isinstance(row, list | np.ndarray) and not len(row))
 
 
-def _said(group: dict, i: int, name: str) -> Any:
-    """What overrides[i] says, else generation_params, else group_overrides: the precedence of Atropos' own trainer."""
+def _setting(group: dict, i: int, name: str) -> Any:
+    """From overrides[i], else generation_params, else group_overrides: the precedence of Atropos' example trainer."""
     levels = (_row(group, "overrides", i), group.get("generation_params"), group.get("group_overrides"))
     return next((d[name] for d in levels if isinstance(d, dict) and d.get(name) is not None), None)
 
 
 def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:
-    """A flat list of numbers of these types as an array; None if it is anything else. The parser made arrays of some already.
+    """A flat list of numbers of these types as an array; None for anything else. Long rows are arrays already (json_parser.py).
 
-    The types are looked at first: left to itself NumPy makes 1 of a true among integers, and of one long string among
-    thousands of numbers an array of as many such strings.
+    Types are checked first: NumPy converts a true among integers to 1, and with one long string among thousands of numbers
+    makes all of them strings of that length.
     """
     if isinstance(values, np.ndarray):
         return values.astype(dtype, copy=False) if {"i": int, "f": float}.get(values.dtype.kind) in types else None
@@ -239,7 +238,7 @@ def _array(values: Any, types: set[type], dtype: type) -> np.ndarray | None:
         return None
     try:
         return np.array(values, dtype)
-    except OverflowError:  # an integer too large
+    except OverflowError:  # integer out of range
         return None
 
 
@@ -248,7 +247,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """Whether a number, or each of an array, is finite in float32, which the loss is computed in. NaN compares false."""
+    """Whether a number, or each of an array, is finite in float32, in which the loss is computed. False for NaN."""
     return abs(value) <= _FLOAT32_MAX
 
 

@@ -1,4 +1,4 @@
-"""Where batches come from: a file of records, or an Atropos server and its journal."""
+"""Sources of batches: a file of records, or an Atropos server with a journal."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from wsft.rollouts.records import is_group
 
 log = logging.getLogger(__name__)
 
-SMALLEST_ROOM = 8 * 2**20  # bytes free on disk without which no batch is fetched
+SMALLEST_ROOM = 8 * 2**20  # free bytes on disk that are required before a batch is fetched
 
-# What a source needs to go on behind a batch, as JSON: the sizes of groups seen so far (see decoder.py), the place in a file
+# State of a source after a batch, as JSON: group sizes so far (see decoder.py), position in the file
 Position = dict[str, Any]
 
 
 class EndOfData(Exception):
-    """The source has nothing more."""
+    """The source is exhausted."""
 
 
 class Source(Protocol):
@@ -40,24 +40,24 @@ class Source(Protocol):
     journal_bytes: int  # on disk
 
     def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
-        """Batch `number` of the run (or this rank's part of it), asked for after `step` optimizer steps, and the position
-        behind it. Waits for it, or until the run is over. EndOfData if there will be none."""
+        """Batch `number` of the run (or this rank's part of it), requested after `step` optimizer steps, and the position
+        after it. Waits for it, or until the run is over. Raises EndOfData if there is none."""
 
     def prune(self, below: int) -> None:
-        """Batches below this number will not be asked for again."""
+        """Batches below this number will not be requested again."""
 
 
 class FileSource:
-    """One pass over a JSONL file of groups, in file order, `batch_size` good sequences at a time; the last may be smaller.
+    """One pass over a JSONL file of groups in order, `batch_size` valid sequences at a time; the last batch may be smaller.
 
-    Lines are decoded a chunk at a time: as many as hold `batch_size` sequences, as a server would hand them out, so that parts
-    of one group get the advantages that they get from a server.
+    Lines are decoded in chunks of at least `batch_size` sequences, as a server would release them, so that parts of one group
+    get the same advantages as from a server.
 
     Args:
-        position: where to go on: the chunk's first byte and line, the byte behind it, how many of its good sequences are taken
-            already, a digest of all that was read.
+        position: to resume from: first byte and line of the current chunk, the byte after it, the number of its valid
+            sequences already taken, and a digest of all bytes read.
     Raises:
-        UserError: no such file, or what was read of it has changed; lines may have been appended.
+        UserError: no such file, or the bytes already read have changed (appending lines is allowed).
     """
 
     state = "reading"
@@ -75,13 +75,13 @@ class FileSource:
 
     def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
         rollouts, position = self.rollouts()
-        counts = self._processor.decoder.take_counts()  # what was left out after the last good sequence is still counted
+        counts = self._processor.decoder.take_counts()  # still counts sequences left out after the last valid one
         if not rollouts:
             raise EndOfData
         return Batch.of(rollouts, counts), position
 
     def rollouts(self) -> tuple[list[Rollout], Position | None]:
-        """Those of the next batch, none at the end, and the position behind them."""
+        """Rollouts of the next batch, empty at the end, and the position after them."""
         taken = list(islice(self._rollouts, self._batch_size))
         return [rollout for rollout, _ in taken], taken[-1][1] if taken else None
 
@@ -114,14 +114,14 @@ class FileSource:
                     self._digest.update(b"".join(texts))
                 rollouts = decoder.batch(found, names)
                 if taken:
-                    decoder.forget()  # it was counted when its first sequences were taken
+                    decoder.forget()  # counted when the first sequences of the chunk were taken
                 place = {"offset": offset, "line": line, "end": file.tell(), "digest": self._digest.hexdigest()}
                 for i in range(taken, len(rollouts)):
                     yield rollouts[i], place | {"taken": i + 1, "group_sizes": sizes}
                 offset, line, end, taken = file.tell(), line + len(texts), 0, 0
 
     def _chunk(self, file: BinaryIO, line: int, end: int) -> tuple[list[bytes], list[Any], list[str]]:
-        """Lines up to the byte `end`, or where that is 0 as many as hold a batch; the records in them, and their names."""
+        """Read lines up to the byte `end`, or if it is 0 as many as contain a batch. Returns their records and names."""
         texts, found, names, sequences = [], [], [], 0
         while (file.tell() < end if end else sequences < self._batch_size) and (text := file.readline()):
             number = line + len(texts)
@@ -142,10 +142,10 @@ class FileSource:
 
 
 class AtroposSource:
-    """Batches of a live server, each in the journal before anything decodes it; first those that a resumed run finds there.
+    """Batches of a server, each written to the journal before it is decoded; a resumed run first replays the journal.
 
     Args:
-        journal: of this rank. Its records are numbered as the batches of the run.
+        journal: of this rank; record numbers are batch numbers of the run.
         others: journals that the run wrote with another number of fetching ranks.
     """
 
@@ -174,12 +174,12 @@ class AtroposSource:
         if number in self._journal:
             return self._decoded(self._journal.read(number))
         elsewhere = [journal for journal in self._others if number in journal]
-        if elsewhere:  # fetched by another number of ranks: one rank replays the parts of all
+        if elsewhere:  # fetched by another number of ranks: one rank replays all parts
             parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
             return Batch.joined([Batch.empty(), *parts])
-        self._client.step = step  # registered with a server that restarts
+        self._client.step = step  # sent when registering with a server that restarted
         while not over.is_set():
-            self._journal.require_room(2 * self._largest)  # before the server hands it out
+            self._journal.require_room(2 * self._largest)  # before the server removes it from its queue
             body = self._client.poll()
             if body is not None:
                 self._largest = max(self._largest, len(body))
@@ -190,7 +190,7 @@ class AtroposSource:
     def _decoded(self, body: bytes) -> Batch:
         try:
             groups = decode(body)
-        except ValueError as error:  # it must not end the run, least of all each resumed one again
+        except ValueError as error:  # it must not end the run, and each resumed one again
             groups = []
             self._processor.decoder.reject("record is not a group", Origin(None, "a whole batch", None), str(error))
         return self._processor.decode(groups)
@@ -203,7 +203,7 @@ class AtroposSource:
 def open_source(
     config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: Position | None
 ) -> Source | None:
-    """This rank's source; None on a rank that only listens. `position` is where a resumed run goes on."""
+    """This rank's source; None on a rank that does not fetch. A resumed run continues at `position`."""
     fetching = fetching_ranks(config, world.size)
     if world.rank >= fetching:
         return None
@@ -219,7 +219,7 @@ def open_source(
 
 
 def fetching_ranks(config: WeightedSFTConfig, num_ranks: int) -> int:
-    """How many fetch for themselves. UserError where they cannot share the batch."""
+    """The number of ranks that fetch. UserError if batch_size is not divisible by it."""
     fetching = num_ranks if config.fetch_mode == "per_rank" else 1
     if config.batch_size % fetching:
         raise UserError(
@@ -230,7 +230,7 @@ def fetching_ranks(config: WeightedSFTConfig, num_ranks: int) -> int:
 
 
 def client_of(config: WeightedSFTConfig, fetching: int, registers: bool) -> AtroposClient:
-    """Of one of so many ranks that fetch."""
+    """The client of one of `fetching` ranks."""
     return AtroposClient(
         config.atropos_url,
         batch_size=config.batch_size // fetching,
