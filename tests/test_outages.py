@@ -1,4 +1,4 @@
-"""What is around a run fails: the server, the disk. Nothing that was fetched is lost, and the run goes on or can."""
+"""What is around a run fails: the server, the disk. Nothing that was fetched is lost, and the run continues or can."""
 
 import os
 import subprocess
@@ -88,7 +88,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_last_checkpoint_whole(ran
         settings["atropos_url"] = server.url
         output = train(settings, script=f"tests/kill_at.py full 3@{rank}", codes=(1,))
         assert "checkpoint step_6 cannot be saved" in output and "No space left on device" in output
-        assert "step_3 there is whole" in output and "Traceback" not in output, output
+        assert "step_3 there is complete" in output and "Traceback" not in output, output
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_3"]
         assert state_of(folder)["state"] == "failed" and "No space left" in state_of(folder)["reason"]
         (small_disk / "filler").unlink()

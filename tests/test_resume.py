@@ -124,7 +124,7 @@ def killed_once(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def killed(killed_once, tmp_path, monkeypatch):
-    """Settings to go on with a copy of that run in tmp_path / "run", in this process."""
+    """Settings to continue a copy of that run in tmp_path / "run", in this process."""
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     settings, folder = killed_once
@@ -231,7 +231,7 @@ def test_a_second_run_in_one_folder_waits_and_then_says_who_is_there(killed, tmp
     monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 1)
     with (tmp_path / "run" / ".lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"another run is at work in output_dir .*run \(process \d+ on"):
+        with pytest.raises(UserError, match=r"another run is using output_dir .*run \(process \d+ on"):
             train_here(killed, resume=True)
     assert state_of(tmp_path / "run")["state"] == "failed"
     train_here(killed, resume=True)
@@ -329,7 +329,7 @@ def test_a_restart_goes_on_whatever_it_was_submitted_with(launcher, killed, tmp_
 
 
 def test_going_back_gives_wandb_another_run(killed, tmp_path, monkeypatch, capfd):
-    """Of one it takes no step twice."""
+    """W&B does not accept a step twice."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     train_here(killed, resume=True, wandb_project="p")

@@ -55,7 +55,7 @@ def test_a_service_out_of_reach_is_one_warning(settings, tmp_path, monkeypatch, 
     monkeypatch.setattr(metrics, "WANDB_S", 3.0)
     train_here(settings)
     words = capfd.readouterr().err
-    assert words.count("W&B fails, and is given up; the run goes on") == 1 and "Traceback" not in words
+    assert words.count("W&B fails, and is given up; the run continues") == 1 and "Traceback" not in words
     assert [step["step"] for step in steps_of(tmp_path / "run")] == [1, 2, 3]
     assert state_of(tmp_path / "run")["state"] == "finished"
 
@@ -76,7 +76,7 @@ def test_what_reports_and_fails_is_said_once_each(settings, tmp_path, monkeypatc
     train_here(settings)
     words = capfd.readouterr().err
     for name in ("W&B fails, and is given up", "the progress line fails, and is not whole"):
-        assert words.count(f"{name}; the run goes on (ConnectionResetError: Connection lost)") == 1
+        assert words.count(f"{name}; the run continues (ConnectionResetError: Connection lost)") == 1
     assert len(steps_of(tmp_path / "run")) == 3 and len(failing) == 5  # W&B once
 
 

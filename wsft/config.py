@@ -21,7 +21,7 @@ from wsft.settings_files import expand_path, parse_yaml
 
 _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 
-# settings that a resumed run may be given anew: none of them changes what is learned, beyond rounding and the run's length
+# settings that may differ on resume: they do not change what is learned, except for rounding and the run's length
 RESUME_MAY_CHANGE = {
     *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
@@ -32,15 +32,15 @@ RESUME_MAY_CHANGE = {
 
 RENAMED = {"skip_weightless": "skip_zero_weight"}
 
-# settings that name a file or folder, or may
+# settings that may name a file or folder
 PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume")
 
-# questions about a run, which are no part of it: not in config.yaml, and of no account to a resumed run
+# settings of a dry run only: not in config.yaml, and ignored on resume
 DRY_RUN_FIELDS = {"dry_run", "ranks", "gpu_memory_gib"}
 
 
 class WeightedSFTConfig(BaseModel):
-    """The settings of one run. An unknown name is an error that suggests the near one."""
+    """The settings of one run. An unknown name is an error that suggests a similar one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), str_min_length=1)
 
@@ -48,68 +48,70 @@ class WeightedSFTConfig(BaseModel):
     model_name: str = Field(description="Folder or hub name of the Hugging Face causal language model to train.")
     tokenizer_name: str | None = Field(None, description="Folder or hub name of the tokenizer; the model's own if unset.")
     attn_implementation: str | None = Field(
-        None, description="Attention of the model: sdpa, eager, flash_attention_2, ...; the model's own choice if unset."
+        None, description="Attention of the model: sdpa, eager, flash_attention_2, ...; chosen by the model if unset."
     )
     gradient_checkpointing: bool = Field(
         True,
         description="Recompute each layer's activations in the backward pass: less memory, about a third more time.",
     )
     trust_remote_code: bool = Field(False, description="Run the model's own Python code, from its folder or the hub.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is any.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses CUDA if available.")
     deepspeed: str | dict[str, Any] | None = Field(
         None, description="DeepSpeed JSON (path, or a dict from Python). Unset: ZeRO-3, AdamW, bf16."
     )
 
     # data
-    atropos_url: str = Field("http://localhost:8000", description="The Atropos server that batches come from.")
+    atropos_url: str = Field("http://localhost:8000", description="URL of the Atropos server.")
     atropos_timeout: float = Field(
         600,
         gt=0,
-        description="Seconds the Atropos server may be unreachable or unusable at a stretch before the run ends.",
+        description="Seconds at a stretch that the Atropos server may be unreachable or unusable before the run ends.",
     )
     data: str | None = Field(None, description="Train one pass over this JSONL file of Atropos groups; no server is used.")
     fetch_mode: Literal["rank0", "per_rank"] = Field(
-        "rank0", description="rank0: one rank fetches for all. per_rank: each fetches its batch_size / ranks sequences."
+        "rank0", description="rank0: one rank fetches for all. per_rank: each fetches batch_size / ranks sequences."
     )
     batch_size: int = Field(128, ge=1, description="Sequences in one optimizer step, over all ranks.")
-    max_token_len: int = Field(4096, ge=2, description="Longest sequence that is trained, in tokens.")
-    overlong: Literal["drop", "truncate"] = Field("drop", description="What happens to a sequence over max_token_len.")
+    max_token_len: int = Field(4096, ge=2, description="Longest sequence to train on, in tokens.")
+    overlong: Literal["drop", "truncate"] = Field("drop", description="What to do with sequences over max_token_len.")
     micro_batch_tokens: int = Field(
         8192,
         ge=2,
-        description="Tokens, padding included, in one forward pass on one rank; one longer sequence goes alone.",
+        description="Tokens, padding included, in one forward pass on one rank; a longer sequence gets its own.",
     )
-    packing: bool = Field(True, description="Sequences share a row, kept apart, where the model's code allows it.")
+    packing: bool = Field(
+        True, description="Pack several sequences into a row, without attention between them, if the model supports it."
+    )
     share_prefixes: bool = Field(
         True,
-        description="What neighbours in a batch begin with, as the prompt of a group, is run once a micro-batch; with packing.",
+        description="Compute common prefixes, such as the prompt of a group, once per micro-batch; needs packing.",
     )
-    skip_zero_weight: bool = Field(True, description="Compute nothing for tokens that surely carry no weight.")
-    prefetch_batches: int = Field(1, ge=0, description="Batches fetched and decoded ahead of the one that trains.")
+    skip_zero_weight: bool = Field(True, description="Skip tokens whose weight is certainly 0.")
+    prefetch_batches: int = Field(1, ge=0, description="Batches to fetch and decode ahead of the one that trains.")
 
     # optimisation
     training_steps: int = Field(1000, ge=1, description="Optimizer steps of the run.")
     learning_rate: float = Field(1e-6, ge=0, allow_inf_nan=False, description="Peak learning rate.")
     lr_scheduler: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Course of the learning rate after the warmup; linear and cosine fall towards 0."
+        "constant", description="Learning rate schedule after the warmup; linear and cosine decay towards 0."
     )
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises linearly.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warmup of the learning rate.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Clip the global gradient norm; 0: no clipping.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of every random generator.")
 
     # objective
     objective: str = Field(
-        "weighted_sft", description=f"What a token weighs: {', '.join(OBJECTIVES)}, or your own as my_module:my_function."
+        "weighted_sft", description=f"Weight of a token: {', '.join(OBJECTIVES)}, or your own as my_module:my_function."
     )
     objective_args: dict[str, Any] = Field({}, description='Its arguments, as YAML or JSON: "{eps_low: 0.2, eps_high: 0.28}".')
     reduction: Literal["mean", "sequence_mean", "constant", "sum"] = Field(
         "mean",
-        description="Of the whole global batch. mean: over trained tokens. sequence_mean: of sequences' means. constant: of "
+        description="Over the global batch. mean: over trained tokens. sequence_mean: of sequences' means. constant: of "
         "sequences' sums over max_token_len. sum: not divided.",
     )
     score_advantages: Literal["group_norm", "group_center", "rloo", "raw"] = Field(
-        "group_norm", description="How scores become advantages in groups that bring no token-level ones."
+        "group_norm", description="How to compute advantages from scores, for groups without token-level advantages."
     )
     advantage_normalization: Literal["none", "batch", "batch_center"] = Field(
         "none",
@@ -117,58 +119,73 @@ class WeightedSFTConfig(BaseModel):
         "batch_center: zero mean.",
     )
     advantage_clip: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="Then advantages are held within plus and minus this."
+        None, gt=0, allow_inf_nan=False, description="Then clip advantages to plus and minus this."
     )
     negative_advantage_scale: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="Then negative advantages are multiplied by it; 0 drops them."
+        1.0, ge=0, allow_inf_nan=False, description="Then multiply negative advantages by this; 0 drops them."
     )
     temperature: float = Field(
-        1.0, gt=0, allow_inf_nan=False, description="Logits are divided by it before the softmax, where the record has none."
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Sampling temperature: logits are divided by it. Used if the record has none.",
     )
     record_temperature: bool = Field(
-        True, description="Take the record's temperature; false where the sampler's logprobs were not scaled by it."
+        True, description="Use the record's temperature; set false if inference_logprobs were not scaled by it."
     )
     kl_coef: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="KL to a reference: ref_model_name, or the record's ref_logprobs."
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Coefficient of the KL to a reference: ref_model_name, or the record's ref_logprobs.",
     )
     ref_model_name: str | None = Field(None, description="Folder or hub name of a frozen reference model for kl_coef.")
-    entropy_coef: float = Field(0.0, allow_inf_nan=False, description="Bonus on the entropy of each trained token.")
+    entropy_coef: float = Field(0.0, allow_inf_nan=False, description="Coefficient of an entropy bonus for each trained token.")
     distill_coef: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="KL from the record's teacher: distill_token_ids and distill_logprobs."
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Coefficient of the KL from the record's teacher: distill_token_ids and distill_logprobs.",
     )
-    distill_renormalize: bool = Field(False, description="Make the probabilities of the teacher's entries sum to 1.")
+    distill_renormalize: bool = Field(False, description="Normalize the probabilities of the teacher's entries to sum to 1.")
     strict: bool = Field(
         False,
-        description="End the run at a batch without any inference_logprobs, ref_logprobs or teacher, where they are needed.",
+        description="End the run at a batch without inference_logprobs, ref_logprobs or teacher, if the loss needs them.",
     )
 
     # output
-    output_dir: str = Field("runs/wsft", description="Folder of the run; with several hosts, one that all of them see.")
+    output_dir: str = Field("runs/wsft", description="Folder of the run; with several hosts, on a shared file system.")
     overwrite_output_dir: bool = Field(
-        False, description="Replace the results of an earlier run in output_dir, unless the run goes on from them (resume)."
+        False, description="Replace the results of an earlier run in output_dir, unless the run resumes from them."
     )
-    save_steps: int = Field(100, ge=1, description="Steps between two checkpoints; there is one at the end, too.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; older ones are deleted.")
+    save_steps: int = Field(100, ge=1, description="Steps between checkpoints; there is always one at the end.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are deleted.")
     resume: bool | str = Field(
         False,
-        description="Go on from the newest checkpoint in output_dir, or from step 0 if there is none yet; "
+        description="Continue from the newest checkpoint in output_dir, or start at step 0 if there is none; "
         "with a path, from that checkpoint.",
     )
     journal_gib: float = Field(
-        64, gt=0, description="Disk for batches fetched since the oldest checkpoint kept; it is held by saving earlier."
+        64,
+        gt=0,
+        description="Disk space for batches fetched since the oldest kept checkpoint; once full, a checkpoint is saved.",
     )
     step_timeout: float = Field(
-        1800, gt=0, description="Seconds without progress after which a run that hangs ends, with the stacks of all ranks."
+        1800,
+        gt=0,
+        description="Seconds without progress after which the run ends as hanging, and logs the stacks of all ranks.",
     )
     wandb_project: str | None = Field(None, description="Log to this Weights & Biases project as well.")
     wandb_group: str | None = Field(None, description="Group of the W&B run.")
     wandb_run_name: str | None = Field(None, description="Name of the W&B run.")
 
     # before a run
-    dry_run: bool = Field(False, description="Train nothing: check the settings, and tell what memory and disk the run needs.")
-    ranks: int | None = Field(None, ge=1, description="Ranks to tell it for; those there are if unset.")
+    dry_run: bool = Field(
+        False, description="Train nothing: check the settings, and estimate the memory and disk that the run needs."
+    )
+    ranks: int | None = Field(None, ge=1, description="Number of ranks to estimate for; those of this start if unset.")
     gpu_memory_gib: float | None = Field(
-        None, gt=0, description="Memory of each GPU to tell it for, on hosts of 8; this machine's if unset."
+        None, gt=0, description="Memory of each GPU to estimate for, on hosts of 8; this machine's if unset."
     )
 
     @model_validator(mode="before")
@@ -221,7 +238,7 @@ class WeightedSFTConfig(BaseModel):
         parser = _parser(cls, prog)
         flags, unknown_args = parser.parse_known_args(argv)
         given = vars(flags)
-        given.pop("local_rank")  # the deepspeed launcher passes it; LOCAL_RANK says the same
+        given.pop("local_rank")  # passed by the deepspeed launcher; equal to LOCAL_RANK
         path = given.pop("config")
         try:
             _require_home()
@@ -234,16 +251,16 @@ class WeightedSFTConfig(BaseModel):
             message = "; ".join(map(_sentence, error.errors()))
         except (ValueError, OSError) as error:
             message = str(error)
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # say it once, not once a rank
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # print it once, not on every rank
             print(f"{parser.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 
     def public(self) -> dict[str, Any]:
-        """The settings as they may be shown and stored: passwords in URLs and keys in the DeepSpeed dict are masked."""
+        """The settings with passwords in URLs and keys in the DeepSpeed dict masked, for logs and files."""
         return _masked(self.model_dump(exclude=DRY_RUN_FIELDS))
 
     def to_yaml(self) -> str:
-        """The whole config, less its secrets, as YAML, which `--config` reads back."""
+        """The config without secrets as YAML, which `--config` can read."""
         return yaml.safe_dump(self.public(), sort_keys=False)
 
 
@@ -256,7 +273,7 @@ def _masked(value: Any, name: str = "") -> Any:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown: user and password masked."""
+    """The URL with user and password masked."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", url)
 
 
@@ -279,7 +296,7 @@ def _sentence(error: dict[str, Any]) -> str:
 
 
 def _require_home() -> None:
-    if os.path.expanduser("~") == "~":  # else packages would make a folder of that name, here
+    if os.path.expanduser("~") == "~":  # else packages would create a folder named ~ here
         raise ValueError(
             f"there is no HOME, and user {os.getuid()} has no entry in /etc/passwd: set HOME to a folder that may be written, "
             f"where packages keep what they download and compile"
@@ -287,9 +304,9 @@ def _require_home() -> None:
 
 
 def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
-    """Flags made from the fields. Values stay strings; pydantic parses and checks them as it does those from YAML.
+    """Flags from the fields. Values stay strings, which pydantic parses and validates as it does those from YAML.
 
-    Not by pydantic-settings' CLI, whose errors are argparse's: they do not name the setting that was meant.
+    pydantic-settings' CLI is not used, since its errors for unknown flags do not suggest the right one.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -298,7 +315,7 @@ def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
     )
-    parser.add_argument("--config", default=None, metavar="RUN.YAML", help="Settings from a YAML file; flags win over it.")
+    parser.add_argument("--config", default=None, metavar="RUN.YAML", help="Settings from a YAML file; flags take precedence.")
     parser.add_argument("--local_rank", default=None, help=argparse.SUPPRESS)
     for name, field in cls.model_fields.items():
         choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from wsft.config import WeightedSFTConfig
 from wsft.run.measurements import METRICS
 
-SECTIONS = {  # title -> the first setting below it
+SECTIONS = {  # section -> its first setting
     "Model": "model_name",
     "Data": "atropos_url",
     "Optimization": "training_steps",
@@ -23,8 +23,8 @@ def reference() -> str:
         "Written by `python -m wsft.reference` from the code; a test keeps it up to date.",
         "",
         "Settings come from `--config run.yaml`, with flags on top; the same names are the fields of `WeightedSFTConfig`.",
-        "An unknown name is an error that suggests a near one, and so is one that stands twice in the YAML or in the DeepSpeed",
-        "JSON. Paths may begin with `~` and hold `$VARIABLES`. The resolved settings are in `output_dir/config.yaml`.",
+        "An unknown name is an error that suggests a similar one, as is a duplicate key in the YAML or in the DeepSpeed",
+        "JSON. Paths may begin with `~` and contain `$VARIABLES`. The resolved settings are in `output_dir/config.yaml`.",
     ]
     for name, field in WeightedSFTConfig.model_fields.items():
         if name in titles:
@@ -35,8 +35,8 @@ def reference() -> str:
         "",
         "## Metrics",
         "",
-        "A line of `output_dir/metrics.jsonl` for each step, and the same in W&B. Means are over the tokens of all ranks, made",
-        "of sums and counts; what is not known, or not finite, is null.",
+        "A line of `output_dir/metrics.jsonl` per step, and the same in W&B. Means are over the tokens of all ranks, computed",
+        "from sums and counts; values that are unknown or not finite are null.",
         "",
         "| metric | |",
         "|---|---|",

@@ -203,8 +203,8 @@ class AtroposClient:
         self._post_registration()
         info = self._info()
         if info["batch_size"] == UNREGISTERED:
-            # An environment that posts to a server without a trainer makes the queue whose absence /register takes
-            # for "new server": from then on /register answers 200 and does nothing.
+            # An environment that posts before a trainer registers creates the queue whose absence makes /register work:
+            # from then on /register answers 200 and does nothing.
             log.warning(
                 "the Atropos server accepted the registration and ignored it (an environment posted before any trainer "
                 "registered): resetting it, which drops what was posted, and registering again"

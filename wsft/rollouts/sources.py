@@ -90,7 +90,7 @@ class FileSource:
     def _require_unchanged(self, position: Position) -> None:
         size, end = self._path.stat().st_size, position["end"]
         if end > 2**30:
-            log.info("looking whether %s is as it was, up to %.1f GiB", self._path, end / 2**30)
+            log.info("checking that %s is unchanged, up to %.1f GiB", self._path, end / 2**30)
         with self._path.open("rb") as file:
             while block := file.read(min(2**20, end - file.tell())):
                 self._digest.update(block)

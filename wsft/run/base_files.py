@@ -1,8 +1,8 @@
-"""The files that stand beside the weights of the base model: config, tokenizer, chat template, remote code.
+"""The files of the base model other than its weights: config, tokenizer, chat template, remote code.
 
-What a run writes has them byte for byte. Written anew by another version of transformers they would say the same in other
-words, which readers of today (inference servers, transformers 4) take for something else: a class of tokenizer that they do
-not have, a pad token that was none, a base of the rotary embeddings where they do not look for it.
+Checkpoints and exports copy them byte for byte. If another version of transformers saved them again, current readers (inference
+servers, transformers 4) could misread them: a tokenizer class that they do not have, an added pad token, the base of rotary
+embeddings under another key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def base_files(config: WeightedSFTConfig, dtype: str) -> dict[str, bytes]:
-    """Path in the folder -> bytes, of the model's and of the tokenizer's own; config.json says the type of the weights."""
+    """Path in the folder -> bytes, of model and tokenizer; the dtype in config.json is that of the trained weights."""
     files = {}
     for name, is_tokenizer in ((config.model_name, False), (config.tokenizer_name or config.model_name, True)):
         folder = Path(name)
@@ -41,7 +41,7 @@ def base_files(config: WeightedSFTConfig, dtype: str) -> dict[str, bytes]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """All that stands in a folder."""
+    """Path -> bytes of all files in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -53,7 +53,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _with_dtype(text: bytes, dtype: str) -> bytes:
-    """The same bytes, unless they say another type."""
+    """config.json with the dtype replaced if it differs."""
     config, changed = json.loads(text), []
 
     def correct(node: Any) -> None:

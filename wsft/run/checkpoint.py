@@ -1,11 +1,11 @@
-"""Checkpoints: complete or absent. A folder `step_N` is written aside, its metadata (checkpoint.json) last, then renamed.
+"""Checkpoints, complete or absent: a folder `step_N` is written under another name, checkpoint.json last, then renamed.
 
     step_N/deepspeed/        DeepSpeed's sharded parameters, optimizer, schedule
     step_N/random_R.pt       random generators of rank R
     step_N/hugging_face/     the base model's own config, tokenizer and code, so that export needs nothing else
     step_N/checkpoint.json   step, feed position, settings, versions, and the size of every file
 
-Knows what the engine saves by its folder only, and nothing of Atropos or of what a batch is.
+Of what the engine saves it knows the folder only. Knows nothing of Atropos or batches.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from wsft.run.base_files import write_files
 
 log = logging.getLogger(__name__)
 
-SHARED_WAIT_S = 30.0  # a network file system may show a new file late
+SHARED_WAIT_S = 30.0  # a network file system may show new files with a delay
 METADATA = "checkpoint.json"
 DEEPSPEED, HUGGING_FACE = "deepspeed", "hugging_face"
 _NAME = re.compile(r"step_(\d+)")
-_PARTIAL, _CONVERTED = ".partial", ".converted"  # behind the name of a checkpoint: what is not, or no longer, one
-_OPEN = ".nfs"  # how the name of a deleted file begins on NFS while a process holds it open
+_PARTIAL, _CONVERTED = ".partial", ".converted"  # suffixes of folders that are not complete checkpoints
+_OPEN = ".nfs"  # prefix on NFS of a deleted file that a process has open
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Checkpoint:
 
     @classmethod
     def at(cls, folder: Path) -> Checkpoint:
-        """UserError, saying what is missing, if there is no complete checkpoint in the folder."""
+        """The checkpoint in the folder. UserError with what is missing if it is not complete."""
         if not (folder / METADATA).is_file():
             there = "there is no such folder" if not folder.exists() else f"it has no {METADATA}, which is written last"
             raise UserError(
@@ -74,12 +74,12 @@ class Checkpoint:
 
 
 def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: dict[str, str | None], place: Path) -> None:
-    """UserError naming every setting that differs from those of the run begun in `place`, of those that decide what is
-    learned. Other differences are logged.
+    """UserError with every setting that decides what is learned and differs from those of the run in `place`. Other
+    differences are logged.
 
     Args:
-        was: the metadata of that run's checkpoint; without one yet, its settings alone.
-        contents: what the settings name now (fingerprint.py); at another path it may be the same.
+        was: metadata of that run's checkpoint; its settings only, if it has no checkpoint yet.
+        contents: digests of what the settings name (fingerprint.py), equal if only paths differ.
     """
     now, was_there, was = config.public(), was.get("contents", {}), was["config"]
     changed = [name for name in now if name in was and was[name] != now[name]]
@@ -88,8 +88,8 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
     wrong = [f"{name} is {now[name]!r} and was {was[name]!r}" for name in changed if name not in free]
     if wrong:
         raise UserError(
-            f"this is not the run of {place}: {'; '.join(wrong)}. Resume with the settings it was begun with (its config.yaml "
-            f"holds them), or start another run in another output_dir"
+            f"this is not the run of {place}: {'; '.join(wrong)}. Resume with its settings (in its config.yaml"
+            f"), or start another run in another output_dir"
         )
     silent = {"resume", "output_dir", "overwrite_output_dir"}
     others = [f"{name} {now[name]} (was {was[name]})" for name in changed if name not in silent]
@@ -98,7 +98,7 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
 
 
 def all_in(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in the folder, oldest first. A damaged one is logged and passed over."""
+    """The complete checkpoints in the folder, oldest first. Damaged ones are logged and skipped."""
     found = []
     for path in sorted(folders_in(folder), key=lambda path: int(_NAME.fullmatch(path.name)[1])):
         if (path / METADATA).exists():
@@ -110,7 +110,7 @@ def all_in(folder: Path) -> list[Checkpoint]:
 
 
 def folders_in(folder: Path, suffix: str = "") -> list[Path]:
-    """Those whose whole name is step_N and the suffix. What else stands there, and links, are somebody else's."""
+    """Folders with the exact name step_N plus suffix. Links and other names are not ours."""
     found = [path for path in folder.glob(f"step_*{suffix}") if _NAME.fullmatch(path.name.removesuffix(suffix))]
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
@@ -122,9 +122,9 @@ def save(
     files: dict[str, bytes] | None,
     world: World,
 ) -> Checkpoint:
-    """Save `metadata["step"]` in the folder of checkpoints. A collective. `files` are those of the base
-    model, of rank 0; only there the checkpoint knows all of its own. UserError if it cannot be
-    written; then nothing of it is left, and the older checkpoints are as they were."""
+    """Save a checkpoint of step `metadata["step"]`. A collective. `files` (rank 0 only) are those of the base model. On rank
+    0 the returned checkpoint's metadata is complete. UserError if it cannot be written: then nothing of it remains, and older
+    checkpoints are unchanged."""
     final = folder / f"step_{metadata['step']}"
     aside = folder / f"{final.name}{_PARTIAL}"
     try:
@@ -140,16 +140,16 @@ def save(
         older = all_in(folder)[-1:]
         raise UserError(
             f"checkpoint {final.name} cannot be saved in {folder} ({_root(error)}). "
-            f"{f'{older[0].folder.name} there is whole' if older else 'There is no older one'}; what was fetched is in the "
-            f"journal. Mend that and go on with --resume"
+            f"{f'{older[0].folder.name} there is complete' if older else 'There is no older one'}; fetched batches are in the "
+            f"journal. Fix that and continue with --resume"
         ) from error
     return Checkpoint(final, metadata | {"files": sizes or {}})
 
 
 @contextlib.contextmanager
 def resumable(start: Checkpoint | None, metadata: dict[str, Any], ds: dict[str, Any], world: World) -> Iterator[Path | None]:
-    """The folder for `Engine.load`, None at step 0. `metadata` are this start's; of another number of ranks, the state is
-    converted for as long as the context lasts, and `ds` says so to DeepSpeed."""
+    """The folder for `Engine.load`; None at step 0. `metadata` is that of this start: for another number of ranks the state is
+    converted, in a folder that exists inside the context, and `ds` is changed to load it."""
     if start is None:
         yield None
         return
@@ -157,13 +157,13 @@ def resumable(start: Checkpoint | None, metadata: dict[str, Any], ds: dict[str, 
         if start.metadata[name] != metadata[name]:
             raise UserError(
                 f"{start.folder} was saved with {name} {start.metadata[name]}, the DeepSpeed JSON and this machine make it "
-                f"{metadata[name]}: resume with the JSON it was begun with"
+                f"{metadata[name]}: resume with the JSON of the run"
             )
     changed = _differences(start.metadata["deepspeed"], metadata["deepspeed"])
-    if changed:  # it would be overwritten from the checkpoint
+    if changed:  # else it would be loaded from the checkpoint
         raise UserError(
-            f"{start.folder} was saved with another DeepSpeed JSON: {'; '.join(changed)}. Resume with the one it was begun "
-            f"with, or start another run in another output_dir"
+            f"{start.folder} was saved with another DeepSpeed JSON: {'; '.join(changed)}. Resume with that, or "
+            f"start another run in another output_dir"
         )
     saved = start.folder / DEEPSPEED
     if start.metadata["num_ranks"] == world.size or metadata["stage"] == 0:
@@ -176,7 +176,7 @@ def resumable(start: Checkpoint | None, metadata: dict[str, Any], ds: dict[str, 
     ds["checkpoint"] = ds.get("checkpoint", {}) | {"load_universal": True}
     try:
         yield converted
-        world.all_gather_int(0)  # all have read it
+        world.all_gather_int(0)  # after all ranks have read it
     finally:
         if world.rank == 0:
             _remove(converted)
@@ -200,9 +200,9 @@ def _recreate(folder: Path) -> None:
 
 
 def _finish(aside: Path, final: Path, metadata: dict, files: dict[str, bytes], written: int) -> dict[str, int]:
-    """The size of each file. `written` is how many bytes all ranks have written into the folder."""
+    """File -> size. `written` is the number of bytes that all ranks wrote into the folder."""
     deadline = time.monotonic() + SHARED_WAIT_S
-    # DeepSpeed may write more by itself, as what it has offloaded to NVMe; a network file system may show files late
+    # at least: DeepSpeed writes more by itself for offload to NVMe; a network file system may show files with a delay
     while (seen := sum(_sizes(aside).values())) < written and time.monotonic() < deadline:
         time.sleep(1)
     if seen < written:
@@ -212,7 +212,7 @@ def _finish(aside: Path, final: Path, metadata: dict, files: dict[str, bytes], w
     for name in sizes:
         sync(aside / name)
     atomic_write(aside / METADATA, json.dumps(metadata | {"files": sizes}, indent=1))
-    if (final / METADATA).exists():  # a damaged one, passed over at the start
+    if (final / METADATA).exists():  # a damaged one, which was skipped at the start
         _remove(final)
     aside.rename(final)
     sync(final.parent)
@@ -220,7 +220,7 @@ def _finish(aside: Path, final: Path, metadata: dict, files: dict[str, bytes], w
 
 
 def prune(folder: Path, keep: int) -> list[Checkpoint]:
-    """Delete all but the newest `keep` checkpoints, and what a killed save left. Those that are kept, oldest first."""
+    """Delete all but the newest `keep` checkpoints, and remains of interrupted saves. Returns those kept, oldest first."""
     checkpoints = all_in(folder)
     for old in checkpoints[:-keep]:
         delete(old.folder)
@@ -231,7 +231,7 @@ def prune(folder: Path, keep: int) -> list[Checkpoint]:
 
 
 def delete(folder: Path) -> None:
-    """A checkpoint. Half deleted it does not look complete, and the next `prune` goes on with it."""
+    """Delete a checkpoint. If interrupted it does not look complete, and the next `prune` continues."""
     partial = folder.with_name(f"{folder.name}{_PARTIAL}")
     _remove(partial)
     try:
@@ -246,8 +246,8 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(folder)
     except FileNotFoundError:
         pass
-    except OSError as error:  # a process holds a file open on NFS, or may not write there
-        _warn_once(f"{folder} cannot be deleted ({error.strerror}): what is left of it stays until it can be")
+    except OSError as error:  # on NFS a process has a file open, or there are no permissions
+        _warn_once(f"{folder} cannot be deleted ({error.strerror}): the rest stays until it can be")
 
 
 @functools.cache
@@ -256,13 +256,13 @@ def _warn_once(message: str) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Name -> bytes of each file in it."""
+    """File -> size, of all files in the folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(_OPEN)]
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def _save_random(path: Path) -> int:
-    """The bytes it took."""
+    """Write random generators durably; returns the number of bytes."""
     version, internal, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": [version, internal, gauss]}
@@ -274,7 +274,7 @@ def _save_random(path: Path) -> int:
 
 
 def load_random(checkpoint: Checkpoint, rank: int) -> None:
-    """Put this rank's random generators back. A rank that the checkpoint did not have keeps its own."""
+    """Restore this rank's random generators, if the checkpoint had this rank."""
     path = checkpoint.folder / f"random_{rank}.pt"
     if not path.exists():
         return
@@ -289,7 +289,7 @@ def load_random(checkpoint: Checkpoint, rank: int) -> None:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What began it: torch reports a full disk as a RuntimeError about positions."""
+    """The first exception of the chain: torch reports a full disk as a RuntimeError about positions."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     return error

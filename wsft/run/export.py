@@ -2,9 +2,8 @@
 
     python -m wsft.export runs/first/checkpoints/step_1000 OUT
 
-Parameters are put together one at a time into a file that is mapped into memory, from which transformers writes shards of
-safetensors. So hardly more than one shard is ever held, and transformers gives tensors the names that they have on disk. While
-it runs, the disk holds the model twice.
+Parameters are assembled one at a time in a memory-mapped file, from which transformers writes shards of safetensors under the
+names that tensors have on disk. It needs the memory of about one shard, and temporarily twice the model's size on disk.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ SHARD_BYTES = 5 * 10**9
 
 
 def export(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the model of a checkpoint, in the precision it was trained in, with its tokenizer. Complete or absent: a folder
-    that stands there is replaced at the end. OSError if the disk is full."""
+    """Write the model of a checkpoint, in the precision it was trained in, with its tokenizer. Complete or absent: an existing
+    folder is replaced at the end. OSError if the disk is full."""
     model = _empty_model(checkpoint)
     aside = out.with_name(f"{out.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -53,7 +52,7 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
             model.save_pretrained(aside, state_dict=trained, max_shard_size=SHARD_BYTES)
         if copied:
             _add(copied, aside)
-        for name in ("config.json", "generation_config.json"):  # as transformers writes them today
+        for name in ("config.json", "generation_config.json"):  # as written by this version of transformers
             (aside / name).unlink(missing_ok=True)
         write_files(aside, read_files(checkpoint.folder / HUGGING_FACE))
         for path in aside.rglob("*"):
@@ -68,7 +67,7 @@ def export(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model on the meta device: its classes, names and shapes, no memory."""
+    """The model on the meta device."""
     folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.metadata["config"]["trust_remote_code"]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.metadata["precision"]]
@@ -76,13 +75,13 @@ def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[str], dict[str, Path]]:
-    """What is copied out of the files of the base model: the names of parameters that were not trained; the tensors that make
-    them, and those of which transformers makes nothing, such as layers that predict further tokens, with their files."""
+    """What is copied from the files of the base model: the names of parameters that were not trained; tensor -> file, of their
+    tensors and of those that transformers does not load, such as layers for multi-token prediction."""
     named, metadata = checkpoint.metadata["config"]["model_name"], checkpoint.metadata
     files = files_of(named)
     if metadata.get("not_loaded") and not files:
         log.warning(
-            "%s is not there any more: %d tensors of it that are not of the model are missing in what is exported",
+            "%s does not exist any more: %d of its tensors that transformers does not load are missing in the export",
             named, metadata["not_loaded"],
         )  # fmt: skip
     made, others = made_of(model, files)
@@ -92,12 +91,12 @@ def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[s
 
 
 def _add(copied: dict[str, Path], folder: Path) -> None:
-    """Copy tensors of those files into shards of their own in a folder of safetensors, and all into its index."""
+    """Copy tensors from those files into additional shards of a folder of safetensors, and update its index."""
     single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index_path.exists():
         index = json.loads(index_path.read_text())
     else:
-        # a file of its former name would be taken for the whole model
+        # a file with its old name would be taken for the whole model
         single = single.rename(folder / "model-00001-of-00001.safetensors")
         with safe_open(single, "pt") as file:
             index = {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(file.keys(), single.name)}
@@ -122,7 +121,7 @@ def _shards(copied: dict[str, Path]) -> Iterator[dict[str, torch.Tensor]]:
 
 @contextlib.contextmanager
 def _mapped_state(model: PreTrainedModel, saved: dict[str, torch.Tensor], path: Path) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's state in its own types, in a file that is mapped into memory; tied names share their place."""
+    """The model's state dict in its types, in a memory-mapped file; tied parameters share memory."""
     empty = model.state_dict(keep_vars=True)
     missing = [name for name in empty if name not in saved]
     if missing:

@@ -1,5 +1,5 @@
-"""What the settings of a run point to, in digests: a resumed run may find its model, tokenizer and data at another path, but
-they must be what they were. Knows nothing of checkpoints or ranks."""
+"""Digests of the model, tokenizer and data that the settings of a run name: on resume they may be at another path, but must be
+unchanged. Knows nothing of checkpoints or ranks."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from wsft.config import WeightedSFTConfig
 
-SAMPLE_BYTES = 2**20  # of each end of a file of weights: its header, with names and shapes, and its last values
-# of a model's config: where it was loaded from and by what, not what it is
+SAMPLE_BYTES = 2**20  # bytes of each end of a weight file: its header, with names and shapes, and its last values
+# keys of a model's config about where and by what it was loaded
 _OF_LOADING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"}
 
 
 def contents_of(
     config: WeightedSFTConfig, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str | None]:
-    """Setting -> a digest of what it names; None where it is not set.
+    """Setting -> digest of what it names; None if it is not set.
 
-    Of the model that is trained it is the shape: a resumed run has its weights from the checkpoint. Of the data it is only that
-    it is a file: what was read of it is compared by the file's own position (feed.py).
+    For the trained model only its config counts, since a resumed run loads weights from the checkpoint. For data it is only
+    that it is a file: the part that was read is compared by the position of the source (sources.py).
     """
     shape = {name: value for name, value in model_config.to_dict().items() if name not in _OF_LOADING}
     return {
@@ -39,7 +39,7 @@ def _digest(text: bytes) -> str:
 
 
 def _digest_of_weights(name: str) -> str:
-    """Of a folder, by the sizes and both ends of its files of weights; of a hub name, by the name."""
+    """For a folder, from the sizes and both ends of its weight files; for a hub name, from the name."""
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(name).glob(pattern))
     found: list[Any] = [] if files else [name]
     for path in files:

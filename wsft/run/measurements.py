@@ -1,5 +1,5 @@
-"""What is written of a step: numbers from its global batch, and from what its tokens did. Means are exact over all ranks, for
-they are made of sums and counts. Knows nothing of ranks, models or sinks."""
+"""The metrics of a step, from its global batch and from sums over its tokens. Means over all ranks are exact, since they are
+computed from sums and counts. Knows nothing of ranks, models or sinks."""
 
 from __future__ import annotations
 
@@ -12,51 +12,51 @@ from wsft.loss.advantages import Override
 from wsft.rollouts.batch import Batch
 from wsft.rollouts.decoder import REJECTED, REPAIRED
 
-# name of a metric, or several -> what it is; `env_N`: one for each environment
+# name of a metric, or several -> description; `env_N`: one per environment
 METRICS = {
-    "step": "optimizer steps so far, this one too",
-    "loss": "of the global batch, after its reduction",
-    "grad_norm": "of the global gradient before clipping; null where it is not finite",
+    "step": "optimizer steps so far, including this one",
+    "loss": "loss of the global batch, after the reduction",
+    "grad_norm": "norm of the global gradient before clipping; null if not finite",
     "learning_rate": "of this step",
-    "steps/not_finite": "steps of the run whose loss or gradient was not finite: they are skipped, three in a row end the run",
+    "steps/not_finite": "steps of the run whose loss or gradient was not finite; they are skipped, three in a row end the run",
     "steps/without_signal": "steps of the run in which no token had a weight: nothing is updated",
     "tokens/trained": "trained tokens of the batch",
     "tokens/total": "all tokens of the batch",
-    "tokens/per_second": "all tokens over the seconds of the step",
-    "advantage/mean advantage/std": "of trained tokens, as they go into the objective",
-    "score/mean score/std score/env_N/mean score/env_N/std": "of sequences that have one",
+    "tokens/per_second": "all tokens per second of the step",
+    "advantage/mean advantage/std": "of trained tokens, as used in the objective",
+    "score/mean score/std score/env_N/mean score/env_N/std": "of sequences with a score",
     "data/sequences": "in the batch",
     "data/rejected": "sequences left out as malformed",
-    "data/repaired": "sequences trained with a field set aside",
-    "data/truncated": "sequences shortened to max_token_len",
-    "data/staleness": "steps since the weights that sampled, where records say weight_version",
-    "data/no_behavior_logp data/no_ref_logp data/no_teacher": "trained tokens without one",
+    "data/repaired": "sequences trained without an invalid optional field",
+    "data/truncated": "sequences truncated to max_token_len",
+    "data/staleness": "optimizer steps since the weights that sampled, for records with weight_version",
+    "data/no_behavior_logp data/no_ref_logp data/no_teacher": "trained tokens without this field",
     "data/possibly_lost_batches": "batches of the run that may have been lost between server and trainer",
-    "logp/positive logp/negative": "of trained tokens with positive and with negative advantage",
-    "entropy": "of the model's distribution over the vocabulary, in nats",
-    "weight/mean weight/mean_abs": "what the objective weighs trained tokens with",
-    "ratio/mean ratio/max ratio/clipped": "exp(logp - behavior logp), and the share that the objective clips, of tokens that "
-    "are run and have a behavior logp",
-    "kl/behavior_k1 kl/behavior_k3": "estimates of the KL divergence from the policy that sampled",
-    "kl/reference": "estimate (k3) of the KL divergence from the reference, with kl_coef",
+    "logp/positive logp/negative": "mean logp of trained tokens with positive and with negative advantage",
+    "entropy": "entropy of the model's distribution over the vocabulary, in nats",
+    "weight/mean weight/mean_abs": "weights of trained tokens from the objective",
+    "ratio/mean ratio/max ratio/clipped": "exp(logp - behavior logp), and the share that the objective clips, over tokens that "
+    "were run and have a behavior logp",
+    "kl/behavior_k1 kl/behavior_k3": "estimates of the KL divergence from the sampling policy",
+    "kl/reference": "k3 estimate of the KL divergence from the reference, with kl_coef",
     "kl/teacher": "KL divergence from the teacher, with distill_coef",
     "plan/micro_batches": "forward passes of each rank",
-    "plan/padding": "share of padding in the rows that are run",
+    "plan/padding": "share of padding in the rows",
     "plan/imbalance": "share of the ranks' time spent waiting for the slowest of each micro-batch, by estimated cost",
-    "plan/shared": "share of the tokens that are not run again, since they stand in a shared prefix",
-    "plan/skipped": "rollouts that are not run, since none of their tokens can have a weight",
-    "time/step time/wait": "seconds of the step, and of those, waiting for its batch",
+    "plan/shared": "share of tokens that are not computed again, since they are in a shared prefix",
+    "plan/skipped": "rollouts that are skipped, since all their tokens have weight 0",
+    "time/step time/wait": "seconds of the step, and the part spent waiting for its batch",
     "time/at": "Unix time at which the line was written",
-    "run/starts": "starts of the run that have written lines, this one too",
-    "compute/tflops_per_rank compute/mfu": "6 FLOPs for each parameter and token that is run, and attention; their share of "
-    "what the GPU is rated at, where that is known",
-    "memory/peak_gib": "since the step before, on the rank that took most: a GPU's tensors, else the whole process",
-    "journal/gib": "of fetched batches kept on disk",
+    "run/starts": "starts of the run that have written lines, including this one",
+    "compute/tflops_per_rank compute/mfu": "6 FLOPs per parameter and computed token, plus attention; as a share of the GPU's "
+    "peak, if known",
+    "memory/peak_gib": "peak since the last step, of the rank with the highest: GPU tensors, or else the process",
+    "journal/gib": "size of the fetched batches kept on disk",
 }
 
 
 def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
-    """The batch that the optimizer step after `step` others trains."""
+    """Metrics of the batch that is trained after `step` optimizer steps."""
     advantages, rejected = batch.advantages[batch.loss_mask], batch.rejected
     known_age = batch.weight_versions[~np.isnan(batch.weight_versions)]
     values = {
@@ -79,7 +79,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
 
 
 def of_tokens(sums: dict[str, float], maxima: dict[str, float], trained: int) -> dict[str, float | int]:
-    """The trained tokens, from what `terms.TokenTerms.sums` says of those that were run. The others of `trained` weigh 0."""
+    """Metrics of trained tokens, from `terms.TokenTerms.sums` over those that were run. The rest of `trained` has weight 0."""
 
     def mean(name: str, count: str) -> float:
         return sums[name] / sums[count] if sums[count] else math.nan
@@ -107,7 +107,7 @@ def of_tokens(sums: dict[str, float], maxima: dict[str, float], trained: int) ->
 
 
 def of_plan(assignment: list[list[list[int]]], load: Load, packed: bool) -> dict[str, float | int]:
-    """How the batch was distributed: see load_balancing.py."""
+    """Metrics of the assignment to ranks, see load_balancing.py."""
     micro_batches = [rows for of_rank in assignment for rows in of_rank if rows]
     all_tokens, run = sum(int(load.lengths[rows].sum()) for rows in micro_batches), sum(map(load.tokens, micro_batches))
     room = run if packed else sum(len(rows) * int(load.lengths[rows].max()) for rows in micro_batches)
@@ -121,8 +121,8 @@ def of_plan(assignment: list[list[list[int]]], load: Load, packed: bool) -> dict
 
 
 def of_speed(tokens: int, flops: float, spent: float, wait: float, num_ranks: int, rated: float | None) -> dict[str, float]:
-    """A step of `spent` seconds, `wait` of them for its batch. `flops` are of all ranks; MFU is their share of what the cards
-    are rated at, over the whole of the step, and left out where that is not known."""
+    """Speed of a step of `spent` seconds, `wait` of them for its batch. `flops` is over all ranks. MFU is their share of the
+    GPUs' peak over the whole step, and left out if the peak is unknown."""
     per_rank = flops / spent / num_ranks
     values = {"time/step": spent, "time/wait": wait, "tokens/per_second": tokens / spent}
     values["compute/tflops_per_rank"] = per_rank / 1e12
@@ -130,7 +130,7 @@ def of_speed(tokens: int, flops: float, spent: float, wait: float, num_ranks: in
 
 
 def missing(batch: Batch, needs_behavior: bool) -> dict[str, str]:
-    """What the loss needs and no trained token of the batch brings: name of the field -> what becomes of the loss instead."""
+    """Fields that the loss needs and no trained token of the batch has: name -> what is done without it."""
     if not batch.num_trained:
         return {}
     free = batch.loss_mask & (np.repeat(batch.overrides, batch.lengths) == Override.NONE)

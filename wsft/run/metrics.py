@@ -1,6 +1,6 @@
-"""What a run tells: one progress line, metrics.jsonl, wandb. Floats only; no tensors, no process groups.
+"""Sinks of metrics: a progress line, metrics.jsonl, W&B. Floats only; no tensors, no process groups.
 
-Rank 0 gets a `Metrics`, the others a `NullMetrics`, so that nobody asks for ranks where something is logged.
+Rank 0 gets a `Metrics`, other ranks a `NullMetrics`, so that the training loop need not check its rank.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from wsft.logs import write_line
 
 log = logging.getLogger(__name__)
 
-QUIET_S = 10.0  # without a terminal, a wait is logged after this long, then every WAIT_S
+QUIET_S = 10.0  # without a terminal, waiting is logged after this time, then every WAIT_S
 WAIT_S = 60.0
-WANDB_S = 60.0  # to begin, and to take what is left at the end
-FAILED_S = 5.0  # of a run that failed, whose other ranks wait to hear why
+WANDB_S = 60.0  # to start, and to send the rest at the end
+FAILED_S = 5.0  # the same for a run that failed, since other ranks wait for its message
 
 
 class Metrics:
-    """The sinks of rank 0. A run that goes on from `step` drops what was written of later steps: they come again.
+    """The sinks of rank 0. A run resumed from `step` first drops the lines of later steps, which will be trained again.
 
-    They only report: what goes wrong in one is logged once, and never reaches the run.
+    A sink that fails is logged once and closed, and never ends the run.
     """
 
     def __init__(self, config: WeightedSFTConfig, folder: Path, step: int):
@@ -49,15 +49,15 @@ class Metrics:
             self._try("W&B", self._open_wandb, config, folder)
 
     def set_status(self, what: str) -> None:
-        """What the run is at: "waiting for a batch", "training"."""
+        """Show the state of the run, such as "waiting for a batch" or "training"."""
         self._try("the progress line", self._line.set_status, what)
 
     def warn(self, text: str) -> None:
-        """Log what is the same on every rank once."""
+        """Log a warning that would be the same on every rank."""
         log.warning("%s", text)
 
     def step(self, values: dict[str, Any]) -> None:
-        """One step's values. What is not finite is written as null, which every JSON reader takes."""
+        """Write the values of a step; those that are not finite as null, which all JSON parsers accept."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         clean |= {"time/at": round(time.time(), 3), "run/starts": self._starts}
         self._try("metrics.jsonl", self._file.write, json.dumps(clean) + "\n")
@@ -67,7 +67,7 @@ class Metrics:
         self._try("the progress line", self._line.step, values)
 
     def sync(self) -> None:
-        """What was written is on disk, before a checkpoint says that it need not come again."""
+        """fsync, before a checkpoint is written that continues after these lines."""
         self._try("metrics.jsonl", os.fsync, self._file.fileno())
 
     def close(self, failed: bool = False) -> None:
@@ -83,12 +83,12 @@ class Metrics:
             if name not in self._said:
                 others = "is given up" if name == "W&B" else "is not whole"
                 log.warning(
-                    "%s fails, and %s; the run goes on (%s: %s)", name, others, type(error).__name__, _first_line(error)
+                    "%s fails, and %s; the run continues (%s: %s)", name, others, type(error).__name__, _first_line(error)
                 )
             self._said.add(name)
             if name == "W&B":
                 self._wandb = None
-                # what it would do as Python ends could last, or fail with a traceback
+                # at exit it could block, or fail with a traceback
                 threading.Thread(target=_forget_wandb, daemon=True).start()
 
     def _open_wandb(self, config: WeightedSFTConfig, folder: Path) -> None:
@@ -96,7 +96,7 @@ class Metrics:
 
 
 class NullMetrics:
-    """The sinks of every other rank."""
+    """The sinks of other ranks: none."""
 
     def set_status(self, what: str) -> None: ...
 
@@ -110,7 +110,7 @@ class NullMetrics:
 
 
 class _TerminalLine:
-    """One line that stays: tqdm's, with its time left."""
+    """A progress bar on a terminal."""
 
     def __init__(self, total: int, step: int):
         form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -131,7 +131,7 @@ class _TerminalLine:
 
 
 class _LogLines:
-    """Where stderr is a file or a pipe: a line a step, and a word on what is done first or waited for long."""
+    """For stderr to a file or pipe: a line per step, and one for the first state and for long waits."""
 
     def __init__(self, total: int, step: int):
         self._total, self._from, self._start = total, step, time.monotonic()
@@ -163,7 +163,7 @@ class _LogLines:
 
 
 def _forget_after(step: int, path: Path) -> int:
-    """Keep the lines up to the step, less one that a killed process left unfinished; how many starts of the run wrote any."""
+    """Keep the lines up to `step`, without an incomplete last one. Returns how many starts of the run have written lines."""
     if not path.exists():
         return 0
     lines = {text: json.loads(text) for text in path.read_text().split("\n") if text.endswith("}")}
@@ -174,7 +174,7 @@ def _forget_after(step: int, path: Path) -> int:
 
 
 def require_wandb(config: WeightedSFTConfig) -> None:
-    """UserError if W&B is asked for, and is not installed or has no key. Asks nobody over the network."""
+    """UserError if W&B is set, but not installed or without a key. Does not use the network."""
     if not config.wandb_project:
         return
     try:
@@ -194,8 +194,8 @@ def require_wandb(config: WeightedSFTConfig) -> None:
 def _open_wandb(config: WeightedSFTConfig, folder: Path) -> Any:
     import wandb
 
-    sys.argv = [without_password(argument) for argument in sys.argv]  # wandb keeps the command line
-    identity = folder / "wandb_id"  # a resumed run goes on in the same W&B run
+    sys.argv = [without_password(argument) for argument in sys.argv]  # W&B stores the command line
+    identity = folder / "wandb_id"  # a resumed run continues the same W&B run
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
     return wandb.init(
@@ -218,7 +218,7 @@ def _forget_wandb() -> None:
 
 
 def _finish(run: Any, failed: bool) -> None:
-    """What is still on its way to W&B may be on it for ever."""
+    """Finish, within a time limit: what is still to be sent to W&B may never arrive."""
     errors: list[Exception] = []
 
     def finish() -> None:

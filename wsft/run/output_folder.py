@@ -1,7 +1,7 @@
-"""output_dir: who may write there, what a new run replaces, what a resumed one finds, and how the run stands.
+"""output_dir: its lock, what a new run replaces, what a resumed run continues from, and the state of the run.
 
-Rank 0's business. `state.json` says `running`, `finished`, `preempted` or `failed`, the step, and why; a run that was killed
-leaves `running`. Knows nothing of ranks, and of a checkpoint only what checkpoint.py tells.
+Used by rank 0. `state.json` has the state (`running`, `finished`, `preempted`, `failed`), the step, and the reason; a killed
+run leaves `running`. Knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from wsft.run.checkpoint import SHARED_WAIT_S, Checkpoint, all_in, delete, requi
 
 log = logging.getLogger(__name__)
 
-# what a run leaves, and what overwriting removes
+# what a run writes, and overwriting removes
 RESULTS = (
     *("config.yaml", "state.json", "metrics.jsonl", "wandb_id", "journal", "checkpoints", "final", "final.partial"),
     *("report.html", "inspect.html"),
 )
-LOGS = "logs"  # of the launchers, which write there before there is a run
-LOCK_WAIT_S = 20.0  # a run that was killed may need seconds to be gone
+LOGS = "logs"  # written by the launchers before the run starts
+LOCK_WAIT_S = 20.0  # a killed run may take seconds to end
 SAY_S = 10.0
-TOKEN = ".token"  # of a start: who reads it sees the folder that rank 0 has opened
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # of Lustre without -o flock, of NFS without lockd
+TOKEN = ".token"  # per start: a rank that reads it sees the folder that rank 0 opened
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)  # Lustre without -o flock, NFS without lockd
 
 
 class RunFolder:
-    """Attributes: path, checkpoints, final: folders. step: the last one saved. token: once opened, what its file of that name
-    says."""
+    """Attributes: path, checkpoints, final: folders. step: the last one saved. token: content of the token file, once
+    opened."""
 
     def __init__(self, config: WeightedSFTConfig):
         self.path = Path(config.output_dir)
@@ -55,10 +55,11 @@ class RunFolder:
         self.step, self.token = found["step"] if self._ours else 0, ""
 
     def open(self, config: WeightedSFTConfig, contents: dict[str, str | None]) -> Checkpoint | None:
-        """Take the folder for this run: refuse or remove another run's results, or find what to go on from, None for step 0.
+        """Lock the folder for this run, and remove the results of another run or return the checkpoint to resume from (None:
+        start at step 0).
 
-        UserError if it belongs to a run still at work, holds results that nobody asked to replace, or holds another run: by its
-        settings, and by what they name (fingerprint.py).
+        UserError if another run is using it, if it has results that are not to be overwritten, or if it is not the run to be
+        resumed, by its settings and by what they name (fingerprint.py).
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,7 @@ class RunFolder:
             raise UserError(f"output_dir {self.path} cannot be written: {error}") from error
 
     def require_shared(self, token: str | None) -> None:
-        """UserError on a host whose output_dir is not the one that rank 0 opened, by the `token` that rank 0 wrote there."""
+        """UserError on a host whose output_dir is not the one that rank 0 opened, and wrote the `token` to."""
         deadline = time.monotonic() + SHARED_WAIT_S
         while not self._has(token):
             if time.monotonic() > deadline:
@@ -92,7 +93,7 @@ class RunFolder:
         return False
 
     def close(self) -> None:
-        """Another run may use the folder now."""
+        """Release the lock."""
         if self._lock:
             self._lock.close()
 
@@ -103,7 +104,7 @@ class RunFolder:
         atomic_write(self.path / "state.json", json.dumps(metadata) + "\n")
 
     def failed(self, reason: str) -> None:
-        """Say so in state.json, unless the folder is not this run's: another run's state stays as it is."""
+        """Write state.json, unless the folder is locked by another run."""
         if self._ours:
             self.write_state("failed", reason)
 
@@ -117,7 +118,7 @@ class RunFolder:
             except OSError as error:
                 if error.errno in NO_LOCKS:
                     log.warning(
-                        "the file system of output_dir %s has no locks (%s): see to it that no other run is at work there",
+                        "the file system of output_dir %s has no locks (%s): make sure that no other run uses it",
                         self.path,
                         error.strerror,
                     )
@@ -128,7 +129,7 @@ class RunFolder:
                 holder, waited = self._lock.read().strip(), time.monotonic() - start
                 if waited > LOCK_WAIT_S:
                     raise UserError(
-                        f"another run is at work in output_dir {self.path} ({holder}): stop it, or choose another output_dir"
+                        f"another run is using output_dir {self.path} ({holder}): stop it, or choose another output_dir"
                     ) from None
                 if waited % SAY_S < 1:
                     log.info("waiting for another run in %s to end (%s)", self.path, holder)
@@ -141,7 +142,7 @@ class RunFolder:
         found = sorted(path.name for path in self.path.glob("[!.]*") if path.name != LOGS)
         if found and not config.overwrite_output_dir:
             raise UserError(
-                f"output_dir {self.path} is not empty ({', '.join(found[:4])}): choose another one, go on with the run in it "
+                f"output_dir {self.path} is not empty ({', '.join(found[:4])}): choose another one, continue the run in it "
                 f"with --resume, or replace its results with --overwrite_output_dir"
             )
         for old in (self.path / name for name in RESULTS):
@@ -151,7 +152,7 @@ class RunFolder:
         if isinstance(config.resume, str) and not self._restarted:
             self._go_back_to(Checkpoint.at(Path(config.resume)), config, contents)
         elif config.overwrite_output_dir:
-            log.info("going on with the run in %s: overwrite_output_dir is for one that begins", self.path)
+            log.info("continuing the run in %s: overwrite_output_dir applies to a new run only", self.path)
         start, settings = next(reversed(all_in(self.checkpoints)), None), self.path / "config.yaml"
         was = start.metadata if start else {"config": yaml.safe_load(settings.read_text()) if settings.exists() else {}}
         require_same_run(was, config, contents, start.folder if start else self.path)
@@ -163,13 +164,13 @@ class RunFolder:
         return start
 
     def _go_back_to(self, wanted: Checkpoint, config: WeightedSFTConfig, contents: dict[str, str | None]) -> None:
-        """Make the named checkpoint the newest of this folder; bring it here, with its journal, if it is another run's."""
+        """Make the named checkpoint the newest of this folder; copy it here, with its journal, from another run's folder."""
         require_same_run(wanted.metadata, config, contents, wanted.folder)
         if wanted.folder.resolve().parent != self.checkpoints.resolve():
             if not all_in(self.checkpoints):
                 self._make_empty(config)
                 _bring(wanted, self.path)
-            return  # brought here by an earlier start of the same command: go on from the newest
+            return  # copied by an earlier start of the same command: continue from the newest
         newer = [c for c in all_in(self.checkpoints) if c.step > wanted.step]
         if newer and not config.overwrite_output_dir:
             raise UserError(
@@ -180,25 +181,25 @@ class RunFolder:
             log.warning("removing %s, newer than %s", checkpoint.folder, wanted.folder.name)
             delete(checkpoint.folder)
         if newer and (self.path / "wandb_id").exists():
-            log.info("W&B gets another run: of one, it takes no step twice")
+            log.info("W&B gets a new run, since it does not accept a step twice")
             (self.path / "wandb_id").unlink()
 
 
 def is_restart(env: Mapping[str, str]) -> bool:
-    """Whether SLURM or torchrun has started the same command before."""
+    """Whether this is a restart by SLURM or torchrun of the same command."""
     return any(int(env.get(name, "0")) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def job_of(env: Mapping[str, str]) -> str | None:
-    """What all starts by SLURM of one job, or by one torchrun, have in common."""
+    """An identifier that all starts of one SLURM job, or of one torchrun, have in common."""
     if "SLURM_JOB_ID" in env:
         return env["SLURM_JOB_ID"]
     return f"{os.uname().nodename}/{os.getppid()}" if "TORCHELASTIC_RESTART_COUNT" in env else None
 
 
 def _bring(checkpoint: Checkpoint, folder: Path) -> None:
-    """Into another run's folder: the checkpoint (hard links where they can be: it never changes), its journal, its metrics."""
-    log.info("bringing %s and its journal to %s", checkpoint.folder, folder)
+    """Copy a checkpoint (by hard links if possible, as it never changes), its journal and its metrics to another folder."""
+    log.info("copying %s and its journal to %s", checkpoint.folder, folder)
     origin = checkpoint.folder.parent.parent
     if (origin / "journal").exists():
         shutil.copytree(origin / "journal", folder / "journal")
@@ -213,5 +214,5 @@ def _bring(checkpoint: Checkpoint, folder: Path) -> None:
 def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or no hard links
         shutil.copy2(source, target)
