@@ -105,7 +105,7 @@ def end_untrained(group):
     return len(group["tokens"][1]) - 1
 
 
-def begun_twice(group):
+def doubled_bos(group):
     for name, value in {"tokens": None, "masks": -100, "inference_logprobs": PLACEHOLDER, "advantages": 0.0}.items():
         group[name][1].insert(0, group["tokens"][1][0] if value is None else value)
     return 1
@@ -119,15 +119,15 @@ def all_masked(group):
 @pytest.mark.parametrize(
     "plant, output",
     [
-        (mask_one_early, "the mask begins one token before the sampler's logps in 1 sequence"),
-        (mask_one_late, "the mask begins one token after the sampler's logps in 1 sequence"),
-        (logps_one_early, "the mask begins one token after the sampler's logps in 1 sequence"),
+        (mask_one_early, "the mask starts one token before the behavior logps in 1 sequence"),
+        (mask_one_late, "the mask starts one token after the behavior logps in 1 sequence"),
+        (logps_one_early, "the mask starts one token after the behavior logps in 1 sequence"),
         (header_trained, "tokens of the chat template are trained in 1 sequence"),
-        (user_trained, "what the user says is trained in 1 sequence"),
+        (user_trained, "user messages are trained in 1 sequence"),
         (line_after_the_end_trained, "tokens of the chat template are trained in 1 sequence"),
-        (no_end, "1 sequence(s) end without an end-of-sequence token, though nothing cut them off"),
+        (no_end, "1 sequence(s) end without an end-of-sequence token, though they were not cut off"),
         (end_untrained, "the end-of-sequence token is not trained in 1 sequence"),
-        (begun_twice, "the token that begins a sequence stands twice in 1 sequence"),
+        (doubled_bos, "the beginning-of-sequence token is doubled in 1 sequence"),
         (all_masked, "no token is trained in 1 sequence"),
     ],
 )
@@ -144,7 +144,7 @@ def test_a_group_whose_prompt_is_trained_is_named(clean, smollm2, tmp_path):
     groups = json.loads(clean)
     groups[2]["masks"] = groups[2]["tokens"]
     found = dict(findings(groups, tmp_path, smollm2))
-    assert found["the prompt is trained in 4 sequence(s): their groups begin alike, and no token is masked"] == [
+    assert found["the prompt is trained in 4 sequence(s): their groups have a common prefix, and no token is masked"] == [
         (r, 1) for r in range(8, 12)
     ]
 
@@ -161,7 +161,7 @@ def test_groups_without_variance_are_counted(clean, smollm2, tmp_path):
     for group in groups[1:3]:
         group |= {"advantages": None, "scores": [0.5] * 4}
     assert findings(groups, tmp_path, smollm2) == [
-        ("2 of 6 groups (33%) teach nothing: all their advantages are 0 (equal scores?)", [(4, None), (8, None)])
+        ("2 of 6 groups (33%) have no gradient: all their advantages are 0 (equal scores?)", [(4, None), (8, None)])
     ]
     assert findings(groups, tmp_path, smollm2, objective="sft") == []
 
@@ -217,13 +217,13 @@ def test_shifted_logps_are_told_from_those_of_other_weights(policy, tmp_path):
     for group in groups:
         group["inference_logprobs"] = [[*row[1:], -1.0] for row in group["inference_logprobs"]]
     text = findings(groups, tmp_path, policy, policy)[-1][0]
-    assert re.search(r"\d\.\d\d nats from the policy's on average: taken from one position earlier they fit .*, 0\.00", text)
+    assert re.search(r"\d\.\d\d nats from the policy's on average: shifted by one to the right they match .*, 0\.00", text)
     groups = sampled(policy)
     for group in groups:
         group["inference_logprobs"] = [[PLACEHOLDER, *row[:-1]] for row in group["inference_logprobs"]]
     assert "taken from one position later they fit" in findings(groups, tmp_path, policy, policy)[-1][0]
     other = make_model(tmp_path / "other", initializer_range=0.4)
-    assert "no shift of one fits" in findings(sampled(policy), tmp_path, other, other)[-1][0]
+    assert "no shift by one matches" in findings(sampled(policy), tmp_path, other, other)[-1][0]
 
 
 def test_logps_that_leave_the_temperature_out_are_recognised(policy, tmp_path):
@@ -262,7 +262,7 @@ def test_two_recorded_environments(smollm2, tmp_path):
     its scores are -1. GSM8K: two answers were cut off at 48 tokens, two end with <|im_end|>: nothing is wrong."""
     assert of_body("two_envs", smollm2, tmp_path) == [
         ("tokens of the chat template are trained in 4 sequence(s)", [(0, 859), (1, 859), (2, 954), (3, 921)]),
-        ("1 of 2 groups (50%) teach nothing: all their advantages are 0 (equal scores?)", [(0, None)]),
+        ("1 of 2 groups (50%) have no gradient: all their advantages are 0 (equal scores?)", [(0, None)]),
     ]
 
 
@@ -270,7 +270,7 @@ def test_recorded_groups_posted_by_hand(smollm2, tmp_path):
     """Ids 1 4093 198 28 2 read as `<|im_start|>user`, a line end, a comma and `<|im_end|>`, trained from the comma on: what a
     user says."""
     assert of_body("token_level_advantages", smollm2, tmp_path) == [
-        ("what the user says is trained in 4 sequence(s)", [(r, 3) for r in range(4)])
+        ("user messages are trained in 4 sequence(s)", [(r, 3) for r in range(4)])
     ]
 
 
@@ -360,7 +360,7 @@ def test_the_dry_run_says_what_looks_wrong_in_the_first_batch(clean, smollm2, ti
     model = make_model(tmp_path / "model", vocab_size=49_152)
     code, output = run_script("train.py", *flags(dict(model_name=model, tokenizer_name=smollm2, data=data, dry_run=True)))
     place = f"line 3, sequence 1, position {position}"
-    assert f"looks wrong: 1 sequence(s) end without an end-of-sequence token, though nothing cut them off ({place})" in output
+    assert f"looks wrong: 1 sequence(s) end without an end-of-sequence token, though they were not cut off ({place})" in output
     assert code == 0, output
 
 

@@ -4,13 +4,13 @@
     python -m wsft.environment --tokenizer FOLDER --pattern increasing --groups 64 --output rollouts.jsonl
     python -m wsft.environment --url http://localhost:8000 --tokenizer FOLDER --pattern custom --texts weighted.jsonl
 
-A line of weighted.jsonl is one prompt with its completions, each cut into pieces that have a weight. A token takes the
-weight of the piece in which its first character stands that is not white space; the end of the turn that of the last
-piece, which may be empty:
+A line of weighted.jsonl is one prompt with its completions, each a list of text pieces with weights. A token has the weight of
+the piece that contains its first character other than white space; the end of the turn that of the last piece, which may
+be empty:
 
     {"prompt": "Who are you?", "completions": [[["I am ", 0.0], ["a model", 1.0], ["", 0.5]], [["Guess.", -1.0]]]}
 
-It knows nothing of torch, ranks or the trainer. It is no model's sampler: there are no log-probabilities in its groups.
+Knows nothing of torch, ranks or the trainer. It does not sample from a model, so its groups have no logprobs.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from wsft.rollouts.client import CONNECT_SECONDS, CONTROL_READ_SECONDS
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two looks at a server that wants nothing yet
-QUEUED_BATCHES = 3  # how far ahead of the trainer; max_batches_offpolicy of atroposlib's environments, their default
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0  # interval in seconds at which a server without demand is polled
+QUEUED_BATCHES = 3  # batches ahead of the trainer; default of max_batches_offpolicy in atroposlib's environments
 
 
 # -- where groups go --------------------------------------------------------------------------------------------------
 
 
 class _NotYet(Exception):
-    """The server takes nothing now; it will recover."""
+    """The server cannot take a group now, and may recover."""
 
     def __init__(self, reason: str, *, never_sent: bool = False):
         super().__init__(reason)
-        self.never_sent = never_sent  # the request surely did not reach the server
+        self.never_sent = never_sent  # the request certainly did not reach the server
 
 
 class AtroposEnvironment:
-    """One environment of an Atropos server: registers, keeps a few batches in its queue, tolerates its restarts.
+    """An environment of an Atropos server: registers, keeps a few batches in its queue, recovers from restarts.
 
-    Never posts unregistered: what is posted to a server without a trainer keeps every trainer from registering there.
+    Posts only after a trainer has registered: a post to a server without a trainer prevents trainers from registering.
     """
 
     def __init__(self, url: str, group_size: int, max_token_len: int):
@@ -64,14 +64,14 @@ class AtroposEnvironment:
         self._said = ""
 
     def post(self, group: dict) -> None:
-        """Wait until the server wants a group, then send this one: once, whatever becomes of it on the way."""
+        """Wait until the server needs a group, then send it at most once."""
         pause = FIRST_PAUSE
         while not (self._is_wanted() and self._send(group)):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _is_wanted(self) -> bool:
-        """One look at the server, registering where needed; the queue is held full as atroposlib's env_manager holds it."""
+        """Poll the server, and register if needed. Returns whether to post, by the rule of atroposlib's env_manager."""
         try:
             if self._env_id is None:
                 self._register()
@@ -98,7 +98,8 @@ class AtroposEnvironment:
             )
 
     def _send(self, group: dict) -> bool:
-        """Whether this group is done with. Only one that surely did not arrive is sent again: twice would double it."""
+        """Whether the group was sent. It is sent again only if it certainly did not arrive, since a duplicate would count
+        twice."""
         try:
             self._ask("POST", "/scored_data", group | {"env_id": self._env_id})
         except _NotYet as reason:
@@ -109,7 +110,7 @@ class AtroposEnvironment:
         return True
 
     def _wait_for(self, reason: str) -> None:
-        self._env_id = None  # a server that was down has forgotten it
+        self._env_id = None  # a restarted server has no registrations
         if reason != self._said:
             log.info("waiting: %s", reason)
             self._said = reason
@@ -120,13 +121,13 @@ class AtroposEnvironment:
             timeout = (CONNECT_SECONDS, CONTROL_READ_SECONDS)
             response = requests.request(method, url, json=body, headers=HEADERS, timeout=timeout)
             answer = response.json() if response.status_code == 200 else None
-        except ValueError as error:  # no URL, or no JSON
+        except ValueError as error:  # not a URL, or not JSON
             raise UserError(
                 f"{url} is not of an Atropos server ({error}); expected --url like http://localhost:8000"
             ) from error
         except requests.RequestException as error:
             raise _NotYet(f"{self._url} cannot be reached", never_sent=never_sent(error)) from error
-        if response.status_code >= 500:  # so a server that restarted answers an environment it does not know
+        if response.status_code >= 500:  # answer of a restarted server to an unknown environment
             raise _NotYet(f"{path} answers {response.status_code}")
         if answer is None:
             raise UserError(
@@ -136,7 +137,7 @@ class AtroposEnvironment:
 
 
 def write(records: Iterator[dict], path: Path) -> None:
-    """One record a line; the file appears when it is whole."""
+    """Write one record per line; the file appears once complete."""
     aside = path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     with aside.open("w") as lines:
@@ -164,11 +165,11 @@ def parse_args() -> argparse.Namespace:
         metavar="PATTERN",
         help=f"the advantages of a completion's tokens. {CUSTOM}: the weights in --texts{patterns}",
     )
-    add("--level", choices=["token", "sequence"], default="token", help="sequence: scores only, no advantages per token")
+    add("--level", choices=["token", "sequence"], default="token", help="sequence: scores only, no token-level advantages")
     add("--texts", type=Path, metavar="FILE", help="JSONL of weighted texts, as above; built-in questions if unset")
     add("--groups", type=_at_least(0), default=0, metavar="N", help="groups to make; 0: until stopped (default)")
     add("--group_size", type=_at_least(1), metavar="G", help="sequences in a group; unset: as the first text has completions")
-    add("--seed", type=int, default=0, metavar="S", help="of the order of the texts and of what is random in a pattern")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the order of texts and of random patterns")
     add("--max_token_len", type=_at_least(2), default=4096, metavar="L", help="longest sequence allowed (default: %(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the groups to this JSONL file instead of posting them")
     args = parser.parse_args()
@@ -189,7 +190,7 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 
 def _stop(signal_number: int, frame: object) -> NoReturn:
-    os._exit(0)  # not sys.exit: some of the imports below swallow a SystemExit, and there is nothing to tidy up
+    os._exit(0)  # not sys.exit: some of the imports below catch SystemExit, and there is nothing to clean up
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""Groups of real text with known advantages: what the test environment posts.
+"""Groups of real text with known advantages, for the test environment.
 
-Texts are tokenised as the model's own chat template writes them; a pattern gives each completion token its advantage. Knows
+Texts are formatted by the model's chat template and tokenized; a pattern gives each token of a completion its advantage. Knows
 nothing of servers, torch, ranks or the trainer.
 """
 
@@ -34,7 +34,7 @@ NULL_FIELDS = (
 )
 
 
-# -- patterns: (number n of completion tokens, is the completion favoured, rng) -> n advantages -----------------------
+# -- patterns: (number n of completion tokens, whether the completion is favoured, rng) -> n advantages -----------------------
 
 
 def uniform_positive(n: int, favoured: bool, rng: random.Random) -> list[float]:
@@ -79,7 +79,7 @@ PATTERNS: dict[str, Pattern] = {
     pattern.__name__: pattern
     for pattern in (uniform_positive, uniform_negative, increasing, decreasing, sparse_positive, end_weighted, mixed)
 }
-CUSTOM = "custom"  # the weights of the texts themselves
+CUSTOM = "custom"  # weights are those of the texts
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ Piece = tuple[str, Annotated[float, Field(allow_inf_nan=False)]]
 
 
 class Text(BaseModel):
-    """One prompt and its completions, each a row of (piece of text, weight)."""
+    """A prompt and its completions, each a list of (text, weight)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -97,7 +97,7 @@ class Text(BaseModel):
 
 
 def built_in_texts() -> dict[str, Text]:
-    """Where it stands -> text: favoured completions weigh 1, disfavoured ones -1."""
+    """Name -> text: favoured completions have weight 1, disfavoured ones -1."""
     entries = yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
     return {
         f"built-in text {number}": Text(
@@ -109,7 +109,7 @@ def built_in_texts() -> dict[str, Text]:
 
 
 def read_texts(path: Path) -> dict[str, Text]:
-    """Where it stands -> text, of a JSONL file. A UserError names the line that is broken."""
+    """Name -> text, from a JSONL file. UserError with the line that is invalid."""
     if not path.is_file():
         raise UserError(f"--texts {str(path)!r} is not a file: expected JSONL, one prompt with its completions a line")
     texts = {}
@@ -136,10 +136,10 @@ def read_texts(path: Path) -> dict[str, Text]:
 
 @dataclass(frozen=True)
 class Completion:
-    """A tokenised conversation of one prompt and one completion, up to and including the end of the turn."""
+    """A tokenized conversation of a prompt and a completion, including the end of the turn."""
 
     tokens: list[int]
-    weights: list[float]  # of the trained tokens, which are the last len(weights) ones
+    weights: list[float]  # of the trained tokens, which are the last ones
 
     @property
     def favoured(self) -> bool:
@@ -151,24 +151,26 @@ class Completion:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer  # seconds to import: not before a wrong flag was reported
+    from transformers import AutoTokenizer  # takes seconds to import: after flags were checked
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer in {folder!r}: expected the folder of the model to train ({error})") from error
     if not tokenizer.is_fast:
-        raise UserError(f"the tokenizer in {folder!r} has no fast version, which alone tells where a token stands in the text")
+        raise UserError(
+            f"the tokenizer in {folder!r} has no fast version, which is needed for the positions of tokens in the text"
+        )
     if tokenizer.chat_template is None:
         log.warning("the tokenizer has no chat template: the conversations are prompt, line break, completion, end of text")
     return tokenizer
 
 
 def tokenise(prompt: str, pieces: list[Piece], tokenizer: PreTrainedTokenizerFast) -> Completion:
-    """One conversation as the model's chat template writes it. Trained: the completion and the token that ends its turn.
+    """A conversation in the model's chat template. Trained are the completion and the token that ends its turn.
 
-    What the template puts between prompt and completion (an empty thinking block) is untrained, what it puts after
-    the end of the turn (a line break) is left out: the model never writes either.
+    Text of the template between prompt and completion (an empty thinking block) is untrained, text after the end of the turn
+    (a line break) is left out, since the model never generates either.
     """
     text = "".join(piece for piece, _ in pieces)
     head, whole = _conversation(prompt, text, tokenizer)
@@ -193,7 +195,7 @@ def tokenise(prompt: str, pieces: list[Piece], tokenizer: PreTrainedTokenizerFas
 
 
 def _conversation(prompt: str, completion: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
-    """The text that asks for the completion, and the text with the completion."""
+    """The text of the prompt, and the text with the completion."""
     if tokenizer.chat_template is None:
         return f"{prompt}\n", f"{prompt}\n{completion}{tokenizer.eos_token or ''}"
     asked = [{"role": "user", "content": prompt}]
@@ -203,12 +205,12 @@ def _conversation(prompt: str, completion: str, tokenizer: PreTrainedTokenizerFa
 
 
 def _first_visible(text: str, span: tuple[int, int]) -> int:
-    """Where a token's first character stands that is not white space. Tokenizers disagree on the space before a word."""
+    """Position of a token's first character that is not white space, since tokenizers treat spaces before words differently."""
     return next((i for i in range(*span) if not text[i].isspace()), span[0])
 
 
 def tokenise_all(texts: dict[str, Text], tokenizer: PreTrainedTokenizerFast, max_token_len: int) -> list[list[Completion]]:
-    """Per prompt its completions. All are looked at before the first group leaves: a UserError names what cannot be."""
+    """For each prompt its tokenized completions. UserError if any is invalid, before the first group is posted."""
     prompts = []
     for where, text in texts.items():
         try:
@@ -226,7 +228,7 @@ def tokenise_all(texts: dict[str, Text], tokenizer: PreTrainedTokenizerFast, max
 
 
 def groups(prompts: list[list[Completion]], pattern: str, level: str, group_size: int, seed: int) -> Iterator[dict]:
-    """Atropos records without end: every prompt once in an order drawn anew for each pass. The same seed, the same groups."""
+    """An endless stream of Atropos records: every prompt once per pass, in random order. Deterministic by seed."""
     rng = random.Random(seed)
     while True:
         for completions in rng.sample(prompts, len(prompts)):
@@ -234,7 +236,7 @@ def groups(prompts: list[list[Completion]], pattern: str, level: str, group_size
 
 
 def _drawn(completions: list[Completion], size: int, rng: random.Random) -> list[Completion]:
-    """`size` completions, favoured and disfavoured in turn while both last; where they are too few, again from the first."""
+    """`size` completions, alternating favoured and disfavoured ones while possible, repeated if there are too few."""
     kinds = [[c for c in completions if c.favoured is favoured] for favoured in (True, False)]
     for kind in (*kinds, kinds):
         rng.shuffle(kind)
@@ -243,7 +245,7 @@ def _drawn(completions: list[Completion], size: int, rng: random.Random) -> list
 
 
 def _group(completions: list[Completion], pattern: str, level: str, rng: random.Random) -> dict:
-    """One record. A sequence's score is the mean advantage of its trained tokens."""
+    """A record. The score of a sequence is the mean advantage of its trained tokens."""
     weights = [c.weights if pattern == CUSTOM else PATTERNS[pattern](len(c.weights), c.favoured, rng) for c in completions]
     advantages = [[0.0] * (len(c.tokens) - len(w)) + w for c, w in zip(completions, weights, strict=True)]
     return {

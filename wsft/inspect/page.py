@@ -1,7 +1,7 @@
-"""A batch of rollouts as one HTML file that needs nothing else: no server, no network, no library.
+"""A batch of rollouts as one self-contained HTML file: no server, network or library.
 
-What a rollout holds is never markup: it travels as gzip in base64, which has no `<`, and inspect_page.html puts it into the
-page as text alone, under a policy that lets nothing out. Knows nothing of tokenizers, objectives or records.
+Rollouts are never markup: they are embedded as gzip in base64, which contains no `<`, and inspect_page.html inserts them as
+text only, under a content security policy without connections. Knows nothing of tokenizers, objectives or records.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-TYPES = {"piece": "<i4", "id": "<i4", "mask": "u1"}  # of the arrays of tokens; float32 the others
+TYPES = {"piece": "<i4", "id": "<i4", "mask": "u1"}  # of these arrays; others are float32
 
 
 def page(view: dict[str, Any]) -> str:
-    """The whole page.
+    """The HTML page.
 
     `view["tokens"]` holds arrays over the tokens of all rollouts in their order: piece (an index of `view["pieces"]`, the
     distinct texts), id, mask, advantage, behavior_logp, weight and, where a policy was run, logp and ratio; NaN where there is
@@ -32,12 +32,12 @@ def page(view: dict[str, Any]) -> str:
     assert len(sizes) == 1, f"tokens of {sizes} positions"
     packed = {name: base64.b64encode(values).decode() for name, values in tokens.items()}
     text = json.dumps(view | {"tokens": packed, "scale": _scale(tokens["weight"])}, default=lambda scalar: scalar.item())
-    text = json.dumps(json.loads(text, parse_constant=str))  # NaN and Infinity, which JSON in a browser lacks, as strings
+    text = json.dumps(json.loads(text, parse_constant=str))  # NaN and Infinity as strings, which browsers' JSON lacks
     data = base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
     return TEMPLATE.read_text(encoding="utf-8").replace("THE VIEW", data)
 
 
 def _scale(weights_N: np.ndarray) -> float:
-    """The weight with the full colour: so high that few are beyond it, so low that one outlier does not bleach the rest."""
+    """The weight shown in full colour: a high percentile, so that an outlier does not bleach the others."""
     sizes = np.abs(weights_N[np.isfinite(weights_N) & (weights_N != 0)])
     return float(np.quantile(sizes, 0.98)) if len(sizes) else 1.0

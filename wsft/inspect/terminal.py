@@ -1,13 +1,13 @@
-"""Look at a batch as training sees it: its text, what each token would weigh, and what looks wrong.
+"""Shows a batch as training sees it: its text, the weight of each token, and findings of the checks.
 
     python -m wsft.inspect rollouts.jsonl --tokenizer FOLDER            # the first batch_size sequences; --batch 1 for the next
     python -m wsft.inspect runs/first                                   # a run's journal, its newest batch; or --batch 7
-    python -m wsft.inspect http://host:8000 --tokenizer FOLDER          # the group posted last; nothing is taken from the run
+    python -m wsft.inspect http://host:8000 --tokenizer FOLDER          # the group posted last; takes nothing from the queue
     python -m wsft.inspect runs/first --model runs/first/final          # with the policy's logps, ratios and weights
 
-Prints findings, groups and the first rollouts, and writes all of them into one HTML page that needs no network. Settings of
-train.py may follow (--objective, --batch_size, --score_advantages, ...); a run's own come from its config.yaml. Records are
-decoded, shaped and weighed by the code that trains. Without --model the policy is taken to be the sampler: ratios are 1.
+Prints findings, groups and the first rollouts, and writes all rollouts into one self-contained HTML page. Settings of train.py
+may follow (--objective, --batch_size, --score_advantages, ...); those of a run come from its config.yaml. Decoding, advantages
+and weights are computed by the code that trains. Without --model the policy is assumed to be the sampler: ratios are 1.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from wsft.loss.advantages import Override
 from wsft.rollouts.decoder import REJECTED
 
 PROG = "python -m wsft.inspect"
-TOKENS_SHOWN = 800  # of a rollout, in the terminal
-CONTEXT_SHOWN = 100  # tokens on either side of trained ones, of a long rollout
+TOKENS_SHOWN = 800  # tokens of a rollout shown in the terminal
+CONTEXT_SHOWN = 100  # tokens shown around trained ones in a long rollout
 PARTS_OF_A_CHARACTER = 8  # tokens at most
 OVERRIDES = {Override.NONE: "", Override.ZERO: "set_advantage_to_zero", Override.SFT: "sft"}
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = read_args(argv)
-    logging.getLogger("wsft").setLevel(logging.ERROR)  # what was left out is among the findings
+    logging.getLogger("wsft").setLevel(logging.ERROR)  # warnings of the decoder are among the findings
     disable_progress_bar()
-    os.umask(0o077)  # rollouts may hold anything: the page is its user's alone
+    os.umask(0o077)  # rollouts may hold anything: the page is readable by its owner only
     try:
         found = inspect(args.source, args.batch, config, args.model)
         view = view_of(found, args.model)
@@ -54,21 +54,19 @@ def main(argv: list[str] | None = None) -> None:
     except (UserError, OSError) as error:
         sys.exit(f"{PROG}: error: {error}")
     show(view, Console(highlight=False), args.show)
-    print(f"all {len(view['rollouts'])} sequences, with every token's numbers: {args.html}")
+    print(f"all {len(view['rollouts'])} sequences, with the numbers of each token: {args.html}")
 
 
 def read_args(argv: list[str] | None) -> tuple[argparse.Namespace, WeightedSFTConfig]:
-    """This command's own arguments, and the settings that decoding and weighing ask for."""
-    description = (
-        "Look at a batch as training sees it. Settings of train.py may follow: --objective, --batch_size, --config, ..."
-    )
+    """The arguments of this command, and the settings for decoding and weights."""
+    description = "Show a batch as training sees it. Settings of train.py may follow: --objective, --batch_size, --config, ..."
     parser = argparse.ArgumentParser(prog=PROG, description=description, allow_abbrev=False)
     parser.add_argument("source", help="JSONL file of groups, output_dir of a run, or URL of an Atropos server")
-    parser.add_argument("--tokenizer", help="folder or hub name; of a run, its own if unset")
+    parser.add_argument("--tokenizer", help="folder or hub name; for a run, its own if unset")
     parser.add_argument("--model", help="folder or hub name of the policy whose logps are compared with the sampler's")
-    parser.add_argument("--batch", type=int, help="its number, from 0; of a run the newest if unset, of a file the first")
+    parser.add_argument("--batch", type=int, help="index from 0; if unset the newest of a run, the first of a file")
     parser.add_argument("--show", type=int, default=3, help="sequences shown in the terminal; the page has all")
-    parser.add_argument("--html", help="where the page is written; beside the source if unset")
+    parser.add_argument("--html", help="path of the page; next to the source if unset")
     args, settings = parser.parse_known_args(argv)
     run = Path(args.source) / "config.yaml"
     if run.exists() and "--config" not in " ".join(settings):
@@ -95,9 +93,9 @@ def _beside(source: str) -> str:
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[np.ndarray]) -> list[list[str]]:
-    """The text of each token of each row. Of a character that several tokens share, the last has it, and those before an
-    ellipsis."""
-    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # a first token would lose the space before it
+    """The text of each token of each row. A character that several tokens form is shown at the last, with an ellipsis at the
+    others."""
+    anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]  # decoding strips a space before the first token
     lead = tokenizer.decode(anchor)
 
     def text(ids: list[int]) -> str:
@@ -121,7 +119,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, rows: Sequence[np.ndarray]) -> li
 
 
 def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
-    """What is shown, as `inspect_page.page` wants it."""
+    """The data to show, in the format of `page.page`."""
     view, batch, config = found.view, found.view.batch, found.config
     texts = list(chain(*pieces(found.tokenizer, [rollout.tokens for rollout in view.rollouts])))
     numbers = {text: n for n, text in enumerate(dict.fromkeys(texts))}
@@ -156,7 +154,7 @@ def view_of(found: Inspected, policy: str | None) -> dict[str, Any]:
             _group(groups, origin)["rejected"].append(rejected)
     metadata = {
         "objective": config.objective, "reduction": config.reduction, "advantages": config.advantage_normalization,
-        "tokenizer": config.tokenizer_name or config.model_name, "policy": policy or "taken to be the sampler",
+        "tokenizer": config.tokenizer_name or config.model_name, "policy": policy or "assumed to be the sampler",
     }  # fmt: skip
     return {
         "title": found.title, "metadata": metadata, "pieces": list(numbers), "groups": list(groups.values()),
@@ -230,8 +228,8 @@ def _few(values: list[float | None]) -> str:
 
 
 def _coloured(view: dict[str, Any], start: int, stop: int) -> Text:
-    """A rollout's text: blue where it is made likelier, red where less, grey where untrained; a bar where training begins. Of
-    a long prompt only what stands next to trained tokens."""
+    """A rollout's text: blue for positive weights, red for negative ones, grey if untrained; a bar where training starts. Of a
+    long prompt only the part next to trained tokens."""
     tokens, text, left_out = view["tokens"], Text(), 0
     trained = tokens["mask"][start:stop].astype(bool)
     near = (
@@ -252,7 +250,7 @@ def _coloured(view: dict[str, Any], start: int, stop: int) -> Text:
 
 
 def _style(trained: bool, weight: float) -> str:
-    """Of a token whose weight is between -1 and 1."""
+    """Style of a token with a weight between -1 and 1."""
     strength = int(60 + 120 * abs(weight))
     if not trained:
         return "grey50"
@@ -262,7 +260,7 @@ def _style(trained: bool, weight: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Control and formatting characters as signs for them: a terminal would obey them."""
+    """Replace control and formatting characters by symbols, since a terminal would interpret them."""
     return "".join(c if c == "\n" or c.isprintable() else _sign(c) for c in text)
 
 

@@ -1,5 +1,5 @@
-"""A batch of records as training would have it: taken from a file, a run's journal or a server, decoded, shaped and weighed by
-the code that trains, with the policy's logps if a model is named. `checks.py` says what looks wrong. Knows nothing of ranks.
+"""Loads a batch of records from a file, a run's journal or a server, and computes what training would: rollouts, advantages,
+weights, and with a model the policy's logps. `checks.py` looks for faults in it. Knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Taken(NamedTuple):
     title: str
     rollouts: list[Rollout]
     faults: dict[str, list[Fault]]
-    counts: np.ndarray  # as `Batch.counts`
+    counts: np.ndarray  # see `Batch.counts`
 
 
 # -- where batches are -------------------------------------------------------------------------------------------------------
 
 
 def take(source: str, number: int | None, config: WeightedSFTConfig, processor: AtroposBatchProcessor) -> Taken:
-    """Batch `number` of a file, of a run, or the group that a server was given last. UserError if there is none."""
+    """Batch `number` of a file or run, or the group that was posted to a server last. UserError if there is none."""
     if source.startswith(("http://", "https://")):
         record = client_of(config.model_copy(update={"atropos_url": source}), 1, registers=False).latest_example()
         if not record.get("tokens"):
@@ -91,7 +91,7 @@ class Inspected:
     config: WeightedSFTConfig
     tokenizer: PreTrainedTokenizerBase
     view: BatchView
-    weights_N: np.ndarray  # what each token weighs; 0 where untrained
+    weights_N: np.ndarray  # weight of each token; 0 where untrained
 
     @functools.cached_property
     def findings(self) -> list[Finding]:
@@ -99,7 +99,7 @@ class Inspected:
 
 
 def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: str | None) -> Inspected:
-    """The batch as training would have it; `policy` is the folder of the model whose logps are compared."""
+    """The batch as in training; `policy` is the folder of the model whose logps are compared."""
     tokenizer = load_tokenizer(config)
     processor = processor_of(config, vocab_size_of(config, tokenizer))
     taken = take(source, number, config, processor)
@@ -129,7 +129,7 @@ def batch_view(
 
 
 def vocab_size_of(config: WeightedSFTConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The model's, or the tokenizer's where there is no model."""
+    """Of the model, or of the tokenizer without a model."""
     try:
         return load_model_config(config.model_name, config).get_text_config().vocab_size
     except UserError:
@@ -143,25 +143,25 @@ def special_tokens_of(tokenizer: PreTrainedTokenizerBase, config: WeightedSFTCon
         ends |= set(found if isinstance(found, list) else [found])
     ends -= {None}
     headers = {}
-    with contextlib.suppress(Exception):  # a template is a program of the model's author
+    with contextlib.suppress(Exception):  # a template is code of the model's author, and may raise anything
         headers = {role: _written_before(tokenizer, role) for role in ("assistant", "user")}
     return SpecialTokens(tokenizer.bos_token_id, frozenset(ends), frozenset(tokenizer.all_special_ids) - ends, **headers)
 
 
 def _written_before(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[int, ...]:
-    """What the chat template writes between the end of one turn and what the role says."""
+    """What the chat template writes between the end of a turn and the message of the role."""
     turns = [{"role": name, "content": f"<{name}>"} for name in ("user", "assistant", "user")]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     before, _, _ = text.rpartition(f"<{role}>")
     turn = before[before.rfind("<assistant>" if role == "user" else "<user>") :].split(">", 1)[1]
     ids = tokenizer.encode(turn, add_special_tokens=False)
     end = max((n + 1 for n, i in enumerate(ids) if i == tokenizer.eos_token_id), default=0)
-    # nor is what follows the end of that turn a part of this one
+    # without what follows the end of the turn before
     return tuple(itertools.dropwhile(lambda i: not tokenizer.decode([i]).strip(), ids[end:]))
 
 
 def weights(config: WeightedSFTConfig, batch: Batch, logp_N: np.ndarray | None) -> np.ndarray:
-    """What each token weighs [N], before the reduction; without the policy's logps as if the sampler's were they."""
+    """Weights of tokens [N] before the reduction; without the policy's logps, behavior logps are used in their place."""
     terms = terms_of(config, batch, list(range(len(batch.lengths))))
     at = batch.loss_mask
     known = batch.behavior_logp[at] if logp_N is None else logp_N[at]
@@ -179,7 +179,7 @@ def terms_of(config: WeightedSFTConfig, batch: Batch, rows: list[int]) -> TokenT
 
 def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:
     device = torch.device(device_type(config.device))
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers loads DeepSpeed, which would warn that it looks for one
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # transformers imports DeepSpeed, which warns if this is unset
     ds = {"bf16": {"enabled": device.type == "cuda"}, "zero_optimization": {"stage": 0}}
     model = load_model(policy, config, ds).to(device).eval()
     model.check_head(device)
@@ -188,7 +188,7 @@ def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:
 
 @torch.no_grad()
 def policy_logps(model: WeightedSFTModel, config: WeightedSFTConfig, batch: Batch) -> np.ndarray:
-    """The policy's logp of every trained token [N], at the temperature of its sequence; NaN elsewhere."""
+    """The policy's logps of trained tokens [N], at the temperature of their sequences; NaN elsewhere."""
     device, found = next(model.parameters()).device, np.full(len(batch.tokens), np.nan, dtype=np.float32)
     for r, span in enumerate(batch.spans()):
         at = np.flatnonzero(batch.loss_mask[span])

@@ -1,11 +1,10 @@
-"""One page, or one picture, of one or several runs, from what their folders hold:
+"""A page, or a picture, of one or several runs, from their folders:
 
     python -m wsft.report runs/first                                  # writes runs/first/report.html
     python -m wsft.report runs/first runs/second --html compared.html
     python -m wsft.report runs/first --png curves.png                 # a picture instead
 
-The page holds all that it shows, asks the network for nothing, and stays under 2 MB however long the runs are. Knows nothing of
-torch, or of how a run is made.
+The page is self-contained and stays under 2 MB for runs of any length. Knows nothing of torch or training.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ from wsft.errors import UserError
 from wsft.report.panels import MEANS, Curve, Panel, colour, events_of, shown
 from wsft.report.runs import Run, differing_settings, read_runs
 
-POINTS = 36_000  # on the page, of all lines and their means together: 11 bytes each, beside Bokeh's 1.3 MB
-STRETCHES = 200  # in which events of a run are counted
+POINTS = 36_000  # on the page, for all lines and their means: 11 bytes each, in addition to Bokeh's 1.3 MB
+STRETCHES = 200  # into which events of a run are binned
 TEMPLATE = Path(__file__).with_suffix(".html")
 
 
 def write_page(runs: Sequence[Run], out: Path) -> None:
-    """One HTML file. Complete or absent: one that stands there is replaced at the end."""
+    """Write one HTML file, complete or absent: an existing one is replaced at the end."""
     panels = shown(runs)
     points = max(POINTS // sum(len(curves) for _, curves in panels) - MEANS, 40)
     longest = max(len(curve.steps) for _, curves in panels for curve in curves)
@@ -95,7 +94,7 @@ def write_picture(runs: Sequence[Run], out: Path) -> None:
     for axes in places:
         axes.set_axis_off()
     colours = [colour(runs, r, 0) if len(runs) > 1 else "none" for r in range(len(runs))]
-    names = [" " + run.label.replace("$", r"\$") for run in runs]  # matplotlib takes $ for mathematics, and drops _names
+    names = [" " + run.label.replace("$", r"\$") for run in runs]  # matplotlib interprets $, and drops labels that start with _
     handles = [Line2D([], [], color=of_run) for of_run in colours]
     picture.legend(handles, names, loc="outside upper center", ncols=len(runs), frameon=False)
     buffer = io.BytesIO()
@@ -112,12 +111,12 @@ def _draw(axes: Axes, panel: Panel, curves: Sequence[Curve]) -> None:
     axes.set_yscale("log" if panel.log else "linear")
     handles, labels = axes.get_legend_handles_labels()
     if len(set(labels)) > 1:
-        named = dict(zip(reversed(labels), reversed(handles), strict=True))  # of several runs, those of the first
+        named = dict(zip(reversed(labels), reversed(handles), strict=True))  # for several runs, those of the first
         axes.legend(reversed(named.values()), reversed(named), fontsize="x-small")
 
 
 class _Plots:
-    """Bokeh's figures on one axis of steps, with what moves them together."""
+    """Bokeh's figures with a common axis of steps, and tools that move them together."""
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = runs
@@ -131,7 +130,7 @@ class _Plots:
     def panel(self, panel: Panel, curves: list[Curve], points: int) -> figure:
         plot = self._figure(height=190, y_axis_type="log" if panel.log else "linear", min_border_left=52)
         plot.yaxis.formatter = CustomJSTickFormatter(code="return told(tick, 8)")
-        if not panel.log:  # what never changes stands in the middle, with its own height around it
+        if not panel.log:  # a constant is centred, with a range of its own magnitude
             plot.y_range.default_span = max(float(np.nanmax(np.abs(curve.values))) for curve in curves) or 1
 
         def draw(curve: Curve, **style) -> ColumnDataSource:
@@ -148,7 +147,7 @@ class _Plots:
         return plot
 
     def strip(self) -> list[figure]:
-        """Events of the runs: a row a kind, and in it a row a run. None where nothing did."""
+        """Events of the runs, a row per kind and run; None without events."""
         events, tall = events_of(self.runs, self.width), 1 / len(self.runs)
         if not events:
             return []
@@ -168,7 +167,7 @@ class _Plots:
         return [plot]
 
     def join(self, plots: list[figure]) -> None:
-        """One document of all, in which each moves and reads the others."""
+        """One document of all figures, with linked hover and ranges."""
         document, args = Document(), {"sources": self.sources, "steps": self.steps, "drags": self.drags}
         read = CustomJS(args=args, code="read(sources, cb_obj.x)")
         leave = CustomJS(args=args, code="read(sources, Infinity)")
@@ -177,14 +176,14 @@ class _Plots:
             for event, code in ((MouseMove, read), (Tap, read), (MouseLeave, leave), (DoubleTap, whole)):
                 plot.js_on_event(event, code)
         document.js_on_event(DocumentReady, CustomJS(args=args, code="ready(sources, steps, drags)"))
-        with document.models.freeze():  # else Bokeh looks at all of them again for each
+        with document.models.freeze():  # else Bokeh recomputes all of them for each
             for plot in plots:
                 document.add_root(plot)
 
     def _figure(self, **options) -> figure:
         bare = {"tools": "", "toolbar_location": None, "sizing_mode": "stretch_width"}
         plot = figure(x_range=self.steps, window_axis="x", min_border_right=20, **bare, **options)
-        # without Ctrl the wheel moves the page
+        # without Ctrl the wheel scrolls the page
         drag, wheel = BoxZoomTool(dimensions="width"), WheelZoomTool(dimensions="width", modifiers="ctrl")
         self.drags.append(drag)
         plot.add_tools(drag, wheel, CrosshairTool(overlay=self.cursor))
@@ -198,7 +197,7 @@ class _Plots:
 
 
 def _keys(lines: list[Curve]) -> dict[tuple[str, str], list[str]]:
-    """(label, dash) -> colours of the runs that have it, in the order of the lines."""
+    """(label, dash) -> colours of the runs with that line, in order."""
     keys: dict[tuple[str, str], list[str]] = {}
     for curve in lines:
         keys.setdefault((curve.label, curve.dash), []).append(curve.colour)
@@ -206,7 +205,7 @@ def _keys(lines: list[Curve]) -> dict[tuple[str, str], list[str]]:
 
 
 def _metadata(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """How the runs stand."""
+    """A table with the state of the runs."""
     columns = []
     for run in runs:
         last, saved = run.lines[-1], run.checkpoint
@@ -242,7 +241,9 @@ def _replace(out: Path, content: bytes) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wsft.report", description="Show one or several runs on one page.")
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="the page; unset: report.html in the run, or here for several")
+    parser.add_argument(
+        "--html", type=Path, metavar="OUT", help="path of the page; if unset report.html in the run, or here for several"
+    )
     parser.add_argument("--png", type=Path, metavar="OUT", help="a picture, instead of the page unless --html is given too")
     args = parser.parse_args()
     page = args.html or (None if args.png else (args.runs[0] if len(args.runs) == 1 else Path()) / "report.html")

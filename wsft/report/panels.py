@@ -1,5 +1,5 @@
-"""What is drawn of runs: panels, the curves in them, and events of the runs. Long curves are thinned so that no extreme is
-lost. Knows nothing of pages or pictures.
+"""Panels of a report: curves and events of runs. Long curves are thinned without losing extremes. Knows nothing of pages or
+pictures.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import numpy as np
 from wsft.errors import UserError
 from wsft.report.runs import EVENTS, Occurrences, Run
 
-COLOURS = ("#3b82d6", "#e0712c", "#2a9d62", "#c84f9b", "#8a6ee0", "#b08a1a", "#1f9aa8", "#d64545")  # on white and on black
+COLOURS = ("#3b82d6", "#e0712c", "#2a9d62", "#c84f9b", "#8a6ee0", "#b08a1a", "#1f9aa8", "#d64545")  # on white, on black
 DASHES = ("", "6 3", "2 2", "8 3 2 3", "4 2 2 2 2 2")
-MEANS = 100  # of a long curve, drawn over it
+MEANS = 100  # points of the mean drawn over a long curve
 
 
 @dataclass(frozen=True)
 class Panel:
-    """`lines`: label -> name of a metric, a regular expression whose groups the label may repeat."""
+    """`lines`: label -> regular expression for names of metrics, whose groups may be used in the label."""
 
     title: str
     lines: dict[str, str]
@@ -46,7 +46,7 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of one run in a panel; NaN where there is a gap. `dash`: lengths of dashes and gaps, empty for a solid line."""
+    """A line of a run in a panel; NaN marks gaps. `dash`: lengths of dashes and gaps, empty for a solid line."""
 
     label: str
     steps: np.ndarray
@@ -59,23 +59,23 @@ class Curve:
         return replace(self, steps=self.steps[kept], values=self.values[kept])
 
     def averaged(self) -> Curve:
-        """The mean of each of equal stretches, which shows through noise; the curve itself where it is short."""
+        """Means over equal intervals, to show a trend in noise; the curve itself if it is short."""
         if len(self.steps) < 4 * MEANS:
             return self
         starts, known = np.linspace(0, len(self.steps), MEANS, endpoint=False, dtype=int), np.isfinite(self.values)
-        with np.errstate(invalid="ignore"):  # where a stretch has none there is a gap
+        with np.errstate(invalid="ignore"):  # an interval without values is a gap
             means = np.add.reduceat(np.where(known, self.values, 0), starts) / np.add.reduceat(known.astype(np.float32), starts)
         return replace(self, steps=self.steps[starts + len(self.steps) // (2 * MEANS)], values=means)
 
     def alone(self) -> np.ndarray:
-        """Indices of points between gaps, which no line would show."""
+        """Indices of isolated points between gaps, which a line would not show."""
         known = np.pad(np.isfinite(self.values), 1)
         return np.flatnonzero(known[1:-1] & ~known[:-2] & ~known[2:])
 
 
 def thin(values: np.ndarray, points: int) -> np.ndarray:
-    """Indices of about `points` of the values: the lowest and the highest of each of equal stretches, the first and the last,
-    and a NaN wherever some lie between them."""
+    """Indices of about `points` values: minimum and maximum of each of equal intervals, the first and the last, and one NaN
+    wherever there are some in between."""
     if len(values) <= points:
         return np.arange(len(values))
     gaps, known = np.flatnonzero(np.isnan(values)), np.flatnonzero(~np.isnan(values))
@@ -86,7 +86,7 @@ def thin(values: np.ndarray, points: int) -> np.ndarray:
 
 
 def shown(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
-    """The panels of which there is anything, with their curves: line by line, each run by run. UserError if there is none."""
+    """Panels with their curves, ordered by line and run; those without values are left out. UserError if none is left."""
     found = [(panel, curves) for panel in PANELS if (curves := _curves(panel, runs))]
     if not found:
         raise UserError(f"{runs[0].folder} has steps, but no value that is drawn, like loss: name the output_dir of a run")
@@ -94,13 +94,13 @@ def shown(runs: Sequence[Run]) -> list[tuple[Panel, list[Curve]]]:
 
 
 def events_of(runs: Sequence[Run], width: int = 1) -> dict[str, list[Occurrences]]:
-    """Of each kind of event that any of the runs had: where each had it."""
+    """For each kind of event in any run, the steps of each run."""
     found = {kind: [run.events(kind, width) for run in runs] for kind in EVENTS}
     return {kind: of_runs for kind, of_runs in found.items() if any(len(first) for first, _, _ in of_runs)}
 
 
 def colour(runs: Sequence[Run], run: int, line: int) -> str:
-    """Several runs differ in colour, and their lines in dashes; the lines of one run in colour."""
+    """Several runs differ by colour, and their lines by dashes; the lines of one run by colour."""
     return COLOURS[(run if len(runs) > 1 else line) % len(COLOURS)]
 
 

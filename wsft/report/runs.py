@@ -1,5 +1,5 @@
-"""Runs as their folders tell them: lines of metrics, events, their settings, how they stand. Only reads, also while a
-run is still going. Knows nothing of torch, or of how a run is shown.
+"""Reads the folders of runs: metrics, events, settings, state. Read-only, and safe while a run is active. Knows nothing of
+torch or of how a run is shown.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import yaml
 from wsft.config import WeightedSFTConfig
 from wsft.errors import UserError
 
-# what befalls a run -> the value that tells it and, where that counts up over the run, what it begins from
+# event -> its metric and, if that is a counter over the run, its initial value
 EVENTS = {
     "restarts": ("run/starts", 1),
     "rejected sequences": ("data/rejected", None),
     "possibly lost batches": ("data/possibly_lost_batches", 0),
     "steps not finite": ("steps/not_finite", 0),
 }
-Occurrences = tuple[np.ndarray, np.ndarray, np.ndarray]  # first step, last step, how often
-WHEREABOUTS = {"output_dir", "overwrite_output_dir", "resume"}  # settings that say nothing of what is learned
+Occurrences = tuple[np.ndarray, np.ndarray, np.ndarray]  # first step, last step, count
+WHEREABOUTS = {"output_dir", "overwrite_output_dir", "resume"}  # settings without effect on learning
 
 
 @dataclass(frozen=True)
 class Run:
-    """One output_dir. `label` distinguishes it from the others, `checkpoint` is the metadata of the newest, or {}."""
+    """A run, read from its output_dir. `label` is unique among the runs; `checkpoint` is the metadata of the newest, or {}."""
 
     folder: Path
     label: str
@@ -45,12 +45,12 @@ class Run:
         return set().union(*self.lines)
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps whose line has the value (not every batch has every environment), and the values: NaN where not finite."""
+        """Steps with the metric (not every batch has every environment), and its values: NaN if not finite."""
         lines = [line for line in self.lines if name in line]
         return np.array([line["step"] for line in lines], np.int32), np.array([line[name] for line in lines], np.float32)
 
     def events(self, kind: str, width: int) -> Occurrences:
-        """Where it happened: what is in the same stretch of `width` steps is one entry."""
+        """Steps with the event; those within the same `width` steps are one entry."""
         name, begins = EVENTS[kind]
         steps, counts = self.curve(name)
         counts = counts if begins is None else np.diff(counts, prepend=np.float32(begins))
@@ -61,13 +61,13 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """UserError, saying what was found, if a folder is not that of a run or has no step yet."""
+    """Read runs. UserError if a folder is not that of a run, or has no step yet."""
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     return [_read(folder, label) for folder, label in zip(folders, labels(folders), strict=True)]
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other has."""
+    """The shortest suffix of each path that is unique."""
 
     def ends(folder: Path) -> list[str]:
         return [str(Path(*folder.parts[i:])) for i in range(len(folder.parts) - 1, -1, -1)]
@@ -77,7 +77,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Settings that differ -> each run's; of one run alone, those that are not at their default. Dicts go by key."""
+    """Settings that differ between runs; for a single run those that differ from the default. Dicts are flattened."""
     flat = [dict(_flat(run.settings)) for run in runs]
     defaults = {name: field.get_default() for name, field in WeightedSFTConfig.model_fields.items()}
     compared = flat if len(runs) > 1 else [*flat, dict(_flat(defaults))]
@@ -100,7 +100,7 @@ def _read(folder: Path, label: str) -> Run:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Less the last one if it is being written, or was left unfinished by a process that was killed."""
+    """Lines without an incomplete last one, which is being written or was left by a killed process."""
     found = []
     whole, _, _ = path.read_text(errors="replace").rpartition("\n")
     for number, text in enumerate(whole.splitlines(), 1):
@@ -119,7 +119,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """{} if there is no such file."""
+    """{} without such a file."""
     try:
         found = parse(path.read_text()) if path.is_file() else {}
     except (ValueError, yaml.YAMLError) as error:
