@@ -26,9 +26,9 @@ patiently() {
   rm -f "$log"
 }
 
-# make_environment [REQUIREMENTS]: .venv with requirements.txt, and those of the demonstration or the tests if named.
+# make_environment [REQUIREMENTS]: create .venv with requirements.txt, and with launch/ or tests/requirements.txt if named.
 make_environment() {
-  local python=${PYTHON:-python3} wanted stamp
+  local python=${PYTHON:-python3} wanted file
   if [ ! -x .venv/bin/python ]; then
     command -v "$python" >/dev/null || die "no $python on PATH: install Python 3.10 or newer, or name one with PYTHON=..."
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$python is older than 3.10: name another with PYTHON=..."
@@ -37,10 +37,12 @@ make_environment() {
   # shellcheck disable=SC1091
   source .venv/bin/activate
   wanted=$(cat requirements.txt launch/requirements.txt tests/requirements.txt | cksum)
-  stamp=.venv/installed-$(printf %s "${1:-requirements.txt}" | tr / -)
-  if [ "$wanted" != "$(cat "$stamp" 2>/dev/null)" ]; then
+  if [ "$wanted" != "$(cat ".venv/installed-$(tr / - <<<"${1:-requirements.txt}")" 2>/dev/null)" ]; then
     patiently "installing packages into .venv (the first time takes a few minutes)" install_packages "$@"
-    printf %s "$wanted" >"$stamp"
+    for file in requirements.txt launch/requirements.txt tests/requirements.txt; do # each includes the one before
+      printf %s "$wanted" >".venv/installed-$(tr / - <<<"$file")"
+      [ "$file" != "${1:-requirements.txt}" ] || break
+    done
   fi
   use_environment
 }

@@ -85,6 +85,7 @@ def test_a_signal_to_any_process_ends_with_a_checkpoint(name, to, started, tmp_p
     assert state["step"] == len(steps_of(tmp_path / "run")) and "Traceback" not in started.output.read_text()
 
 
+@pytest.mark.slow  # CI has it on two hosts (test_multi_node.py)
 def test_a_rank_that_is_killed_ends_all_and_is_named(started, tmp_path):
     started.ranks[1].kill()
     start = time.monotonic()

@@ -478,14 +478,16 @@ def test_what_stands_beside_the_weights_is_the_base_models_own_byte_for_byte(bf1
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
 
 
-def test_export_from_the_command_line_needs_no_gpu_and_says_what_is_wrong(untouched, tmp_path):
-    newest, python = untouched / "checkpoints" / f"step_{STEPS}", [sys.executable, "-m", "wsft.export"]
-    commands = [[*python, newest, tmp_path / "out"], [*python, untouched, tmp_path / "none"], [*python, newest, untouched]]
-    done = run_together(commands, [clean_environment(CUDA_VISIBLE_DEVICES="")] * 3)
-    assert [code for code, _ in done] == [0, 1, 1]
-    assert "is not a complete checkpoint" in done[1][1] and "exists: name a new folder" in done[2][1]
-    assert "Traceback" not in done[1][1] + done[2][1]
-    assert done[0][1] == f"the model of {newest} is in {tmp_path / 'out'}\n"
+def test_export_from_the_command_line_needs_no_gpu_and_says_what_is_wrong(untouched, tmp_path, monkeypatch):
+    newest = untouched / "checkpoints" / f"step_{STEPS}"
+    command = [sys.executable, "-m", "wsft.export", newest, tmp_path / "out"]
+    (done,) = run_together([command], [clean_environment(CUDA_VISIBLE_DEVICES="")])
+    assert done == (0, f"the model of {newest} is in {tmp_path / 'out'}\n")
+    wrong = {"is not a complete checkpoint": (untouched, tmp_path / "none"), "exists: name a new folder": (newest, untouched)}
+    for sentence, given in wrong.items():
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, given)])
+        with pytest.raises(SystemExit, match=sentence):
+            export_module.main()
     same = [(f / "model.safetensors").read_bytes() for f in (tmp_path / "out", untouched / "final")]
     assert same[0] == same[1]
 
