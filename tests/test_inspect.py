@@ -217,11 +217,11 @@ def test_shifted_logps_are_told_from_those_of_other_weights(policy, tmp_path):
     for group in groups:
         group["inference_logprobs"] = [[*row[1:], -1.0] for row in group["inference_logprobs"]]
     text = findings(groups, tmp_path, policy, policy)[-1][0]
-    assert re.search(r"\d\.\d\d nats from the policy's on average: shifted by one to the right they match .*, 0\.00", text)
+    assert re.search(r"\d\.\d\d nats on average: shifted by one to the right they match .*, 0\.00", text)
     groups = sampled(policy)
     for group in groups:
         group["inference_logprobs"] = [[PLACEHOLDER, *row[:-1]] for row in group["inference_logprobs"]]
-    assert "taken from one position later they fit" in findings(groups, tmp_path, policy, policy)[-1][0]
+    assert "shifted by one to the left they match" in findings(groups, tmp_path, policy, policy)[-1][0]
     other = make_model(tmp_path / "other", initializer_range=0.4)
     assert "no shift by one matches" in findings(sampled(policy), tmp_path, other, other)[-1][0]
 
@@ -230,7 +230,7 @@ def test_logps_that_leave_the_temperature_out_are_recognised(policy, tmp_path):
     groups = sampled(policy)
     for group in groups:
         group["generation_params"] = {"temperature": 0.4}
-    assert "at temperature 1 they fit: set record_temperature false" in findings(groups, tmp_path, policy, policy)[-1][0]
+    assert "at temperature 1 they match: set record_temperature false" in findings(groups, tmp_path, policy, policy)[-1][0]
     groups = sampled(policy, temperature=0.4)
     for group in groups:
         group["generation_params"] = {"temperature": 0.4}

@@ -20,7 +20,7 @@ from wsft.rollouts.records import Malformed
 Place = tuple[int, int | None]  # index of the rollout in the batch, position in it
 
 SHARED_PROMPT = 8  # a common prefix of so many tokens is not chance
-UNCENTRED = 0.5  # mean / standard std of the sequences' advantages
+UNCENTRED = 0.5  # mean / standard deviation of the sequences' advantages
 FEWEST_FOR_A_MEAN = 8  # fewest sequences for which a mean is meaningful
 FAR_LOGP = 0.25  # mean difference of behavior and policy logps, in nats; bf16 rounding gives 0.03
 CLOSER = 0.5  # an alternative reading of the behavior logps is suggested if it reduces the difference to this share
@@ -219,7 +219,7 @@ def _centre(view: BatchView) -> Iterator[Finding]:
     mean, std = means.mean(), means.std()
     if abs(mean) > UNCENTRED * std:
         yield Finding(
-            f"advantages are not centred: over {len(means)} sequences their mean is {mean:.3g}, their standard std "
+            f"advantages are not centred: over {len(means)} sequences their mean is {mean:.3g}, their standard deviation "
             f"{std:.3g} (raw rewards? set score_advantages, or advantage_normalization)"
         )
 
