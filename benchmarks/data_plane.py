@@ -51,10 +51,10 @@ def make_groups(sequences: int, length: int, teacher: int = 0, prompt: int = PRO
     """Records as environments post them. Numbers that were float32 once are written as the doubles they became."""
     rng = np.random.default_rng(0)
 
-    def sampled(told: np.ndarray, untold: float) -> list:
-        told = told.astype(np.float32).astype(np.float64)
-        told[:, :prompt] = untold
-        return told.tolist()
+    def sampled(logps: np.ndarray, placeholder: float) -> list:
+        logps = logps.astype(np.float32).astype(np.float64)
+        logps[:, :prompt] = placeholder
+        return logps.tolist()
 
     for _ in range(sequences // GROUP):
         shape = GROUP, length
@@ -268,7 +268,7 @@ def measure_waiting(folder: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in ("time/step", "time/wait")} for line in lines[1:]]
 
 
-# -- what is told -------------------------------------------------------------------------------------------------------------
+# -- output -------------------------------------------------------------------------------------------------------------
 
 
 def spread(values: list[float]) -> str:

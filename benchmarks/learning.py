@@ -262,7 +262,7 @@ def learn_all(plans: list[Plan], parallel: int) -> Iterator[dict]:
         yield from pool.map(learn, plans)
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- output -----------------------------------------------------------------------------------------------------
 
 
 def first_reached(run: dict, target: float = TARGET) -> int | None:

@@ -101,8 +101,8 @@ def wsft(args: argparse.Namespace, folder: Path) -> list[float]:
 
 def peer(args: argparse.Namespace, folder: Path, name: str) -> list[float]:
     out = folder / "seconds.json"
-    told = vars(args) | {"peer": name, "folder": str(folder), "out": str(out)}
-    run_ranks(["-m", "benchmarks.step", "--as_peer", json.dumps(told)], args.ranks, folder / "peer.log")
+    settings = vars(args) | {"peer": name, "folder": str(folder), "out": str(out)}
+    run_ranks(["-m", "benchmarks.step", "--as_peer", json.dumps(settings)], args.ranks, folder / "peer.log")
     return json.loads(out.read_text())[1:]
 
 
@@ -201,11 +201,11 @@ def train_like_the_example(args: argparse.Namespace) -> list[float]:
     return times
 
 
-def be_a_peer(told: dict[str, Any]) -> None:
+def be_a_peer(settings: dict[str, Any]) -> None:
     """One rank of a peer's run; rank 0 writes the seconds of each step."""
     import torch
 
-    args = argparse.Namespace(**told, local_rank=int(os.environ["RANK"]))
+    args = argparse.Namespace(**settings, local_rank=int(os.environ["RANK"]))
     seconds = train_like_the_example(args) if args.peer == "example" else train_with_trl(args)
     if args.local_rank == 0:
         Path(args.out).write_text(json.dumps(seconds))

@@ -92,7 +92,7 @@ class Case(NamedTuple):
 
 
 def clipped(objective, surrogate, eps_low, eps_high, args=None, per_sequence=False):
-    """With no `args` these are the objective's defaults, which only the surrogate is told."""
+    """With no `args` these are the objective's defaults, which only the surrogate gets."""
     paper = partial(surrogate, eps_low=eps_low, eps_high=eps_high)
     return Case(objective, args or {}, paper, (1 - eps_low, 1 + eps_high, math.inf), per_sequence)
 

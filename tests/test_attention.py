@@ -38,7 +38,7 @@ def test_packed_sequences_get_what_each_gets_alone(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path):
-    """Values of what only they run, and the gradients of all: the shared piece's from everyone that goes on from it."""
+    """Values of what only they run, and the gradients of all: those of the shared prefix from all sequences."""
     from transformers import AutoModelForCausalLM
 
     folder = make_model(tmp_path / "model", family=family, **FAMILIES[family])
@@ -50,8 +50,8 @@ def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path)
     found = torch.cat([found[i] for i in (1, 2, 3, 5, 6)])
     alone = []
     for i in (1, 2, 3, 5, 6):
-        begun = [] if layout.parents[i] < 0 else [pieces[layout.parents[i]]]
-        alone.append(own(torch.cat([*begun, pieces[i]]).unsqueeze(0)).logits[0, -len(pieces[i]) :])
+        prefix = [] if layout.parents[i] < 0 else [pieces[layout.parents[i]]]
+        alone.append(own(torch.cat([*prefix, pieces[i]]).unsqueeze(0)).logits[0, -len(pieces[i]) :])
     alone = torch.cat(alone)
     torch.testing.assert_close(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-5, rtol=1e-5)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -61,7 +61,7 @@ def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path)
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_the_keys_of_a_shared_piece_come_before_those_of_each_that_goes_on_from_it():
+def test_the_keys_of_a_shared_prefix_come_before_those_of_each_sequence():
     """As variable-length attention on a GPU takes them."""
     output = varlen_kwargs(Layout((2, 3, 1, 2), (-1, 0, -1, 0)), CPU)
     assert output["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 2, 3]] and "cu_seq_lens_q" not in output
@@ -84,7 +84,7 @@ class Looks(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_row_is_run_without_a_look_at_values(family, tmp_path):
+def test_a_packed_row_runs_without_synchronizing(family, tmp_path):
     from transformers import AutoModelForCausalLM
 
     attention.register()

@@ -38,7 +38,7 @@ def test_a_recorded_body_becomes_the_tensors_one_reads_off_it():
 
 def test_terms_of_some_rollouts_are_theirs_in_their_order():
     """Three sequences of 2, 1 and 2 trained tokens; the third, then the first are asked for."""
-    told = dict(
+    complete = dict(
         tokens=[[1, 5, 6], [1, 2, 7], [1, 8, 9]],
         masks=[[-100, 5, 6], [-100, -100, 7], [-100, 8, 9]],
         advantages=[[0, 0.5, -0.5], [0, 0, 3.0], [0, 2.0, 9.0]],
@@ -48,7 +48,7 @@ def test_terms_of_some_rollouts_are_theirs_in_their_order():
         distill_token_ids=[[[], [5, 4], []], [[], [], [7]], [[], [8], [1, 2, 3]]],
         distill_logprobs=[[[], [0.0, -np.inf], []], [[], [], [-1.0]], [[], [-1.0], [-2.0, -2.0, -2.0]]],
     )
-    batch = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch([told])
+    batch = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch([complete])
     scales = batch.scales("sequence_mean", 10)
     assert scales.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 6])  # of three sequences' means
     for renormalize in (False, True):
@@ -89,14 +89,20 @@ def test_terms_of_no_rollout_are_empty_and_of_the_same_kinds():
 def test_joined_parts_have_every_field_of_the_whole(rng):
     """As ranks join what each of them fetched."""
 
-    def told(lengths, env_id):
+    def complete(lengths, env_id):
         entries = [[[int(i) for i in rng.integers(0, 96, k)] for k in rng.integers(0, 3, n)] for n in lengths]
         logps = [[[-1.0 - k for k in range(len(row))] for row in rows] for rows in entries]
         sampled = [rng.normal(-2, 1, n).clip(max=-0.1).tolist() for n in lengths]
         more = dict(distill_token_ids=entries, distill_logprobs=logps, inference_logprobs=sampled, ref_logprobs=sampled)
         return make_group(rng, lengths, env_id=env_id, generation_params={"temperature": 0.5, "weight_version": env_id}, **more)
 
-    groups = [told([6, 9], 0), told([7, 5], 1), make_group(rng, [4], masks=None), told([8], 2), make_group(rng, [5])]
+    groups = [
+        complete([6, 9], 0),
+        complete([7, 5], 1),
+        make_group(rng, [4], masks=None),
+        complete([8], 2),
+        make_group(rng, [5]),
+    ]
     processor = AtroposBatchProcessor(reads_reference=True, reads_teacher=True)
     whole = processor.decode(groups)
     joined = Batch.joined(

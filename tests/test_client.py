@@ -1,6 +1,6 @@
 """The client against the real server, fault by fault; the numbers in the sections are those of the server's behaviours.
 
-A raw socket stands in for the server only where that cannot be told to misbehave: a body cut off, a wrong service.
+A raw socket stands in for the server only where that cannot be made to misbehave: a body cut off, a wrong service.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def test_a_server_registered_for_another_batch_ends_the_run(server, other):  # 5
         client_of(server, **other).poll()
 
 
-def test_a_second_run_with_the_same_batch_goes_on(server):
+def test_a_second_run_with_the_same_batch_continues(server):
     client_of(server).poll()
     post_batch(server)
     assert client_of(server).poll() is not None
@@ -193,7 +193,7 @@ def test_a_poisoned_registration_is_cured(new_server, caplog):  # 6
     assert client.possibly_lost == 0
 
 
-def test_a_restarted_server_is_told_the_trainers_own_step(server, caplog):  # 7
+def test_a_restarted_server_gets_the_trainers_step(server, caplog):  # 7
     client = client_of(server)
     client.poll()
     client.step = 41
@@ -380,7 +380,7 @@ def test_which_servers_are_on_this_machine(url, direct):
 # -- outages ---------------------------------------------------------------------------------------------------------------
 
 
-def test_an_outage_is_said_once_and_survived(server, caplog):  # 7
+def test_an_outage_is_logged_once_and_tolerated(server, caplog):  # 7
     caplog.set_level(logging.INFO)
     client = client_of(server)
     client.poll()
@@ -448,7 +448,7 @@ def test_groups_that_do_not_tile_the_batch_are_warned_of_once(server, caplog, mo
     assert warnings(caplog, "holds 2 groups and forms no batch of 4 sequences") == 1
 
 
-def test_a_silent_environment_with_a_minimum_allocation_is_warned_of(server, caplog, monkeypatch):  # 13
+def test_an_idle_environment_with_a_minimum_allocation_is_warned_of(server, caplog, monkeypatch):  # 13
     monkeypatch.setattr(atropos, "STALL_SECONDS", 0.3)
     client = client_of(server)
     client.poll()

@@ -67,12 +67,12 @@ def test_a_misspelt_setting_is_an_error_that_suggests_the_near_one(tmp_path, cap
         (["--config=$NO_SUCH/run.yaml"], "there is no NO_SUCH in the environment"),
     ],
 )
-def test_wrong_settings_are_said_in_a_sentence(flags, sentence, capsys):
+def test_wrong_settings_are_one_sentence(flags, sentence, capsys):
     assert sentence in output(flags, capsys)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "on: 1\n", "model_name: m\nbatch_size: true\n"])
-def test_a_config_that_is_no_mapping_is_said(text, tmp_path, capsys):
+def test_a_config_that_is_not_a_mapping_is_an_error(text, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(text)
     message = output(["--config", str(tmp_path / "run.yaml")], capsys)
     assert "run.yaml" in message or "batch_size is True: expected a number" in message
@@ -90,7 +90,7 @@ def test_paths_are_expanded_as_a_shell_does(monkeypatch, tmp_path):
     assert config.ref_model_name == "/scratch/ref"
 
 
-def test_a_name_that_stands_twice_is_refused_with_its_line(tmp_path, capsys):
+def test_a_duplicate_key_is_an_error_with_its_line(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("model_name: m\nseed: 1\nobjective_args: {a: 1}\nseed: 2\n")
     assert "run.yaml: duplicate key seed, the second on line 4" in output(["--config", str(path)], capsys)
@@ -110,7 +110,7 @@ def test_only_rank_0_says_it(monkeypatch, capsys):
     assert output(["--nonsense"], capsys) == ""
 
 
-def test_a_user_without_a_home_is_told_to_have_one(monkeypatch, capsys):
+def test_a_user_without_a_home_folder_is_an_error(monkeypatch, capsys):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # of a container's /etc/passwd
     assert "there is no HOME, and user" in output(["--model_name=m"], capsys)
@@ -149,7 +149,7 @@ def test_second_shares_are_a_hosts_where_there_are_several(ranks, size):
     assert out["zero_optimization"]["zero_hpz_partition_size"] == size
 
 
-def test_a_value_of_the_json_stands_where_the_run_says_nothing():
+def test_a_value_of_the_json_is_adopted_where_the_run_has_the_default():
     config, _ = resolved({"optimizer": {"type": "Adam", "params": {"lr": 0.1}}, "train_batch_size": 32})
     assert (config.learning_rate, config.batch_size) == (0.1, 32)
 

@@ -15,7 +15,7 @@ from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model
 
 
-def test_the_peak_is_that_since_the_last_look():
+def test_the_peak_is_that_since_the_last_call():
     memory = PeakMemory(torch.device("cpu"))
     held = memory.gib()
     with mmap.mmap(-1, 400 * 2**20) as large:  # not of the heap, which may keep what is freed

@@ -1,4 +1,4 @@
-"""--dry_run: what is wrong is a sentence, what fits is told, and what is told is what a run then takes."""
+"""--dry_run: what is wrong is a sentence, what fits is estimated, and a run takes the memory that was estimated."""
 
 import json
 import re
@@ -26,13 +26,13 @@ def settings(tiny_model, tmp_path, rng):
     return dict(model_name=tiny_model, data=data, batch_size=2, device="cpu", output_dir=str(tmp_path / "run"), deepspeed=SGD)
 
 
-def told(settings, capsys, **changes):
+def estimate(settings, capsys, **changes):
     """Whether it is valid and fits, and what is printed."""
     fits = dry_run(WeightedSFTConfig(**settings | changes, dry_run=True))
     return fits, capsys.readouterr().out
 
 
-def test_a_dry_run_tells_what_fits_and_leaves_nothing(settings, tmp_path):
+def test_a_dry_run_prints_what_fits_and_writes_nothing(settings, tmp_path):
     flags = [f"--{k}={json.dumps(v) if isinstance(v, dict) else v}" for k, v in settings.items() if k != "deepspeed"]
     command = [sys.executable, "train.py", "--dry_run", "--ranks=4", *flags, "--deepspeed=ds_configs/zero3_cpu.json"]
     ((code, output),) = run_together([command], [clean_environment()])
@@ -41,9 +41,9 @@ def test_a_dry_run_tells_what_fits_and_leaves_nothing(settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_under_a_launcher_only_rank_0_speaks(settings, capsys, monkeypatch):
+def test_under_a_launcher_only_rank_0_prints(settings, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    assert told(settings, capsys) == (True, "")
+    assert estimate(settings, capsys) == (True, "")
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def test_under_a_launcher_only_rank_0_speaks(settings, capsys, monkeypatch):
         (dict(ref_model_name="no/reference", kl_coef=0.1), "no model in 'no/reference'"),
     ],
 )
-def test_what_leaves_nothing_to_tell_is_a_sentence(changes, sentence, settings, capsys):
+def test_what_cannot_be_estimated_is_a_sentence(changes, sentence, settings, capsys):
     with pytest.raises(UserError, match=sentence):
-        told(settings, capsys, **changes)
+        estimate(settings, capsys, **changes)
 
 
 def test_a_json_that_is_none_ends_train_py_with_the_sentence(settings, tmp_path):
@@ -68,17 +68,17 @@ def test_a_json_that_is_none_ends_train_py_with_the_sentence(settings, tmp_path)
     assert code == 1 and "ds.json is not JSON" in output and "Traceback" not in output
 
 
-def test_what_is_wrong_with_the_data_is_told_beside_the_memory(settings, tmp_path, capsys):
+def test_faults_of_the_data_are_printed_with_the_memory(settings, tmp_path, capsys):
     useless = tmp_path / "useless.jsonl"
     useless.write_text("nonsense\n{}\n")
     for data, sentence in ((useless, "holds no usable sequence"), (tmp_path / "absent.jsonl", "is not a file")):
-        fits, text = told(settings, capsys, data=str(data))
+        fits, text = estimate(settings, capsys, data=str(data))
         assert not fits and "the most at a time" in text and re.search(f"^wrong: .*{sentence}", text, re.M)
         assert "It fits" not in text
 
 
-def test_a_server_that_is_down_is_said_and_the_dry_run_goes_on(settings, capsys):
-    fits, text = told(settings, capsys, data=None, atropos_url=f"http://127.0.0.1:{free_port()}")
+def test_a_server_that_is_down_does_not_end_the_dry_run(settings, capsys):
+    fits, text = estimate(settings, capsys, data=None, atropos_url=f"http://127.0.0.1:{free_port()}")
     assert fits and "does not answer" in text and "a run would wait 600 s" in text
 
 
@@ -87,31 +87,33 @@ def test_a_server_is_asked_whether_groups_tile_and_keeps_what_it_has(settings, c
     registration |= dict(save_checkpoint_interval=0, starting_step=0, num_steps=9)
     with atropos_server() as server:
         asked = settings | dict(data=None, atropos_url=server.url, batch_size=8)
-        assert "no trainer has registered" in told(asked, capsys)[1]
+        assert "no trainer has registered" in estimate(asked, capsys)[1]
         requests.post(f"{server.url}/register", json=registration).raise_for_status()
         requests.get(f"{server.url}/batch").raise_for_status()
-        assert told(asked, capsys)[0]
-        fits, text = told(asked, capsys, batch_size=16)
+        assert estimate(asked, capsys)[0]
+        fits, text = estimate(asked, capsys, batch_size=16)
         assert not fits and "registered with batch_size 8" in text
         post_group(server.url, None, make_group(rng, [5, 6, 7]))
-        fits, text = told(asked, capsys)
+        fits, text = estimate(asked, capsys)
         assert not fits and re.search("wrong: .* 3 sequences, of which no batch_size 8 can be made", text)
         assert requests.get(f"{server.url}/status").json()["queue_size"] == 1
 
 
-def test_ranks_that_cannot_share_a_batch_are_told(settings, capsys):
-    fits, text = told(settings, capsys, data=None, fetch_mode="per_rank", ranks=3)
+def test_a_batch_size_not_divisible_by_ranks_is_printed(settings, capsys):
+    fits, text = estimate(settings, capsys, data=None, fetch_mode="per_rank", ranks=3)
     assert not fits and "batch_size 2 cannot be shared by 3 ranks" in text
 
 
 def test_what_does_not_fit_names_the_smallest_change_that_does(settings, tmp_path, capsys):
     model = make_shape(tmp_path / "model", **QWEN_7B | {"num_hidden_layers": 4, "vocab_size": 32768})
     asked = settings | dict(model_name=model, deepspeed="ds_configs/zero3.json", device="auto", gpu_memory_gib=20, ranks=8)
-    fits, text = told(asked, capsys, micro_batch_tokens=65536, max_token_len=4096)
+    fits, text = estimate(asked, capsys, micro_batch_tokens=65536, max_token_len=4096)
     assert not fits and "It does not fit: a GPU has 17.5 GiB for tensors" in text
     tokens = int(re.search(r"smallest change with which it does: --micro_batch_tokens (\d+)", text)[1])
-    assert told(asked, capsys, micro_batch_tokens=tokens)[0] and not told(asked, capsys, micro_batch_tokens=2 * tokens)[0]
-    ranks = told(asked | dict(ranks=1), capsys)[1]
+    assert (
+        estimate(asked, capsys, micro_batch_tokens=tokens)[0] and not estimate(asked, capsys, micro_batch_tokens=2 * tokens)[0]
+    )
+    ranks = estimate(asked | dict(ranks=1), capsys)[1]
     assert "offload_optimizer to the CPU" in ranks and re.search(r"Or: (.*; )?\d+ ranks", ranks)
     assert "Qwen2" not in ranks
 
@@ -126,7 +128,7 @@ def test_what_does_not_fit_names_the_smallest_change_that_does(settings, tmp_pat
 )
 def test_what_fits_where_in_the_launchers_readme_is_what_the_dry_run_says(row, shape, name, ranks, settings, tmp_path, capsys):
     there = dict(device="auto", gpu_memory_gib=79, ranks=ranks, deepspeed=f"ds_configs/{name}.json")
-    fits, text = told(settings, capsys, model_name=make_shape(tmp_path / "model", **shape), **there)
+    fits, text = estimate(settings, capsys, model_name=make_shape(tmp_path / "model", **shape), **there)
     assert fits, text
     line = re.search(rf"^\| {row} .*\| `{name}.json` \|.*", (ROOT / "launch" / "README.md").read_text(), re.M)[0]
     gpu, host, disk = (float(x) for x in re.findall(r"([\d.]+) GiB", line))
@@ -167,14 +169,14 @@ def test_questions_are_no_part_of_the_run(tmp_path):
         pytest.param(LLAMA_1B, "SGD", 1, 512, id="1b", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_path, monkeypatch):
+def test_a_run_takes_the_memory_that_was_estimated(shape, optimizer, ranks, tokens, kept, tmp_path, monkeypatch):
     """Within 20 %. malloc is made to give back what is freed: what it keeps is not what the run holds."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     model = make_model(tmp_path / "model", **shape)
     params = {"lr": "auto"} | ({"torch_adam": True, "fused": True} if optimizer == "AdamW" else {})
     ds = tmp_path / "ds.json"
-    told = {"optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}
-    ds.write_text(json.dumps(told | {"bf16": {"enabled": True}}))
+    resolved = {"optimizer": {"type": optimizer, "params": params}, "zero_optimization": {"stage": 3}}
+    ds.write_text(json.dumps(resolved | {"bf16": {"enabled": True}}))
     rng = np.random.default_rng(0)
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [tokens // 2] * 2) for _ in range(2 * ranks)])
     command = ["train.py", f"--model_name={model}", f"--data={data}", f"--deepspeed={ds}", "--device=cpu"]
@@ -187,9 +189,9 @@ def test_a_run_takes_what_was_told(shape, optimizer, ranks, tokens, kept, tmp_pa
     for code, output in run_ranks(command, ranks, imports_done=False, timeout=900):
         assert code == 0, output
     measured = max(json.loads(line)["memory/peak_gib"] for line in (tmp_path / "run" / "metrics.jsonl").open())
-    told_gib = figure(text, "of all its ranks") / ranks
-    print(f"told {told_gib:.2f} GiB a rank, measured {measured:.2f}")
-    assert told_gib == pytest.approx(measured, rel=0.2)
+    estimated_gib = figure(text, "of all its ranks") / ranks
+    print(f"resolved {estimated_gib:.2f} GiB a rank, measured {measured:.2f}")
+    assert estimated_gib == pytest.approx(measured, rel=0.2)
 
 
 def test_check_json_takes_what_is_shipped():

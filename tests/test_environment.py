@@ -220,7 +220,7 @@ def test_an_environment_waits_for_server_and_trainer_and_then_keeps_a_few_batche
             assert start_trainer(url, batch_size) is None
             wait_for_line(process, "registered at")
             full = QUEUED_BATCHES * batch_size // 4
-            for _ in range(2):  # it fills up, stays so, and goes on once the trainer has taken some
+            for _ in range(2):  # it fills up, stays full, and posts again once the trainer has taken some
                 wait_until_queued(url, full)
                 time.sleep(1)
                 assert requests.get(f"{url}/status").json()["queue_size"] == full
@@ -231,7 +231,7 @@ def test_an_environment_waits_for_server_and_trainer_and_then_keeps_a_few_batche
             assert (process.returncode, printed) == (0, "")
 
 
-def test_an_environment_outlives_a_restart_of_the_server_and_registers_again(smollm2, tokenizer):
+def test_an_environment_tolerates_a_restart_of_the_server_and_registers_again(smollm2, tokenizer):
     with (
         atropos_server() as server,
         environment("--url", server.url, "--tokenizer", smollm2, "--pattern", "mixed", "--group_size", 4) as process,
@@ -353,7 +353,7 @@ def test_what_a_template_writes_before_the_answer_is_untrained(smollm2):
     assert tokenizer.decode(completion.tokens).endswith("</think>\n\nGood day.<|im_end|>")
 
 
-def test_without_a_chat_template_prompt_and_completion_stand_on_two_lines(tiny_model, caplog):
+def test_without_a_chat_template_prompt_and_completion_are_two_lines(tiny_model, caplog):
     tokenizer = load_tokenizer(tiny_model)
     assert caplog.text.count("no chat template") == 1
     completion = tokenise("w5 w6", [("w7 ", 1.0), ("w8", -1.0)], tokenizer)

@@ -110,7 +110,7 @@ def test_a_file_gives_the_advantages_that_a_server_gives(tmp_path, rng):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 100])
-def test_a_file_goes_on_behind_any_batch_as_if_it_had_not_been_left(batch_size, tmp_path, rng):
+def test_a_file_resumes_after_any_batch_without_a_difference(batch_size, tmp_path, rng):
     made = records(rng, [2, 2, 4, 2, 1, 1, 3, 2, 2])
     made[3]["masks"][1] = None  # one that is left out
     path = Path(write_groups(tmp_path / "data.jsonl", made))

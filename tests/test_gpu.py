@@ -118,7 +118,7 @@ def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload", "zero3_offload_optimizer"])
-def test_a_run_killed_on_a_gpu_goes_on_to_the_same_losses(name, tiny_model, tmp_path, rng):
+def test_a_run_killed_on_a_gpu_resumes_with_the_same_losses(name, tiny_model, tmp_path, rng):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])
     settings = {"deepspeed": f"ds_configs/{name}.json", "model_name": tiny_model, "data": data, "batch_size": 2}
     settings |= {"device": "cuda", "learning_rate": 1e-3, "save_steps": 2}
@@ -132,7 +132,7 @@ def test_a_run_killed_on_a_gpu_goes_on_to_the_same_losses(name, tiny_model, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("shape, optimizer, tokens", [(QWEN_1_5B, "AdamW", 4096), (QWEN_7B, "SGD", 2048)], ids=["1.5b", "7b"])
-def test_a_run_takes_of_a_gpu_what_was_told(shape, optimizer, tokens, kept, tmp_path):
+def test_a_run_takes_the_gpu_memory_that_was_estimated(shape, optimizer, tokens, kept, tmp_path):
     """Within 15 %; SGD, and gradients summed in bf16, bring 7B onto one GPU of 80 GB."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

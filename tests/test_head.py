@@ -426,8 +426,8 @@ def test_eight_times_the_tokens_take_no_more_memory():
 
 
 @pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
-def test_nothing_looks_at_what_the_device_has_yet_to_compute(name, monkeypatch):
-    """Tensors without values, as those that a GPU has not come to yet: whoever looked would wait for it."""
+def test_no_step_synchronizes_with_the_device(name, monkeypatch):
+    """Tensors without values, as those that a GPU has not come to yet: reading them would synchronize."""
     monkeypatch.setattr(loss_head, "has_native_matmul", lambda *_: True)
     monkeypatch.setattr(loss_head, "memory_bytes", lambda _: 2**20)
 

@@ -48,7 +48,7 @@ def first_trained(group, i):
     return next(t for t, m in enumerate(group["masks"][i]) if m != -100)
 
 
-def test_nothing_is_said_of_a_clean_file(clean, smollm2, tmp_path):
+def test_a_clean_file_has_no_findings(clean, smollm2, tmp_path):
     assert findings(json.loads(clean), tmp_path, smollm2) == []
 
 
@@ -212,7 +212,7 @@ def test_logps_of_the_policy_itself_are_near(policy, tmp_path):
     assert findings(sampled(policy), tmp_path, policy, policy) == []
 
 
-def test_shifted_logps_are_told_from_those_of_other_weights(policy, tmp_path):
+def test_shifted_logps_are_distinguished_from_those_of_other_weights(policy, tmp_path):
     groups = sampled(policy)
     for group in groups:
         group["inference_logprobs"] = [[*row[1:], -1.0] for row in group["inference_logprobs"]]
@@ -283,7 +283,7 @@ def run_inspect(*words, code=0):
     return output
 
 
-def test_a_run_is_looked_at_by_its_journal_and_its_own_settings(tiny_model, rng, tmp_path):
+def test_a_run_is_inspected_by_its_journal_and_settings(tiny_model, rng, tmp_path):
     groups = make_groups(rng)
     with fed(tmp_path / "run", groups) as (server, _):
         train(
@@ -303,7 +303,7 @@ def test_a_run_is_looked_at_by_its_journal_and_its_own_settings(tiny_model, rng,
     assert "holds none: it goes back to the oldest checkpoint" in run_inspect(tmp_path / "run", code=1)
 
 
-def test_looking_at_a_server_takes_nothing_from_the_run(tiny_model, rng, tmp_path):
+def test_inspecting_a_server_takes_nothing_from_its_queue(tiny_model, rng, tmp_path):
     settings = make_settings(tiny_model, tmp_path) | {"resume": False, "training_steps": 6}
     groups = make_groups(rng)[:6]
     with atropos_server() as server:
@@ -341,19 +341,19 @@ def test_a_server_without_an_example_says_so(tiny_model):
         (["x.jsonl", "--tokenizer", "MODEL", "--objectiv", "sft"], "unknown setting --objectiv, did you mean --objective?"),
     ],
 )
-def test_what_cannot_be_looked_at_is_said_in_a_sentence(words, output, tiny_model):
+def test_what_cannot_be_inspected_is_a_sentence(words, output, tiny_model):
     code, found = run_script("-m", "wsft.inspect", *(tiny_model if w == "MODEL" else w for w in words))
     assert code in (1, 2) and output in found and "Traceback" not in found
 
 
-def test_a_file_is_looked_at_batch_by_batch_as_it_is_trained(tiny_model, rng, tmp_path):
+def test_a_file_is_inspected_batch_by_batch_as_it_is_trained(tiny_model, rng, tmp_path):
     data = write_groups(tmp_path / "groups.jsonl", [make_group(rng, [5, 6, 7]) for _ in range(4)])
     config = WeightedSFTConfig(model_name=tiny_model, batch_size=5)
     lengths = [inspect(data, n, config, None).view.batch.lengths.tolist() for n in range(4)]
     assert lengths == [[5, 6, 7, 5, 6], [7, 5, 6, 7, 5], [6, 7], []]
 
 
-def test_the_dry_run_says_what_looks_wrong_in_the_first_batch(clean, smollm2, tiny_model, tmp_path):
+def test_the_dry_run_prints_findings_of_the_first_batch(clean, smollm2, tiny_model, tmp_path):
     groups = json.loads(clean)
     position = no_end(groups[2])
     data = write_groups(tmp_path / "groups.jsonl", groups)

@@ -88,7 +88,7 @@ def test_segments_begin_where_the_one_before_is_full(folder):
     assert sizes == {name: LENGTH[first] + LENGTH[second] for name, (first, second) in SEGMENTS.items()}
 
 
-def test_appending_goes_on_after_reopening(tmp_path):
+def test_appending_continues_after_reopening(tmp_path):
     for number, body in BODIES.items():
         Journal(tmp_path).append(number, body)
     assert bodies_of(Journal(tmp_path)) == BODIES
@@ -129,7 +129,7 @@ def test_other_files_in_the_folder_are_let_alone(folder):
     assert len(files_of(folder)) == 4
 
 
-def test_a_folder_that_cannot_be_opened_is_said(tmp_path):
+def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
     (tmp_path / "journal").write_bytes(b"")
     with pytest.raises(UserError, match=r"journal .*/journal cannot be opened: .*File exists"):
         Journal(tmp_path / "journal")
@@ -389,7 +389,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("segment_bytes", [0, 10**6])
-def test_a_full_disk_costs_one_batch_and_appending_goes_on_when_there_is_room(small_disk, segment_bytes, monkeypatch):
+def test_a_full_disk_costs_one_batch_and_appending_continues_when_there_is_space(small_disk, segment_bytes, monkeypatch):
     monkeypatch.setattr(journal, "SEGMENT_BYTES", segment_bytes)
     (small_disk / "ballast").write_bytes(bytes(16384))
     folder = small_disk / "journal"

@@ -69,7 +69,7 @@ def test_what_is_parsed_is_what_json_reads(batch, separators, whole):
         '{"tokens":{"masks":[[1,2,3]]}}',
     ],
 )  # fmt: skip
-def test_what_looks_like_a_row_and_is_none_is_left_alone(text):
+def test_text_that_looks_like_a_row_is_unchanged(text):
     assert same(text)
 
 

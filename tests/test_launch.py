@@ -120,7 +120,7 @@ def test_a_signal_while_modules_load_is_not_lost(settings, tmp_path):
     assert state_of(tmp_path / "run")["reason"] == "asked to stop before the first step"
 
 
-def test_what_is_wrong_with_the_settings_is_said_once_and_nothing_starts(settings, tmp_path):
+def test_wrong_settings_are_printed_once_and_nothing_starts(settings, tmp_path):
     command = ["bash", "launch/single_node.sh", *flags(settings, learning_rate=-1)]
     ((code, output),) = run_together([command], [clean_environment(NUM_GPUS="2")])
     assert code == 2 and output.count("learning_rate") == 1 and not (tmp_path / "run").exists()

@@ -29,11 +29,13 @@ def test_what_is_written_of_a_batch_is_what_one_counts():
     pair = group() | {"env_id": 0, "generation_params": {"weight_version": 3}}  # scores 0 and 1
     pair["inference_logprobs"] = [LOGPS, LOGPS]  # which lack that of one trained token each
     lone = one(scores=[5.0], env_id=4, generation_params={"weight_version": "5"})  # keeps its score as advantage
-    told = one(scores=[None], advantages=[[9, 9, 0.5, 0.5, -0.5, -0.5]], inference_logprobs=[[-1.0] * 5])  # one logp too few
+    complete = one(
+        scores=[None], advantages=[[9, 9, 0.5, 0.5, -0.5, -0.5]], inference_logprobs=[[-1.0] * 5]
+    )  # one logp too few
     chosen = one(overrides=[{"sft": True, "temperature": 0}])  # which is no temperature
     long = one(tokens=[[8] * 9], masks=[[-100, -100, *[8] * 7]], scores=[2.0], env_id=4)  # and another prompt
     bad = one(tokens=[[1, 2, 3, 4, 5, -6]])
-    values = of_batch(process(pair, lone, told, chosen, long, bad, max_token_len=6, overlong="truncate"), step=7)
+    values = of_batch(process(pair, lone, complete, chosen, long, bad, max_token_len=6, overlong="truncate"), step=7)
     # of the long one four are trained, too; advantages: 4 times -1, 1, 5 and 2, twice 0.5 and -0.5, and 1 by override
     advantages = [-1] * 4 + [1] * 4 + [5] * 4 + [0.5, 0.5, -0.5, -0.5] + [1] * 4 + [2] * 4
     assert values == pytest.approx(

@@ -1,4 +1,4 @@
-"""What a model does in training: nothing random, the same for a sequence in any layout; and which model is no start."""
+"""What a model does in training: nothing random, the same for a sequence in any layout; and which models are refused."""
 
 import contextlib
 import json
@@ -264,14 +264,14 @@ def test_a_checkpoint_that_lacks_parameters_is_refused_by_run_and_dry_run(change
         dry_run(WeightedSFTConfig(model_name=folder, device="cpu", output_dir=str(tmp_path / "run")))
 
 
-def test_what_a_checkpoint_has_beside_is_said(tmp_path, rng, capfd):
+def test_unused_tensors_of_a_checkpoint_are_logged(tmp_path, rng, capfd):
     folder = make_model(tmp_path / "model")
     write_tensors(folder, tensors_of(folder) | {"model.extra.weight": torch.ones(2)})
     train(folder, tmp_path, [make_group(rng, [10])])
     assert "1 that are not of the model (model.extra.weight)" in capfd.readouterr().err
 
 
-def test_a_load_balancing_loss_that_is_not_added_is_said(tmp_path, rng, capfd):
+def test_a_load_balancing_loss_that_is_not_added_is_logged(tmp_path, rng, capfd):
     config = AutoConfig.for_model("mixtral", **SHAPE | MOE, output_router_logits=True, router_aux_loss_coef=0.5)
     train(save_model(tmp_path / "model", config), tmp_path, [make_group(rng, [10])])
     assert "(router_aux_loss_coef 0.5) is not added" in capfd.readouterr().err
@@ -321,7 +321,7 @@ def test_a_config_that_names_no_width_is_refused(tmp_path):
         load_model_config(str(tmp_path), WeightedSFTConfig(model_name="model"))
 
 
-def test_what_transformers_keeps_in_float32_is_said(tmp_path, rng, capfd):
+def test_parameters_that_transformers_keeps_in_float32_are_logged(tmp_path, rng, capfd):
     config = AutoConfig.for_model("deepseek_v3", **SHAPE | MLA | {"first_k_dense_replace": 1})
     ds = FP32 | {"bf16": {"enabled": True}}
     train(save_model(tmp_path / "model", config), tmp_path, [make_group(rng, [10])], deepspeed=ds)
@@ -350,7 +350,7 @@ MLA |= {"n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_rep
 
 
 @pytest.mark.parametrize("kind, config", [("gpt2", NOISY["gpt2"]), ("deepseek_v3", SHAPE | MLA)])
-def test_a_dry_run_tells_of_learned_positions_and_of_values_narrower_than_queries(kind, config, tmp_path, rng, capfd):
+def test_a_dry_run_supports_learned_positions_and_values_narrower_than_queries(kind, config, tmp_path, rng, capfd):
     folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **config))
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10])])
     asked = dict(model_name=folder, device="cpu", max_token_len=128, data=data, output_dir=str(tmp_path / "run"))

@@ -41,9 +41,7 @@ def at_work(cluster, command, folder, feeder):
             process.kill()
 
 
-def test_two_hosts_train_as_one_process_and_ctrl_c_leaves_a_checkpoint_that_is_gone_on_with(
-    cluster, hostfile, fed_settings, feeder, shared, tmp_path
-):
+def test_two_hosts_train_as_one_process_and_resume_after_ctrl_c(cluster, hostfile, fed_settings, feeder, shared, tmp_path):
     command = multi_node(hostfile, fed_settings)
     with at_work(cluster, command, tmp_path / "run", feeder) as (outer, output):
         assert [len(cluster.processes(node, "train.py")) for node in ("node1", "node2")] == [1, 1]
@@ -92,7 +90,7 @@ def mounted(cluster, node, *words):
     assert cluster.on(node, "umount", words[-1])[0] == 0
 
 
-def test_what_is_wrong_with_a_host_is_said_before_anything_starts(cluster, hostfile, settings, tmp_path):
+def test_faults_of_a_host_are_printed_before_anything_starts(cluster, hostfile, settings, tmp_path):
     import numpy
 
     command, venv = multi_node(hostfile, settings), Path(sys.executable).parent

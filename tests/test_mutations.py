@@ -310,12 +310,12 @@ def sampled(rng, rows):
     def logp():
         return 1.0 if rng.random() < 0.1 else -rng.expovariate(1)
 
-    told = {name: [[1.0, 1.0, *(logp() for _ in row[2:])] for row in rows] for name in LOGPS}
+    fields = {name: [[1.0, 1.0, *(logp() for _ in row[2:])] for row in rows] for name in LOGPS}
     sizes = [[rng.choice([0, 1, 3]) for _ in row] for row in rows]  # a teacher's entries differ from token to token
-    told["distill_token_ids"] = [[[rng.randrange(VOCAB) for _ in range(k)] for k in row] for row in sizes]
-    told["distill_logprobs"] = [[[-rng.expovariate(1) for _ in range(k)] for k in row] for row in sizes]
-    told["generation_params"] = {"temperature": rng.choice([1.0, 0.7]), "weight_version": rng.randrange(9)}
-    return {name: value for name, value in told.items() if name in TEACHER or rng.random() < 0.8}
+    fields["distill_token_ids"] = [[[rng.randrange(VOCAB) for _ in range(k)] for k in row] for row in sizes]
+    fields["distill_logprobs"] = [[[-rng.expovariate(1) for _ in range(k)] for k in row] for row in sizes]
+    fields["generation_params"] = {"temperature": rng.choice([1.0, 0.7]), "weight_version": rng.randrange(9)}
+    return {name: value for name, value in fields.items() if name in TEACHER or rng.random() < 0.8}
 
 
 def in_parts_as_released(rng, group, applied):
@@ -396,7 +396,7 @@ class Verdict:
     score: float = math.nan
     env_id: int = -1
     weight_version: float = math.nan
-    mended: set = field(default_factory=set)
+    repaired: set = field(default_factory=set)
     error: float = 1e-9  # of an advantage, absolute
 
 
@@ -649,7 +649,7 @@ def judge_one(group, i, override, score_advantage, rules):
     n = rules["max_token_len"]
     verdict = Verdict(set(), tokens[:n], trained[:n], values[:n], teacher=teacher[:n], override=override)
     if len(tokens) > (n or math.inf):
-        verdict.mended.add(TRUNCATED)
+        verdict.repaired.add(TRUNCATED)
     add_what_is_mended(verdict, group, i, trained, rules)
     return verdict
 
@@ -660,11 +660,11 @@ def add_what_is_mended(verdict, group, i, trained, rules):
         logps, set_aside = read_logps(entry(group, name, i), trained, -103.5 if name == "inference_logprobs" else -1000)
         verdict.logps[name] = logps[: rules["max_token_len"]]
         if set_aside:
-            verdict.mended.add(NO_LOGPS[name])
+            verdict.repaired.add(NO_LOGPS[name])
     if rules["record_temperature"]:
         verdict.temperature, set_aside = read_temperature(output(group, i, "temperature"))
         if set_aside:
-            verdict.mended.add(NO_TEMPERATURE)
+            verdict.repaired.add(NO_TEMPERATURE)
     score = entry(group, "scores", i)
     verdict.score = float(score) if is_score(score) else math.nan
     verdict.env_id, verdict.weight_version = environment_of(group), read_version(output(group, i, "weight_version"))
@@ -714,8 +714,8 @@ def final(batch, normalization, clip, negative_scale):
     if clip is not None:
         new = {old: min(max(advantage, -clip), clip) for old, advantage in new.items()}
     new = {old: negative_scale * advantage if advantage < 0 else advantage for old, advantage in new.items()}
-    told = {ZERO: lambda _: 0.0, SFT: lambda _: 1.0, NONE: new.get}
-    return [told[override](advantage) if trained else 0.0 for advantage, trained, override in tokens]
+    fields = {ZERO: lambda _: 0.0, SFT: lambda _: 1.0, NONE: new.get}
+    return [fields[override](advantage) if trained else 0.0 for advantage, trained, override in tokens]
 
 
 def close(found, expected, error=1e-9):
@@ -826,8 +826,8 @@ def check(number):
     records = json.loads(text.replace(DEEP, "[[[[]]]]"))["batch"]
     verdicts = judge_all(records, rules)
     good = [verdict for verdict in verdicts if not verdict.reasons]
-    mended = Counter(reason for verdict in good for reason in verdict.mended)
-    assert {reason: n for reason, n in batch.rejected.items() if reason in REPAIRED} == mended
+    repaired = Counter(reason for verdict in good for reason in verdict.repaired)
+    assert {reason: n for reason, n in batch.rejected.items() if reason in REPAIRED} == repaired
     counted = {reason: n for reason, n in batch.rejected.items() if reason not in REPAIRED}
     assert len(batch.lengths) + sum(counted.values()) == len(verdicts)
     assert_counts_can_be(counted, verdicts)

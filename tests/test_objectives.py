@@ -150,7 +150,7 @@ def branches(case, data):
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.clips[1] < math.inf])
-def test_the_data_meet_every_branch_and_what_is_clipped_is_told(name):
+def test_the_data_cover_every_branch_and_clipped_tokens_are_counted(name):
     case, met = CASES[name], set()
     for seed in SEEDS:
         data = make(seed, case.per_sequence)
@@ -390,7 +390,7 @@ def test_a_cap_below_1_counts_no_token_as_clipped_that_nobody_sampled():
     assert float(terms.sums(out)[0]["clipped"]) == int((above & ~behavior.isnan()).sum()) < int(above.sum())
 
 
-def test_sums_of_no_tokens_are_0_and_without_reference_or_teacher_nothing_is_said_of_them():
+def test_sums_of_no_tokens_are_0_and_absent_terms_have_no_metrics():
     empty, none = torch.zeros(0), torch.zeros(0).long()
     for name in OBJECTIVES:
         terms = TokenTerms(Objective(name), Coefficients(), empty, empty, empty, empty, empty, none)

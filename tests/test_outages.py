@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_last_checkpoint_whole(ran
 
 
 @ROOT_ONLY
-def test_a_disk_that_is_full_when_a_batch_comes_is_said_and_damages_nothing(settings, groups, tmp_path, small_disk):
+def test_a_disk_that_is_full_when_a_batch_comes_damages_nothing(settings, groups, tmp_path, small_disk):
     folder = small_disk / "run"
     settings |= {"output_dir": folder}
     huge = groups[4] | {"messages": [[{"role": "user", "content": "x" * 5_000_000}]] * 4}

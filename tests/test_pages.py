@@ -59,8 +59,8 @@ def numbers(page):
     return dict(zip(names, values, strict=True))
 
 
-def wait_for_count(page, told):
-    page.wait_for_selector(f"#count >> text=/^{told}$/")
+def wait_for_count(page, expected):
+    page.wait_for_selector(f"#count >> text=/^{expected}$/")
 
 
 def inside_the_window(page, selector):
@@ -126,7 +126,7 @@ def test_without_a_policy_its_numbers_are_not_named(show):
     assert [*numbers(shown)] == ["token", "id", "position", "mask", "advantage", "sampler's logp", "weight"]
 
 
-def test_a_click_pins_and_keys_go_on_from_there(show):
+def test_a_click_pins_and_keys_move_from_there(show):
     shown = show([TALK, TALK])
     shown.click("#t4")
     shown.hover("#t9")
@@ -180,14 +180,14 @@ def test_search_finds_text_across_tokens(show):
     assert shown.input_value("input") and shown.inner_text("#count") == "2 hits in 2 rollouts"
     assert shown.locator(".hit").all_inner_texts() == [" cap", "ital", "?"] * 2
     assert [article.is_visible() for article in shown.locator("article").all()] == [True, False, True]
-    for keys, told, at in (
+    for keys, expected, at in (
         ("Enter", "1 of 2 hits", "t3"),
         ("Enter", "2 of 2 hits", "t18"),
         ("Enter", "1 of 2 hits", "t3"),
         ("Shift+Enter", "2 of 2 hits", "t18"),
     ):
         shown.keyboard.press(keys)
-        assert shown.inner_text("#count") == told and shown.locator(".now").first.get_attribute("id") == at
+        assert shown.inner_text("#count") == expected and shown.locator(".now").first.get_attribute("id") == at
     shown.fill("input", ".*")  # no pattern
     wait_for_count(shown, "0 hits in 0 rollouts")
     shown.keyboard.press("Enter")
@@ -219,7 +219,7 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_weights_have_colours_that_can_be_told_apart_and_read(show, scheme):
+def test_weights_have_colours_that_can_be_distinguished_and_read(show, scheme):
     tokens = make_view([TALK])["tokens"]
     tokens["weight"] = np.array([0, 0, -2, -1, 0, 1, 2, NOBODY_KNOWS, 1e6, 1, 1, 1])
     shown = show([TALK], tokens=tokens, context={"color_scheme": scheme})

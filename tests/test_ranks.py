@@ -59,7 +59,7 @@ def test_a_shell_of_an_allocation_is_one_rank_and_waits_for_nobody(shell, names_
     assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], found["MASTER_ADDR"]) == ("0", "1", "0", "127.0.0.1")
 
 
-def test_what_a_launcher_says_stands(names_of):
+def test_variables_of_a_launcher_take_precedence(names_of):
     output = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "5"}
     assert names_of(STEP | output) == output
 

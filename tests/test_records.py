@@ -284,8 +284,8 @@ def train(settings, **changes):
 def post_batches(url, batches):
     """Posts each batch when the one before it was taken; of its two groups the second in parts of one sequence."""
     told_by, silent_by = register_env(url, 2), register_env(url, 2)
-    for told, silent in batches:
-        assert post_group(url, told_by, told) == "received"
+    for complete, silent in batches:
+        assert post_group(url, told_by, complete) == "received"
         assert [post_group(url, silent_by, part) for part in split(silent, 2)] == ["buffered", "buffered"]
         wait_until(lambda: requests.get(f"{url}/status", timeout=60).json()["queue_size"] == 0)
 
@@ -294,20 +294,22 @@ def post_batches(url, batches):
 def test_a_run_says_what_its_records_brought(source, settings, tmp_path, rng):
     """Two environments in one batch: one tells all, the other nothing but scores, and through a server it tells it in parts."""
     lengths = [8, 6]
-    told = make_group(rng, lengths, env_id=0, scores=[1.0, 0.0], generation_params={"temperature": 0.7, "weight_version": 0})
-    told["inference_logprobs"] = [[1.0, 1.0] + [-3.0] * (n - 3) + [1.0] for n in lengths]  # the last one's is not known
-    told["ref_logprobs"] = [[-4.0] * n for n in lengths]
-    told["distill_token_ids"] = [[[5, 6]] * n for n in lengths]
-    told["distill_logprobs"] = [[[-1.0, -2.0]] * n for n in lengths]
+    complete = make_group(
+        rng, lengths, env_id=0, scores=[1.0, 0.0], generation_params={"temperature": 0.7, "weight_version": 0}
+    )
+    complete["inference_logprobs"] = [[1.0, 1.0] + [-3.0] * (n - 3) + [1.0] for n in lengths]  # the last one's is not known
+    complete["ref_logprobs"] = [[-4.0] * n for n in lengths]
+    complete["distill_token_ids"] = [[[5, 6]] * n for n in lengths]
+    complete["distill_logprobs"] = [[[-1.0, -2.0]] * n for n in lengths]
     silent = make_group(rng, [7, 5], env_id=1, scores=[4.0, 2.0], advantages=[])
     silent["tokens"][1][:2] = silent["tokens"][0][:2]  # the prompt, by which its parts are known
-    told["advantages"] = None
+    complete["advantages"] = None
     settings |= dict(objective="ppo_clip", kl_coef=0.1, distill_coef=0.5, entropy_coef=0.01)
     if source == "file":
-        steps = train(settings, data=write_groups(tmp_path / "data.jsonl", [told, silent] * 2))
+        steps = train(settings, data=write_groups(tmp_path / "data.jsonl", [complete, silent] * 2))
     else:
         with atropos_server() as server, ThreadPoolExecutor() as pool:
-            posting = pool.submit(post_batches, server.url, [(told, silent)] * 2)
+            posting = pool.submit(post_batches, server.url, [(complete, silent)] * 2)
             steps = train(settings, atropos_url=server.url, training_steps=2)
             posting.result()
     assert len(steps) == 2
@@ -354,7 +356,9 @@ def test_placeholders_and_empty_lists_are_no_inference_logprobs(settings, tmp_pa
         (dict(distill_coef=0.1), "distill_token_ids"),
     ],
 )
-def test_a_batch_without_what_the_loss_needs_is_said_or_under_strict_an_error(changes, field, settings, tmp_path, rng, capfd):
+def test_a_batch_without_what_the_loss_needs_is_a_warning_or_under_strict_an_error(
+    changes, field, settings, tmp_path, rng, capfd
+):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [8, 6]) for _ in range(4)])
     with pytest.raises(UserError, match=f"the batch of step 1 has no {field} on any trained token, and strict is set"):
         train(settings, data=data, strict=True, **changes)

@@ -49,7 +49,7 @@ def test_lines_are_dated_and_say_which_start_of_the_run_wrote_them(tmp_path):
     assert run.lines[0]["time/at"] <= run.lines[1]["time/at"] == round(run.lines[1]["time/at"], 3)
 
 
-def test_a_run_begun_before_starts_were_counted_has_started_once(tmp_path):
+def test_a_run_from_before_starts_were_counted_has_started_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     metrics = Metrics(WeightedSFTConfig(model_name="m", output_dir=str(tmp_path)), tmp_path, 1)
     metrics.step({"step": 2} | SAID)
@@ -152,7 +152,7 @@ def test_a_page_of_ten_thousand_steps_is_under_2_mb(number, tmp_path, monkeypatc
     assert re.search(r"10,000 steps, drawn [\d,]+ points a line: the lowest and highest of each stretch", page.read_text())
 
 
-def test_settings_are_told_that_differ_or_are_not_at_their_default(tmp_path):
+def test_settings_are_shown_that_differ_or_are_not_the_default(tmp_path):
     stages = [{"zero_optimization": {"stage": stage}} for stage in (2, 3)]
     one = write_run(tmp_path / "one", 2, deepspeed=stages[0], learning_rate=1e-5)
     two = write_run(tmp_path / "two", 2, deepspeed=stages[1], learning_rate=1e-5, objective="cispo", kl_coef=0.1)

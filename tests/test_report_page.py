@@ -108,8 +108,8 @@ def test_the_numbers_are_those_of_the_step_under_the_pointer(folder, shown):
         assert round(point_at(page, plot, share)) == at + 1
         line, title = lines[at], "mean logp of tokens"
         page.wait_for_function(f"document.querySelector('small').textContent == 'step {at + 1}'")
-        told = [f"{line[name]:.4g}" for name in ("logp/positive", "logp/negative")]
-        assert [float(value) for value in read(page, title)[1]] == [float(value) for value in told]
+        expected = [f"{line[name]:.4g}" for name in ("logp/positive", "logp/negative")]
+        assert [float(value) for value in read(page, title)[1]] == [float(value) for value in expected]
         assert read(page, title)[0] == f"step {at + 1}"
     page.mouse.move(1, 1)  # away from all: the end of the run
     page.wait_for_function("document.querySelector('small').textContent == 'step 20'")
@@ -171,7 +171,7 @@ def test_the_height_follows_what_is_zoomed_to(shown):
     page.wait_for_function(f"{height} < {whole / 20}")
 
 
-def test_the_strip_tells_what_befell_the_run(shown):
+def test_the_strip_shows_events_of_the_run(shown):
     page = shown("short")  # started again before steps 7 and 13
     point_at(page, STRIP, (7 - 0.5) / 20, 0.2)
     page.locator(".bk-Tooltip").get_by_text("restarts: 1, step 7").wait_for()

@@ -1,4 +1,4 @@
-"""A run that was killed or stopped goes on as if nothing had been: from a file, at every stage, on other ranks."""
+"""A run that was killed or stopped continues without a difference: from a file, at every stage, on other ranks."""
 
 import errno
 import fcntl
@@ -88,7 +88,7 @@ def test_a_run_killed_after_a_checkpoint_ends_bitwise_equal(num_ranks, stage, bf
 @pytest.mark.parametrize(
     "before, after, stage", mostly_slow([(2, 1, 3), (1, 2, 2), (1, 2, 3), (2, 1, 2), (2, 1, 0), (1, 2, 0)], 1)
 )
-def test_another_number_of_ranks_goes_on_exactly(before, after, stage, settings, tmp_path):
+def test_another_number_of_ranks_resumes_exactly(before, after, stage, settings, tmp_path):
     settings["deepspeed"] = write_ds(tmp_path, stage)
     train(settings, 2, output_dir=tmp_path / "untouched")
     train(settings, before, script=KILLED, codes=(-signal.SIGKILL,), output_dir=tmp_path / "run")
@@ -143,7 +143,7 @@ def train_here(settings, **changes):
     return WeightedSFTTrainer(WeightedSFTConfig(**settings)).train()
 
 
-def test_what_cannot_be_resumed_is_said(killed, untouched, tmp_path):
+def test_what_cannot_be_resumed_is_an_error(killed, untouched, tmp_path):
     run, other = tmp_path / "run", make_model(tmp_path / "other", hidden_size=16)
     torn = shutil.copytree(run / "checkpoints" / "step_4", tmp_path / "torn")
     (torn / "random_0.pt").write_bytes(b"")
@@ -181,7 +181,7 @@ def test_what_would_change_learning_or_be_ignored_is_refused(changes, sentence, 
         train_here(killed, resume=True, **changes)
 
 
-def test_a_json_that_says_the_same_by_other_code_goes_on(killed, untouched, tmp_path):
+def test_a_json_with_another_implementation_of_adam_resumes(killed, untouched, tmp_path):
     optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True, "weight_decay": 0.0}}
     ds = {"bf16": {"enabled": "auto"}, "optimizer": optimizer, "zero_optimization": {"stage": 3}}
     train_here(killed, resume=True, deepspeed=ds)
@@ -237,7 +237,7 @@ def test_a_second_run_in_one_folder_waits_and_then_says_who_is_there(killed, tmp
     train_here(killed, resume=True)
 
 
-def test_a_file_system_without_locks_is_said_and_stops_nothing(killed, untouched, tmp_path, monkeypatch, capfd):
+def test_a_file_system_without_locks_is_a_warning(killed, untouched, tmp_path, monkeypatch, capfd):
     def without_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -289,7 +289,7 @@ def test_what_wsft_did_not_make_stays(killed, tmp_path):
     assert (checkpoints / "step_3" / "kept").read_text() == "mine"
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_said_once_and_deleted_later(killed, untouched, tmp_path, monkeypatch, capfd):
+def test_a_checkpoint_that_cannot_be_deleted_is_logged_once_and_deleted_later(killed, untouched, tmp_path, monkeypatch, capfd):
     """A file held open on NFS keeps its folder from being removed."""
     rmtree, checkpoints = shutil.rmtree, tmp_path / "run" / "checkpoints"
 
@@ -309,7 +309,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_said_once_and_deleted_later(kill
 
 
 @pytest.mark.parametrize("launcher", ["SLURM", "torchrun"])
-def test_a_restart_goes_on_whatever_it_was_submitted_with(launcher, killed, tmp_path, monkeypatch):
+def test_a_restart_resumes_whatever_it_was_submitted_with(launcher, killed, tmp_path, monkeypatch):
     """overwrite_output_dir is for the first start of a job; a restart that finds another's results begins as submitted."""
     job, restarts = {"SLURM": ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"), "torchrun": (None, "TORCHELASTIC_RESTART_COUNT")}[
         launcher
@@ -388,7 +388,7 @@ def test_a_save_and_a_load_that_take_longer_than_any_step_are_no_hang(killed, un
     assert_same_run(tmp_path / "run", untouched)
 
 
-def test_a_damaged_newest_checkpoint_is_said_and_the_one_before_it_serves(killed, untouched, tmp_path, capfd):
+def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning(killed, untouched, tmp_path, capfd):
     (tmp_path / "run" / "checkpoints" / "step_4" / "random_0.pt").unlink()
     train_here(killed, resume=True)
     assert "passing over" in capfd.readouterr().err
@@ -450,7 +450,7 @@ def test_what_export_copies_out_of_the_base_model_is_in_as_many_shards_as_needed
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_what_stands_beside_the_weights_is_the_base_models_own_byte_for_byte(bf16, tiny_model, tmp_path, rng, monkeypatch):
+def test_files_other_than_weights_are_those_of_the_base_model_byte_for_byte(bf16, tiny_model, tmp_path, rng, monkeypatch):
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     model = shutil.copytree(tiny_model, tmp_path / "model")

@@ -65,7 +65,7 @@ def test_a_signal_to_one_rank_stops_all_and_resume_completes(settings, groups, t
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
 
 
-def test_a_run_under_nohup_goes_on_when_its_terminal_is_closed():
+def test_a_run_under_nohup_continues_when_its_terminal_is_closed():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Stop() as stop:

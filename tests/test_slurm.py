@@ -73,7 +73,7 @@ class Job:
         self.until_it_comes_back(times)
 
     def until_it_comes_back(self, times):
-        """Saved by start number `times`, and begun again where that stopped."""
+        """Saved by start number `times`, and continued by the next start."""
         self.until(lambda: self.starts() > times)
         saved = re.findall(r"stopped after step (\d+)", self.output())
         assert len(saved) == times, self.output()
@@ -163,7 +163,7 @@ def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
     assert len(steps_of(job.folder)) == 3 and not slurm.processes("node1", "atroposlib")
 
 
-def test_a_look_at_a_job_before_it_is_submitted(settings):
+def test_a_job_can_be_shown_before_it_is_submitted(settings):
     env = clean_environment(SLURM_CPUS_PER_TASK="8")
     ((code, printed),) = run_together([["bash", "launch/slurm.sbatch", "--dry-run", *flags(settings)]], [env])
     assert (

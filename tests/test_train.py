@@ -65,9 +65,9 @@ def test_a_batch_eight_times_as_large_takes_no_more_memory(tmp_path, monkeypatch
     model, rng, peaks = make_model(tmp_path / "model", **shape), np.random.default_rng(0), {}
     for groups in (2, 16):
         groups_of = [make_group(rng, rng.integers(32, 256, 4).tolist()) for _ in range(2 * groups)]
-        told = flags(model_name=model, data=write_groups(tmp_path / "data.jsonl", groups_of), batch_size=4 * groups)
-        told += flags(output_dir=tmp_path / f"run_{groups}", micro_batch_tokens=1024, device="cpu", save_steps=9)
-        ((code, output),) = run_ranks(["train.py", *told], 1, imports_done=False)
+        given = flags(model_name=model, data=write_groups(tmp_path / "data.jsonl", groups_of), batch_size=4 * groups)
+        given += flags(output_dir=tmp_path / f"run_{groups}", micro_batch_tokens=1024, device="cpu", save_steps=9)
+        ((code, output),) = run_ranks(["train.py", *given], 1, imports_done=False)
         assert code == 0, output
         peaks[groups] = [step["memory/peak_gib"] for step in steps_of(tmp_path / f"run_{groups}")]
     print(peaks)
@@ -107,7 +107,7 @@ def test_batches_of_a_live_server_train_as_those_of_a_file(fetch_mode, tiny_mode
     assert steps_of(tmp_path / "live")[0]["tokens/trained"] == 55 + 52 - 8 * 2
 
 
-def test_a_batch_size_that_ranks_cannot_share_is_said_by_all(tiny_model, tmp_path):
+def test_a_batch_size_not_divisible_by_ranks_is_an_error_on_all(tiny_model, tmp_path):
     command = ["train.py", *flags(model_name=tiny_model, fetch_mode="per_rank", batch_size=7, output_dir=tmp_path / "run")]
     results = run_ranks(command, 2)
     assert all(code != 0 for code, _ in results)

@@ -104,7 +104,7 @@ def test_a_broken_line_is_named_and_the_others_are_trained(settings, tmp_path, r
     assert "line 2 of" in capfd.readouterr().err
 
 
-def test_token_ids_outside_the_vocabulary_are_left_out_and_said(settings, tmp_path, rng, capfd):
+def test_token_ids_outside_the_vocabulary_are_left_out_and_logged(settings, tmp_path, rng, capfd):
     bad = make_group(rng, [6])
     bad["tokens"][0][3] = bad["masks"][0][3] = VOCAB
     path = write_groups(tmp_path / "vocabulary.jsonl", [bad, make_group(rng, [6])])
@@ -180,7 +180,7 @@ cpp_extension._write_ninja_file_and_build_library = lambda **_: print("compiles"
 cpp_extension._import_module_from_library = lambda *_: None
 with compiling_ops():
     cpp_extension.load("op", ["op.cpp"], build_directory=sys.argv[2])
-print("goes on", flush=True)
+print("continues", flush=True)
 """
 
 
@@ -298,7 +298,7 @@ def test_a_model_that_cannot_keep_packed_sequences_apart_is_padded(make, stage, 
 def test_rollouts_without_weight_are_not_run_and_count_all_the_same(settings, tmp_path, rng):
     equal = make_group(rng, [12, 9], advantages=None, scores=[1.0, 1.0])
     zero = make_group(rng, [7, 8], overrides=[{"set_advantage_to_zero": True}, None])
-    data = write_groups(tmp_path / "weightless.jsonl", [equal, zero])
+    data = write_groups(tmp_path / "zero_weight.jsonl", [equal, zero])
     moved, printed = [], []
     for skip in (True, False):
         final, (step,) = train(

@@ -44,7 +44,7 @@ def is_alive(process):
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
-def test_no_key_is_said_before_anything_is_loaded(settings):
+def test_a_missing_key_is_an_error_before_anything_is_loaded(settings):
     for start in (train_here, lambda settings: dry_run(WeightedSFTConfig(**settings))):
         with pytest.raises(UserError, match=r"there is no key for http://127.0.0.1:\d+: run `wandb login`, set WANDB_API_KEY"):
             start(settings | {"model_name": "nothing here"})
@@ -60,7 +60,7 @@ def test_a_service_out_of_reach_is_one_warning(settings, tmp_path, monkeypatch, 
     assert state_of(tmp_path / "run")["state"] == "finished"
 
 
-def test_what_reports_and_fails_is_said_once_each(settings, tmp_path, monkeypatch, capfd):
+def test_a_failing_sink_is_logged_once(settings, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_MODE", "offline")
     opened, failing = Metrics.__init__, []
 
