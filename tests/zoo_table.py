@@ -1,4 +1,4 @@
-"""The table of benchmarks/ARCHITECTURES.md, of what `test_zoo.py` wrote: python tests/zoo_table.py TABLE.jsonl..."""
+"""The table of benchmarks/ARCHITECTURES.md, from the output of test_zoo.py: python tests/zoo_table.py TABLE.jsonl..."""
 
 import json
 import re
@@ -11,7 +11,7 @@ COLUMNS = "architecture", "class", "error", "rows", "dry run"
 
 
 def cells(row):
-    """Of one line, and which kind of line it is."""
+    """The kind of a row, and its cells."""
     if "untried" in row:
         reason = row["untried"].strip().splitlines()[-1]
         return "not tried", (row["name"], "", "", f"not tried: {reason.strip()[:110]}", "")
@@ -21,7 +21,7 @@ def cells(row):
             row["name"],
             row["class"],
             "",
-            row["refused"].removeprefix("error: "),
+            _without_folders(row["refused"]),
             "same" if same else "not seen",
         )
     exact = row["error"] <= max(EXACT, 5 * row.get("float32", 0)) and not row["export"]
