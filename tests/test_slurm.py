@@ -173,4 +173,4 @@ def test_a_job_can_be_shown_before_it_is_submitted(settings):
     )
     assert not Path(settings["output_dir"]).exists()
     ((code, printed),) = run_together([["bash", "launch/slurm.sbatch", *flags(settings)]], [clean_environment()])
-    assert code == 1 and "this is no job: sbatch launch/slurm.sbatch" in printed
+    assert code == 1 and "not in a job: sbatch launch/slurm.sbatch" in printed
