@@ -102,14 +102,16 @@ class Engine:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
         model.run = self._engine.__call__
         _require_rates(self._engine, ds)
-        for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's own have NCCL's default, 10 minutes
+        # DeepSpeed's own groups have NCCL's default of 10 minutes, and torch has no public way to change a group's timeout
+        for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(collective_timeout(world.timeout_s), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
         self._without_gradient = _note_gradients(model)
         self._unwritten: Exception | None = None
+        # DeepSpeed has no public way to choose how a file is written, nor to leave its recovery script out
         self._engine.checkpoint_engine.save = self._write
-        self._engine._copy_recovery_script = lambda folder: None  # no script in the checkpoint
+        self._engine._copy_recovery_script = lambda folder: None
 
     @property
     def queues(self) -> bool:
@@ -316,7 +318,7 @@ def _without_update(engine: Any) -> Iterator[None]:
         yield
     finally:
         optimizer.step, engine.lr_scheduler = step, schedule
-        if linked is False:  # links to states that only a step creates
+        if linked is False:  # private: links to optimizer states, which only a real step creates
             sharded._hp_optimizer_states_linked = False
 
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from wsft.device import can_compile, has_native_matmul, memory_bytes
+from wsft.loss.softmax import LogitShape, Softmax, differentiate_, sum_of_equal_ids
 
 # Bytes of a chunk's logits in float32. On a CPU larger chunks were not faster. Each chunk reads and writes the gradient of
 # lm_head once: on a GPU this takes as long as the matrix products of some hundred rows; on a CPU smaller chunks cost up to a
@@ -116,7 +117,7 @@ def head_loss(
     Raises:
         ValueError: shapes or types that do not match, or a value out of range.
     """
-    shape = _LogitShape(temperature, 1.0 if logit_scale is None else logit_scale, final_logit_softcapping)
+    shape = LogitShape(temperature, 1.0 if logit_scale is None else logit_scale, final_logit_softcapping)
     token_loss = _Weighted(weights.detach()) if isinstance(weights, torch.Tensor) else weights
     terms = _Terms(targets_N, token_loss, entropy_weights_N, teacher)
     _check(hidden_NH, lm_head_VH, bias_V, weights, terms, shape)
@@ -166,32 +167,6 @@ class LossHead(torch.nn.Linear):
         if vocab_size is not None:
             lm_head_VH, bias_V = lm_head_VH[:vocab_size], bias_V if bias_V is None else bias_V[:vocab_size]
         return head_loss(hidden, lm_head_VH, targets_N, weights, bias_V=bias_V, **options)
-
-
-class _LogitShape(NamedTuple):
-    """The operations between the products hidden @ lm_head.T + bias and the softmax."""
-
-    temperature: float | torch.Tensor  # one number, or [N]
-    scale: float
-    softcap: float | None
-
-    def of_rows(self, rows: slice) -> _LogitShape:
-        one_number = not isinstance(self.temperature, torch.Tensor)
-        return self if one_number else self._replace(temperature=self.temperature[rows].unsqueeze(1))
-
-    @property
-    def logit_scale(self) -> float | torch.Tensor:
-        return self.scale / self.temperature
-
-    def apply_(self, z: torch.Tensor) -> torch.Tensor:
-        """Apply them to products [R, any], in place."""
-        if self.softcap is None:
-            return z.mul_(self.logit_scale)
-        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-
-    def derivative(self, z: torch.Tensor) -> torch.Tensor | float:
-        """Derivative of the result of `apply_` with respect to the products."""
-        return self.logit_scale * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.logit_scale
 
 
 class _Weighted:
@@ -263,7 +238,7 @@ class _ChunkedHead(torch.autograd.Function):
         if terms.token_loss.of_sequences:
             for chunk in _slices(0, N, chunk_tokens):
                 for rows, block_RV in blocks(chunk, hidden_NH[chunk].to(product)):
-                    found_4N[1, rows] = _Softmax.of_(block_RV, terms.targets_N[rows, None], shape.of_rows(rows)).logp_RJ[:, 0]
+                    found_4N[1, rows] = Softmax.of_(block_RV, terms.targets_N[rows, None], shape.of_rows(rows)).logp_RJ[:, 0]
             terms = terms._replace(token_loss=_Known(*terms.token_loss(found_4N[1], slice(0, N))))
 
         for chunk in _slices(0, N, chunk_tokens):
@@ -294,39 +269,7 @@ class _ChunkedHead(torch.autograd.Function):
         return *(g if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in gradients), None, None, None, None
 
 
-class _Softmax(NamedTuple):
-    """Of R rows of logits, overwritten with exp(z - max z), and of J of their entries."""
-
-    exp_RV: torch.Tensor
-    peak_R1: torch.Tensor  # max z
-    total_R1: torch.Tensor  # the sum of exp
-    mean_z_R1: torch.Tensor  # of z - max z
-    z_RJ: torch.Tensor  # - max z
-    logp_RJ: torch.Tensor
-
-    @classmethod
-    def of_(cls, logits_RV: torch.Tensor, ids_RJ: torch.Tensor, shape: _LogitShape) -> _Softmax:
-        exact = torch.promote_types(logits_RV.dtype, torch.float32)
-        z_RJ = shape.apply_(logits_RV.gather(1, ids_RJ).to(exact))
-        peak_R1, total_R1, mean_z_R1 = _fused(_exponentiate_, logits_RV)(logits_RV, shape)
-        z_RJ -= peak_R1
-        return cls(logits_RV, peak_R1, total_R1, mean_z_R1, z_RJ, z_RJ - total_R1.log())
-
-
-def _exponentiate_(logits_RV: torch.Tensor, shape: _LogitShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Overwrites logits with exp(z - max z). Returns max z, the sum of exp, and the mean of z - max z, [R, 1] each."""
-    z = shape.apply_(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
-    peak_R1 = z.amax(1, keepdim=True)
-    exp = z.sub_(peak_R1).exp()
-    total_R1 = exp.sum(1, keepdim=True)
-    mean_z_R1 = z.mul_(exp).sum(1, keepdim=True) / total_R1
-    logits_RV.copy_(exp)
-    return peak_R1, total_R1, mean_z_R1
-
-
-def _to_gradient_(
-    logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: _LogitShape, wants_gradient: bool
-) -> torch.Tensor:
+def _to_gradient_(logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: LogitShape, wants_gradient: bool) -> torch.Tensor:
     """Loss, logp, entropy and divergence [4, R] of rows of products, which are overwritten with the gradient of the loss.
 
     With p = softmax(z), the gradient of -logp is p - onehot; that of -entropy p * (log p + entropy) = p * (z - mean z); that of
@@ -336,7 +279,7 @@ def _to_gradient_(
     if terms.teacher:
         ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, torch.promote_types(logits_RV.dtype, torch.float32))
         ids_RJ = torch.cat([ids_RJ, ids_RK], dim=1)
-    softmax = _Softmax.of_(logits_RV, ids_RJ, shape)
+    softmax = Softmax.of_(logits_RV, ids_RJ, shape)
     logp_R1, entropy_R1 = softmax.logp_RJ[:, :1], softmax.total_R1.log() - softmax.mean_z_R1
     loss_R1, weights_R1 = (x.unsqueeze(1) for x in terms.token_loss(logp_R1.squeeze(1), rows))
     mass_R1, onehot_RJ, bonus_R1 = weights_R1, weights_R1, None  # the gradient is p * (mass + bonus * z) - onehot
@@ -347,56 +290,10 @@ def _to_gradient_(
     if terms.teacher:
         divergence_R1 = (torch.xlogy(q_RK, q_RK) - q_RK * softmax.logp_RJ[:, 1:]).sum(1, keepdim=True)
         loss_R1, mass_R1 = loss_R1 + strength_R1 * divergence_R1, mass_R1 + strength_R1 * q_RK.sum(1, keepdim=True)
-        onehot_RJ = _of_equal_ids(ids_RJ, torch.cat([weights_R1, strength_R1 * q_RK], dim=1))
+        onehot_RJ = sum_of_equal_ids(ids_RJ, torch.cat([weights_R1, strength_R1 * q_RK], dim=1))
     if wants_gradient:
-        _differentiate_(softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+        differentiate_(softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
     return torch.cat([loss_R1, logp_R1, entropy_R1, divergence_R1], dim=1).T
-
-
-def _differentiate_(
-    softmax: _Softmax,
-    ids_RJ: torch.Tensor,
-    mass_R1: torch.Tensor,
-    onehot_RJ: torch.Tensor,
-    bonus_R1: torch.Tensor | None,
-    shape: _LogitShape,
-) -> None:
-    """Overwrites exp with derivative * (p * (mass + bonus * z) - onehot), where onehot is nonzero at `ids`.
-
-    The entries at `ids` are written directly: subtracting 1 from p in the buffer's type would lose precision.
-    """
-    exp_RV, peak_R1, total_R1, _, z_RJ, logp_RJ = softmax
-    at_ids_RJ = logp_RJ.exp() * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z_RJ) - onehot_RJ
-    bonus = None if bonus_R1 is None else bonus_R1 / total_R1
-    _fused(_spread_, exp_RV)(exp_RV, mass_R1 / total_R1, bonus, peak_R1, shape)
-    exp_RV.scatter_(1, ids_RJ, (shape.derivative(z_RJ + peak_R1) * at_ids_RJ).to(exp_RV.dtype))
-
-
-def _spread_(
-    exp_RV: torch.Tensor, mass_R1: torch.Tensor, bonus_R1: torch.Tensor | None, peak_R1: torch.Tensor, shape: _LogitShape
-) -> None:
-    """Overwrites exp with derivative * exp * (mass + bonus * z)."""
-    if bonus_R1 is None and shape.softcap is None:
-        exp_RV.mul_(shape.logit_scale * mass_R1)
-        return
-    exp = exp_RV.to(mass_R1.dtype)
-    z = exp.clamp_min(torch.finfo(exp.dtype).tiny).log_()
-    exp = exp * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z)
-    exp_RV.copy_(exp.mul_(shape.derivative(z + peak_R1)))
-
-
-_compiled = functools.cache(functools.partial(torch.compile, dynamic=True))
-
-
-def _fused(function: Callable, like: torch.Tensor) -> Callable:
-    """The function, compiled to one kernel if the device of `like` can."""
-    return _compiled(function) if can_compile(like.device) else function
-
-
-def _of_equal_ids(ids_RJ: torch.Tensor, values_RJ: torch.Tensor) -> torch.Tensor:
-    """Replace each entry by the sum over the entries of its row with the same id."""
-    pairs = zip(ids_RJ.split(1, dim=1), values_RJ.split(1, dim=1), strict=True)
-    return sum((ids_RJ == id_R1) * value_R1 for id_R1, value_R1 in pairs)
 
 
 def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -427,7 +324,7 @@ def _check(
     bias_V: torch.Tensor | None,
     weights: torch.Tensor | TokenLoss,
     terms: _Terms,
-    shape: _LogitShape,
+    shape: LogitShape,
 ) -> None:
     """ValueError for invalid arguments. Values are checked on a CPU only, since on a GPU that would synchronize."""
     if hidden_NH.ndim != 2 or lm_head_VH.ndim != 2 or hidden_NH.shape[1] != lm_head_VH.shape[1]:

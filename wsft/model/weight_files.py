@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -120,12 +119,22 @@ def loading_as_without_zero3(empty: PreTrainedModel) -> Iterator[None]:
         initialize(model, *args)
 
     with (
-        patch.object(core_model_loading, "rename_source_key", _rename),
-        patch.object(deepspeed_integration, "_apply_weight_conversions_to_state_dict", lambda _, *args: convert(empty, *args)),
-        patch.object(modeling_utils, "_load_state_dict_into_zero3_model", load_into_buffers_of_their_types),
-        patch.object(PreTrainedModel, "_initialize_missing_keys", initialize_others),
+        _replaced(core_model_loading, "rename_source_key", _rename),
+        _replaced(deepspeed_integration, "_apply_weight_conversions_to_state_dict", lambda _, *args: convert(empty, *args)),
+        _replaced(modeling_utils, "_load_state_dict_into_zero3_model", load_into_buffers_of_their_types),
+        _replaced(PreTrainedModel, "_initialize_missing_keys", initialize_others),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def differing(model: PreTrainedModel, files: dict[str, Path], made: list[Made]) -> list[str]:
