@@ -20,7 +20,7 @@ def main() -> None:
     if not config.dry_run:
         note_signals()
 
-    from wsft import WeightedSFTTrainer  # torch and transformers load here: after a wrong flag was said at once
+    from wsft import WeightedSFTTrainer  # torch and transformers load here: after flags were checked
     from wsft.errors import UserError
 
     try:

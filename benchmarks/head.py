@@ -5,7 +5,7 @@
 By default the head of SmolLM2-135M on a CPU (4,096 tokens), and in bf16 that of Qwen2.5-7B on an NVIDIA GPU (32,768 tokens).
 The masked tokens carry no loss: wsft never looks at them, the others compute and mask them, as they do in their trainers.
 Each measurement is a process of its own. Its peak memory is above what it held before the forward pass, so that the gradients
-are among it. What cannot run here is said and left out; benchmarks/requirements.txt has the peers.
+are among it. What cannot run here is reported and left out; benchmarks/requirements.txt has the peers.
 
     products    the three matrix products of the trained tokens alone, all at once: what no head can do without
     dense       all logits, cross_entropy: the usual model.forward(labels=...)
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from wsft.device import PeakMemory
 from wsft.loss.head import weighted_linear_cross_entropy
 
-CHUNK = 1024  # of tokens, where a peer wants it said
+CHUNK = 1024  # tokens, for peers with such an option
 DEFAULTS = {
     "cpu": {"tokens": 4096, "hidden": 576, "vocab": 49_152, "dtype": "float32", "repeats": 1},
     "cuda": {"tokens": 32_768, "hidden": 3_584, "vocab": 152_064, "dtype": "bfloat16", "repeats": 10},
@@ -125,7 +125,7 @@ def run(head: str, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measured(head: str) -> dict[str, float] | str:
-    """From a process of its own; the last line of what it said if it could not."""
+    """From a process of its own; the last line of its output if it failed."""
     command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--only", head]
     child = subprocess.run(command, capture_output=True, text=True)
     return child.stderr.strip().split("\n")[-1] if child.returncode else json.loads(child.stdout.split("\n")[-2])

@@ -7,7 +7,7 @@ turns in one call.
 Rollouts have lognormal lengths (median 120 for 32 to 512 tokens); 40 % of the tokens are prompt, which carries no loss. They
 come in groups of `--group_size` to a prompt, as from Atropos, and every fifth group has no advantage; with 1 each rollout has
 a prompt of its own. A step is what each takes for all rollouts, waiting for data included; the first of a run is not counted.
-All compute in `--dtype` (float32 where the device has no bf16), with or without activation checkpointing as it is said for all.
+All compute in `--dtype` (float32 where the device has no bf16), with or without activation checkpointing, the same for all.
 
     wsft         train.py as it is
     trl          TRL's SFTTrainer at its defaults, 8 sequences a micro-batch. It has no advantages: it trains all tokens that
@@ -35,7 +35,7 @@ import numpy as np
 from wsft.distributed.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-PER_DEVICE = 8  # sequences in a micro-batch, where a peer wants it said
+PER_DEVICE = 8  # sequences in a micro-batch, for peers with such an option
 QWEN = {
     "qwen2.5-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
                          num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True),

@@ -135,8 +135,8 @@ def check_hosts(slots: dict[str, int], port: int, logs: Path, config: WeightedSF
     for host, answer in answers.items():
         words = [line.split(": ", 1)[-1] for line in complaints.splitlines() if host in line and "exited with" not in line]
         reason = words[-1] if words else f"not within {LOOK_S} s"
-        silent = f"does not answer by ssh ({reason}): start it, repair it, or leave it out of the hostfile"
-        wrong += [f"{host} {sentence}" for sentence in (answer["wrong"] if answer else [silent])]
+        unreachable = f"does not answer by ssh ({reason}): start it, repair it, or leave it out of the hostfile"
+        wrong += [f"{host} {sentence}" for sentence in (answer["wrong"] if answer else [unreachable])]
     compared = {host: answer["same"] for host, answer in answers.items() if "same" in answer}
     for name in next(iter(compared.values()), {}):
         found = {host: same[name] for host, same in compared.items()}

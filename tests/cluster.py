@@ -47,8 +47,8 @@ class Cluster:
             return subprocess.Popen(words, env=env, cwd=ROOT, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
 
     def on(self, node, *command, timeout=PATIENCE_S, **more):
-        """Its exit code and what it said."""
-        output = self.folder / "said.txt"
+        """Its exit code and output."""
+        output = self.folder / "output.txt"
         process = self.start(node, *command, output=output, **more)
         try:
             return process.wait(timeout), output.read_text()

@@ -121,7 +121,7 @@ def flags(settings, **changes):
 
 
 def train(settings, num_ranks=2, script="train.py", codes=(0,), during=None, **changes):
-    """A run of real ranks: what they said. Every exit code must be among `codes`."""
+    """Run real ranks; returns their output. Every exit code must be among `codes`."""
     results = run_ranks([*script.split(), *flags(settings, **changes)], num_ranks, during=during)
     printed = "\n".join(output for _, output in results)
     assert all(code in codes for code, _ in results), f"exit codes {[code for code, _ in results]}:\n{printed}"

@@ -14,15 +14,19 @@ PLAN = {"plan/padding": 0.01, "plan/imbalance": 0.04, "time/step": 21.0, "time/w
 
 def write_run(folder, steps, seed=0, lines=None, **settings):
     """A run of so many steps that never was; `lines` changes its lines of metrics before they are written."""
-    rng, course = np.random.default_rng(seed), np.arange(1, steps + 1) / steps
+    rng, progress = np.random.default_rng(seed), np.arange(1, steps + 1) / steps
     level = {name: np.full(steps, value) for name, value in (PAIRS | ANY | MORE | PLAN).items()}
-    columns = {name: value * (1 + 0.4 * course + 0.15 * rng.normal(size=steps)) for name, value in level.items()}
+    columns = {name: value * (1 + 0.4 * progress + 0.15 * rng.normal(size=steps)) for name, value in level.items()}
     columns |= {"ratio/mean": 1 + 0.02 * rng.normal(size=steps), "ratio/max": np.exp(1 + np.abs(rng.normal(size=steps)))}
-    columns["learning_rate"] = 1e-6 * np.minimum(1, 20 * course) * (1 + np.cos(np.pi * course)) / 2
+    columns["learning_rate"] = 1e-6 * np.minimum(1, 20 * progress) * (1 + np.cos(np.pi * progress)) / 2
     columns["time/at"] = 1.79e9 + 21.0 * np.arange(steps)
     rejected = rng.poisson(0.02, steps)
-    counts = {"step": np.arange(1, steps + 1), "run/starts": 1 + (course > 0.3) + (course > 0.62), "data/rejected": rejected}
-    counts |= {"data/possibly_lost_batches": np.cumsum(course == course[steps // 2]), "steps/not_finite": 0 * rejected}
+    counts = {
+        "step": np.arange(1, steps + 1),
+        "run/starts": 1 + (progress > 0.3) + (progress > 0.62),
+        "data/rejected": rejected,
+    }
+    counts |= {"data/possibly_lost_batches": np.cumsum(progress == progress[steps // 2]), "steps/not_finite": 0 * rejected}
     rows = [dict(zip(counts, map(int, row), strict=True)) for row in zip(*counts.values(), strict=True)]
     for row, values in zip(rows, zip(*columns.values(), strict=True), strict=True):
         row |= dict(zip(columns, map(float, values), strict=True))

@@ -13,7 +13,7 @@ BUDGET_MIN = 9  # on two cores; the other three of CI's twelve minutes are for i
 
 class Progress:
     """A pytest plugin for the process that reports. With -n 0 that is the one that tests, whose output is captured: then only
-    the end is said."""
+    the end is printed."""
 
     def __init__(self, config: pytest.Config):
         self._config, self._start = config, time.monotonic()

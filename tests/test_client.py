@@ -273,7 +273,7 @@ def test_a_batch_with_nan_is_counted_as_lost_and_the_next_one_comes(server, capl
     assert client.poll() is None
     assert client.possibly_lost == 1
     assert warnings(caplog, "A batch may be lost (1 so far)") == 1
-    assert warnings(caplog, "Trying again") == 0  # no outage: said once is enough
+    assert warnings(caplog, "Trying again") == 0  # no outage: logged once
     post_batch(server)
     assert poll_until_batch(client)
     assert client.possibly_lost == 1

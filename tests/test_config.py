@@ -1,4 +1,4 @@
-"""Settings: alike from Python, YAML and flags; what is wrong is said in a sentence."""
+"""Settings: the same from Python, YAML and flags; errors are one sentence."""
 
 import json
 

@@ -17,7 +17,7 @@ LABELS = [-100, -100, 7, 8]
 
 
 def one(**fields):
-    """A group of one good sequence, changed as said."""
+    """A group of one valid sequence with changes."""
     return dict(tokens=[TOKENS], masks=[LABELS], scores=[0.5], advantages=None) | fields
 
 

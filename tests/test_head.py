@@ -214,14 +214,14 @@ def test_no_tokens_give_a_connected_0(name, dtype):
 
 def test_tokens_of_weight_0_add_nothing_and_still_have_a_logp():
     hidden, lm_head, targets, weights = make_inputs()
-    silent = torch.arange(N) % 3 == 0
-    weights[silent] = 0
+    zero_weight = torch.arange(N) % 3 == 0
+    weights[zero_weight] = 0
     out = head_loss(hidden, lm_head, targets, weights, chunk_tokens=4)
     found = torch.autograd.grad(out.loss, (hidden, lm_head))
-    loss = weighted_linear_cross_entropy(hidden[~silent], lm_head, targets[~silent], weights[~silent])
+    loss = weighted_linear_cross_entropy(hidden[~zero_weight], lm_head, targets[~zero_weight], weights[~zero_weight])
     for ours, theirs in zip((out.loss, *found), (loss, *torch.autograd.grad(loss, (hidden, lm_head))), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-    assert torch.equal(found[0][silent], torch.zeros_like(hidden[silent]))
+    assert torch.equal(found[0][zero_weight], torch.zeros_like(hidden[zero_weight]))
     torch.testing.assert_close(out.logp_N, dense(hidden, lm_head, targets, weights)[1], rtol=1e-12, atol=1e-12)
 
 

@@ -38,7 +38,7 @@ def clean(smollm2, tmp_path_factory):
 
 
 def findings(groups, folder, tokenizer, policy=None, **settings):
-    """(what is said, its places) of each finding."""
+    """(message, places) of each finding."""
     data = write_groups(folder / "groups.jsonl", groups)
     config = WeightedSFTConfig(model_name=policy or tokenizer, tokenizer_name=tokenizer, device="cpu", **settings)
     return [(f.text, f.places) for f in inspect(data, None, config, policy).findings]

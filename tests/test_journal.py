@@ -331,7 +331,7 @@ def test_pruning_waits_for_the_append_under_way(tmp_path, monkeypatch):
     )
 )
 def test_any_course_of_appends_prunes_crashes_and_restarts_keeps_what_is_held(tmp_path_factory, ops):
-    folder = tmp_path_factory.mktemp("course")
+    folder = tmp_path_factory.mktemp("journal")
     opened, held, number = Journal(folder), {}, 0
     for op, amount, body in ops:
         if op == "prune":
@@ -512,7 +512,7 @@ def test_what_was_acknowledged_survives_a_kill_at_any_moment(tmp_path):
             acknowledged = int(printed[-1]) if printed else acknowledged
             opened = Journal(folder)
             newest = max(opened.numbers, default=-1)
-            # one more than it said may be safe, if it was killed just before it could
+            # one more than it reported may be durable, if it was killed just before reporting
             assert newest - acknowledged in ([0] if opened.torn else [0, 1])
             assert opened.numbers == list(range(min(opened.numbers, default=0), newest + 1))
             assert all(opened.read(number) == body_of(number) for number in opened.numbers)

@@ -58,7 +58,7 @@ class Started:
 
 @pytest.fixture
 def started(settings, tmp_path):
-    running = Started(settings, tmp_path / "said.txt")
+    running = Started(settings, tmp_path / "output.txt")
     yield running
     assert not buffers_of_deepspeed(running.port)
 
@@ -111,12 +111,12 @@ def test_a_launcher_that_is_killed_leaves_a_checkpoint_and_no_orphan(started, tm
 
 
 def test_a_signal_while_modules_load_is_not_lost(settings, tmp_path):
-    with (tmp_path / "said.txt").open("w") as output:
+    with (tmp_path / "output.txt").open("w") as output:
         command = ["bash", "launch/single_node.sh", *flags(settings)]
         launcher = subprocess.Popen(command, cwd=ROOT, env=clean_environment(NUM_GPUS="2"), stdout=output, stderr=output)
         wait_until(lambda: len(list(filter(is_rank, psutil.Process(launcher.pid).children()))) == 2)
         launcher.terminate()
-        assert launcher.wait(PATIENCE_S) == 143, (tmp_path / "said.txt").read_text()
+        assert launcher.wait(PATIENCE_S) == 143, (tmp_path / "output.txt").read_text()
     assert state_of(tmp_path / "run")["reason"] == "asked to stop before the first step"
 
 

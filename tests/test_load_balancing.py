@@ -48,8 +48,8 @@ def test_lognormal_lengths_are_shared_without_waste(num_ranks):
 
 def test_attention_counts_where_it_costs():
     lengths = [3000] + [100] * 40
-    cheap, dear = (plan(lengths, 2, 8000, cost=Cost(1, per_pair)) for per_pair in (0, 1e-3))
-    with_the_long_one = [next(len(share[0]) for share in shares if 0 in share[0]) for shares in (cheap, dear)]
+    cheap, expensive = (plan(lengths, 2, 8000, cost=Cost(1, per_pair)) for per_pair in (0, 1e-3))
+    with_the_long_one = [next(len(share[0]) for share in shares if 0 in share[0]) for shares in (cheap, expensive)]
     assert with_the_long_one[0] > 1 and with_the_long_one[1] == 1
 
 

@@ -440,7 +440,7 @@ def standardised(values, divided=True):
 
 
 def override_of(group, i):
-    """NONE, ZERO, SFT; None where what is said is neither true nor false."""
+    """NONE, ZERO, SFT; None if the value is neither true nor false."""
     own, shared = entry(group, "overrides", i), group.get("group_overrides")
     own, shared = (output if type(output) is dict else {} for output in (own, shared))
     names = ("set_advantage_to_zero", "sft")

@@ -145,8 +145,8 @@ def branches(case, data):
     met = list(zip(data.tensors["advantages_N"].sign().int().tolist(), where, strict=True))
     if case.objective in ("importance_sampling", "cispo"):
         return met, [side != "between" for side in where]
-    silent = {(1, "above"), (1, "far above"), (-1, "below"), (-1, "far above")}
-    return met, [branch in silent for branch in met]
+    clipped = {(1, "above"), (1, "far above"), (-1, "below"), (-1, "far above")}
+    return met, [branch in clipped for branch in met]
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.clips[1] < math.inf])
@@ -343,7 +343,7 @@ def test_reductions_are_their_plain_definitions(reduction, rng):
     assert np.isfinite(Batch.empty().scales(reduction, MAX_TOKEN_LEN)).all()
 
 
-# -- what is said of the tokens --------------------------------------------------------------------------------------------
+# -- sums over tokens -----------------------------------------------------------------------------------------------------
 
 
 def numbers_by_hand(data, fixed, ref, entries, low, high):

@@ -48,14 +48,14 @@ def test_the_weights_of_a_recorded_body_are_those_one_reads_off_it():
         -0.5 * exp(-0.4 + 0.7),
         0,  # A -0.5, ratio exp(-0.4 + 0.2) = 0.819 < 0.9: clipped
         *(1, 1),  # the sft override
-        *(0.5, 0.5),  # a lone sequence keeps its score 0.5, and nobody said how likely it was: ratio 1
+        *(0.5, 0.5),  # a lone sequence keeps its score 0.5, and has no logps: ratio 1
     ]
     assert weights.tolist() == pytest.approx(wanted) and clipped.tolist() == [i in (0, 4) for i in range(9)]
     assert terms.scale_N.tolist() == pytest.approx([1 / 9] * 9)
 
 
-# The policy gives every token the logp -1. The first sequence's sampler said -0.5 and -0.1: ratios exp(-0.5) = 0.607 and
-# exp(-0.9) = 0.407, of mean exponent -0.7. The second's said -1.5, -0.7 and -0.2: exp(0.5) = 1.649, exp(-0.3) = 0.741 and
+# The policy gives every token the logp -1. The first sequence's behavior logps are -0.5 and -0.1: ratios exp(-0.5) = 0.607 and
+# exp(-0.9) = 0.407, of mean exponent -0.7. The second's are -1.5, -0.7 and -0.2: exp(0.5) = 1.649, exp(-0.3) = 0.741 and
 # exp(-0.8) = 0.449, of mean exponent -0.2. Of the third an override says 1; the fourth's has no sampler: ratio 1.
 FIRST, SECOND = (0.75, 0.5), (-0.25, -0.5, -0.5)  # their advantages
 WEIGHTS = [
@@ -283,10 +283,10 @@ def train(settings, **changes):
 
 def post_batches(url, batches):
     """Posts each batch when the one before it was taken; of its two groups the second in parts of one sequence."""
-    told_by, silent_by = register_env(url, 2), register_env(url, 2)
-    for complete, silent in batches:
-        assert post_group(url, told_by, complete) == "received"
-        assert [post_group(url, silent_by, part) for part in split(silent, 2)] == ["buffered", "buffered"]
+    complete_by, without_logps_by = register_env(url, 2), register_env(url, 2)
+    for complete, without_logps in batches:
+        assert post_group(url, complete_by, complete) == "received"
+        assert [post_group(url, without_logps_by, part) for part in split(without_logps, 2)] == ["buffered", "buffered"]
         wait_until(lambda: requests.get(f"{url}/status", timeout=60).json()["queue_size"] == 0)
 
 
@@ -301,15 +301,15 @@ def test_a_run_says_what_its_records_brought(source, settings, tmp_path, rng):
     complete["ref_logprobs"] = [[-4.0] * n for n in lengths]
     complete["distill_token_ids"] = [[[5, 6]] * n for n in lengths]
     complete["distill_logprobs"] = [[[-1.0, -2.0]] * n for n in lengths]
-    silent = make_group(rng, [7, 5], env_id=1, scores=[4.0, 2.0], advantages=[])
-    silent["tokens"][1][:2] = silent["tokens"][0][:2]  # the prompt, by which its parts are known
+    without_logps = make_group(rng, [7, 5], env_id=1, scores=[4.0, 2.0], advantages=[])
+    without_logps["tokens"][1][:2] = without_logps["tokens"][0][:2]  # the prompt, by which its parts are known
     complete["advantages"] = None
     settings |= dict(objective="ppo_clip", kl_coef=0.1, distill_coef=0.5, entropy_coef=0.01)
     if source == "file":
-        steps = train(settings, data=write_groups(tmp_path / "data.jsonl", [complete, silent] * 2))
+        steps = train(settings, data=write_groups(tmp_path / "data.jsonl", [complete, without_logps] * 2))
     else:
         with atropos_server() as server, ThreadPoolExecutor() as pool:
-            posting = pool.submit(post_batches, server.url, [(complete, silent)] * 2)
+            posting = pool.submit(post_batches, server.url, [(complete, without_logps)] * 2)
             steps = train(settings, atropos_url=server.url, training_steps=2)
             posting.result()
     assert len(steps) == 2

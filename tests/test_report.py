@@ -1,4 +1,4 @@
-"""Reports of made-up runs: what is read, what of it is drawn, and what is said when there is nothing to show."""
+"""Reports of synthetic runs: what is read, what is drawn, and errors if there is nothing to show."""
 
 import itertools
 import json
@@ -22,7 +22,14 @@ from wsft.report.runs import differing_settings, labels, read_runs
 from wsft.run.metrics import Metrics
 from wsft.run.output_folder import RunFolder
 
-SAID = {"loss": -1.0, "grad_norm": 2.0, "tokens/per_second": 9.0, "time/step": 2.0, "time/wait": 1.0, "memory/peak_gib": 3.0}
+REQUIRED = {
+    "loss": -1.0,
+    "grad_norm": 2.0,
+    "tokens/per_second": 9.0,
+    "time/step": 2.0,
+    "time/wait": 1.0,
+    "memory/peak_gib": 3.0,
+}
 
 
 def report(monkeypatch, *arguments):
@@ -40,7 +47,7 @@ def test_lines_are_dated_and_say_which_start_of_the_run_wrote_them(tmp_path):
     for begins, ends in ((0, 3), (2, 4), (1, 2)):
         metrics = Metrics(config, tmp_path, begins)
         for step in range(begins + 1, ends + 1):
-            metrics.step({"step": step} | SAID)
+            metrics.step({"step": step} | REQUIRED)
         metrics.close()
         with (tmp_path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 9, "run/st')
@@ -52,7 +59,7 @@ def test_lines_are_dated_and_say_which_start_of_the_run_wrote_them(tmp_path):
 def test_a_run_from_before_starts_were_counted_has_started_once(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     metrics = Metrics(WeightedSFTConfig(model_name="m", output_dir=str(tmp_path)), tmp_path, 1)
-    metrics.step({"step": 2} | SAID)
+    metrics.step({"step": 2} | REQUIRED)
     metrics.close()
     assert read_runs([tmp_path])[0].lines[1]["run/starts"] == 2
 

@@ -396,11 +396,13 @@ ADAM = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch
 def test_a_step_without_any_weight_changes_nothing(at, stage, settings, tmp_path, rng, capfd):
     """Neither parameters nor Adam's state nor the schedule: what comes after is as if it had not been."""
     first, last = (make_group(rng, [10, 14]) for _ in range(2))
-    silent = make_group(rng, [10, 14], advantages=[2.0, 3.0], inference_logprobs=[[-50.0] * 10, [-50.0] * 14])  # all clipped
+    all_clipped = make_group(
+        rng, [10, 14], advantages=[2.0, 3.0], inference_logprobs=[[-50.0] * 10, [-50.0] * 14]
+    )  # all clipped
     changes = {"deepspeed": {"optimizer": ADAM, "zero_optimization": {"stage": stage}}, "objective": "ppo_clip"}
     changes |= {"learning_rate": 1e-2, "weight_decay": 0.1, "warmup_steps": 2, "overwrite_output_dir": True}
     finals, steps = [], []
-    for groups in ([first, last], [*[first, last][:at], silent, *[first, last][at:]]):
+    for groups in ([first, last], [*[first, last][:at], all_clipped, *[first, last][at:]]):
         final, lines = train(settings, data=write_groups(tmp_path / "data.jsonl", groups), **changes)
         finals.append(load_file(final / "model.safetensors"))
         steps.append(lines)

@@ -1,7 +1,7 @@
 """Every causal language model that transformers has: trained by two ranks under ZeRO-3 as a dense float64 reference trains it,
 or refused in a sentence, by run and dry run alike. CI has one of each cause by which a model was not.
 
-    python tests/test_zoo.py TABLE.jsonl [NAMES...] [SETTING=VALUE...]     # a line for each: error, layout, what was said
+    python tests/test_zoo.py TABLE.jsonl [NAMES...] [SETTING=VALUE...]     # one line for each: error, layout, message
 """
 
 import contextlib
@@ -105,7 +105,7 @@ def worst(found, wanted):
 
 def train(names, folder, rng, bf16=False, **changes):
     """What becomes of each of the models, in one start of the ranks: {"error": relative to float64, "float32": that of a
-    float32 reference, "layout"}, or {"refused": the last thing said}; "dry" is what the dry run said, where it refused."""
+    float32 reference, "layout"}, or {"refused": the last message}; "dry" is that of the dry run, if it refused."""
     made, rows, runs = batches(rng), [], []
     (folder / "ds.json").write_text(json.dumps(DS | {"bf16": {"enabled": bf16}}))
     data = write_groups(folder / "data.jsonl", [group for groups in made for group in groups])
@@ -160,7 +160,7 @@ def dry(run):
 
 
 def sentence(output):
-    """The last thing said; of which program or rank it is, is left out."""
+    """The last message, without program and rank."""
     last = [line for line in output.splitlines() if line.strip()][-1]
     return (
         "Traceback: " + last

@@ -308,8 +308,8 @@ class AtroposClient:
             log.warning(
                 "the Atropos server holds %d groups and forms no batch of %d sequences from them. The sizes of groups "
                 "must tile batch_size (8 cannot be made of 3s, nor of one 16), and an environment registered with "
-                "min_batch_allocation must not be silent: change batch_size or the environments' group_size, or restart "
-                "the server without the silent environment",
+                "min_batch_allocation must keep posting: change batch_size or the environments' group_size, or restart "
+                "the server without that environment",
                 queued,
                 self.batch_size,
             )

@@ -91,8 +91,8 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
             f"this is not the run of {place}: {'; '.join(wrong)}. Resume with its settings (in its config.yaml"
             f"), or start another run in another output_dir"
         )
-    silent = {"resume", "output_dir", "overwrite_output_dir"}
-    others = [f"{name} {now[name]} (was {was[name]})" for name in changed if name not in silent]
+    not_logged = {"resume", "output_dir", "overwrite_output_dir"}
+    others = [f"{name} {now[name]} (was {was[name]})" for name in changed if name not in not_logged]
     if others:
         log.info("resumed with other settings: %s", ", ".join(others))
 
