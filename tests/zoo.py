@@ -196,6 +196,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 NEEDS_A_MASK = ("hy_v4",)  # and has none by SDPA, in transformers 5.24
 REMOTE = "remote_list_of_experts"
+LARGEST = 50_000_000  # parameters of a model to try
 ZOO = [*CAUSAL, *(name for name in WITH_IMAGES if name not in CAUSAL), *VARIANTS, REMOTE]
 _EXPERTS = '''
 import torch
@@ -237,12 +238,17 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 def make(name: str, folder: Path) -> PreTrainedModel:
-    """Write the model, in float32, its norms and biases not 1 and 0, its layers no whisper beside the residual stream."""
+    """Write the model in float32, with norms and biases other than 1 and 0, and layers not negligible next to the residual.
+    Raises whatever transformers does if it cannot be made, and ValueError if it is too large."""
     torch.manual_seed(0)
     save_tokenizer(folder, size=VOCAB - 20)
     if name == REMOTE:
         return _make_remote(folder)
     config = config_of(name)
+    with torch.device("meta"):
+        size = sum(param.numel() for param in _class_of(config).from_config(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"the defaults of its class make a model of {size / 1e6:.0f} million parameters")
     model = _class_of(config).from_config(config, dtype=torch.float32)
     _stir(model)
     model.save_pretrained(folder)
