@@ -1,4 +1,4 @@
-"""From the last byte of a batch to tensors on every rank, beside a trainer that parses with requests and broadcasts objects.
+"""From the last byte of a batch to tensors on every rank, compared with a trainer that uses requests and broadcasts objects.
 
     python -m benchmarks.data_plane [--rounds 5] [--teacher 8] [--out data_plane.json]
 

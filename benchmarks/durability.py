@@ -1,4 +1,4 @@
-"""What it costs to lose nothing: the journal per batch, a checkpoint, and going on from one.
+"""The cost of the journal per batch, of a checkpoint, and of resuming from one.
 
     python -m benchmarks.durability runs/models/SmolLM2-135M-Instruct [--ranks 2] [--rounds 5] [--folder FOLDER]
 

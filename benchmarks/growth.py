@@ -1,4 +1,4 @@
-"""What grows with the work and what does not: time and peak memory of the head, and of whole steps at one micro_batch_tokens.
+"""Scaling of time and peak memory: of the head, and of whole steps at one micro_batch_tokens.
 
     python -m benchmarks.growth [--rounds 3] [--rollouts 64] [--micro_batch_tokens 2048] [--out runs/growth.json]
 

@@ -1,4 +1,4 @@
-"""The chunked head beside what others do: time and peak memory of forward and backward, in turn in one call.
+"""The chunked head compared with others: time and peak memory of forward and backward, alternating in one call.
 
     python -m benchmarks.head [--dtype float32] [--tokens 4096] [--masked 0.5] [--rounds 3] [--out runs/head.json]
 

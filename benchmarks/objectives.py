@@ -1,4 +1,4 @@
-"""What an objective costs: the head under each one, forward and backward over the same tokens, alternating in one process.
+"""Cost of the objectives: the head under each one, forward and backward over the same tokens, alternating in one process.
 
     python -m benchmarks.objectives [--tokens 2048] [--threads 2] [--rounds 5]
 

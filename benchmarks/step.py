@@ -1,5 +1,5 @@
-"""Whole optimizer steps beside what a user would pick instead: the same rollouts, model, optimizer, ZeRO stage and ranks, by
-turns in one call.
+"""Whole optimizer steps compared with alternatives: the same rollouts, model, optimizer, ZeRO stage and ranks, alternating in
+one call.
 
     python -m benchmarks.step runs/models/SmolLM2-135M-Instruct [--rollouts 128] [--group_size 8] [--rounds 2]
     python -m benchmarks.step --shape qwen2.5-7b --ranks 1 --lengths 512:8192 --rollouts 32    (random weights, NVIDIA GPU)

@@ -38,7 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 96
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only get in each other's way
 os.environ["HF_HUB_OFFLINE"] = "1"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a shell's `&`: the launchers could not be interrupted either
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # ignored, as for a shell's `&`: launchers started from here would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -148,7 +150,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 @pytest.fixture
 def alone(monkeypatch):
-    """This process is one rank, and what an earlier test left of ranks is gone."""
+    """This process is the only rank, without variables of ranks of earlier tests."""
     import torch
 
     for name in RANK_VARIABLES:
@@ -159,7 +161,7 @@ def alone(monkeypatch):
 
 
 def clean_environment(**more):
-    """This process's environment, without what a run in this process left of ranks, and with the tools of its Python."""
+    """This process's environment without variables of ranks, and with the tools of its Python on PATH."""
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     return env | {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
 
@@ -174,7 +176,7 @@ def run_together(commands, environments, **options):
 def run_ranks(command, num_ranks, ranks_a_host=None, imports_done=True, **options):
     """The Python command once per rank, as a launcher would start it: [(exit code, output)].
 
-    `imports_done`: in processes forked from one that has the imports done (fork_server.py), else in new ones.
+    `imports_done`: fork from a process that has done the imports (fork_server.py); else start new ones.
     """
     port = free_port()
     shared = clean_environment(WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

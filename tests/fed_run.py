@@ -1,4 +1,4 @@
-"""Runs fed by a real Atropos server, that meet the same batches in the same order whatever happens to them meanwhile."""
+"""Runs fed by a real Atropos server with the same batches in the same order, whatever happens to the run or the server."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from wsft.rollouts.journal import Journal
 from wsft.run.checkpoint import all_in
 
 STEPS = 12
-PATIENCE_S = 300  # for an event that comes at once on an idle machine: costs time only where it never comes
+PATIENCE_S = 300  # for events that come at once on an idle machine: costs time only if one never comes
 
 
 def make_groups(rng):
@@ -38,8 +38,8 @@ def make_settings(model, tmp_path):
 
 
 class Feeder(threading.Thread):
-    """Posts a group when all before it are safe in the run's journals, and as soon as `release` lets it. So a run meets the
-    same batches in the same order, whatever happens to it, and stands still, without having ended, where a test acts on it."""
+    """Posts a group once all before it are in the run's journals and `release` allows it. So a run gets the same batches in
+    the same order, whatever happens to it, and waits, without ending, where a test acts on it."""
 
     def __init__(self, url, folder, groups, parts=1, released=None):
         super().__init__(daemon=True)
@@ -49,7 +49,7 @@ class Feeder(threading.Thread):
         self.posted, self.env_id, self.lock = 0, None, threading.Lock()
 
     def release(self, groups):
-        """The run may train so many groups from its beginning on, and waits for the next."""
+        """Let the run train that many groups in total; then it waits."""
         self.released = groups
 
     def run(self):
@@ -74,13 +74,13 @@ class Feeder(threading.Thread):
         self.posted = number + 1
 
     def server_loses_all(self, fault):
-        """What the fault leaves neither in the server nor in a journal is posted again, once the trainer is registered anew."""
+        """Post again what a fault left neither in the server nor in a journal, once the trainer has registered again."""
         with self.lock:
             fault()
             self.posted, self.env_id = 0, None
 
     def run_is_dead(self):
-        """To be called while no trainer runs: what it took from the server and did not keep is posted again."""
+        """Called while no trainer runs: post again what it took from the server and did not write to its journal."""
         with self.lock:
             if not self.ask("status")["queue_size"]:
                 self.posted = 0
@@ -129,7 +129,7 @@ def train(settings, num_ranks=2, script="train.py", codes=(0,), during=None, **c
 
 
 def untouched(settings, groups, folder):
-    """Folder of a run that nothing happens to: trained there, or by an earlier call with this model and these groups."""
+    """Folder of an undisturbed run with this model and these groups, trained here or by an earlier call."""
     key = json.dumps([settings["model_name"], groups])
     if key not in _untouched:
         with fed(folder, groups) as (server, _):

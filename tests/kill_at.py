@@ -1,8 +1,8 @@
-"""Run train.py and die of a real SIGKILL at an exact place:
+"""Run train.py and send itself a real SIGKILL at an exact place:
 
     python tests/kill_at.py PLACE COUNT[@RANK] TRAIN FLAGS
 
-The COUNT-th time that a rank (or the one named) comes to PLACE it is gone. Places: see below.
+A rank (or the one named) is killed the COUNT-th time that it reaches PLACE. Places: see below.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from wsft.run import checkpoint  # noqa: E402
 place, count, *flags = sys.argv[1:]
 left, _, only = count.partition("@")
 left = int(left)
-FIRST_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # what torchrun starts again lives
+FIRST_ATTEMPT = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # not after a restart by torchrun
 
 
 def killing(function, last=lambda *args: None):
@@ -71,10 +71,10 @@ match place:
     case "append":  # half of a record is written
         journal.os = os_of_journal
         os_of_journal.writev = killing(os.writev, last=half_written)
-    case "fsync":  # a record is written, not yet safe
+    case "fsync":  # a record is written, not yet synced
         journal.os = os_of_journal
         os_of_journal.writev = killing(os.writev, last=os.writev)
-    case "appended":  # a batch is safe, and nobody has seen it
+    case "appended":  # a batch is in the journal, and not decoded
         Journal.append = killing(Journal.append, last=Journal.append)
     case "save":  # some files of a checkpoint are written
         engine.Engine._write = killing(engine.Engine._write)

@@ -1,4 +1,4 @@
-"""One rank: load a model as a run does, and say what memory it took. `python tests/loading.py MODEL DEEPSPEED_JSON`"""
+"""One rank: load a model as a run does, and print the memory that it took. `python tests/loading.py MODEL DEEPSPEED_JSON`"""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Folders as runs leave them, made up: for what shows runs, which are expensive to train."""
+"""Synthetic folders of runs, for tests of reports."""
 
 import json
 
@@ -13,7 +13,7 @@ PLAN = {"plan/padding": 0.01, "plan/imbalance": 0.04, "time/step": 21.0, "time/w
 
 
 def write_run(folder, steps, seed=0, lines=None, **settings):
-    """A run of so many steps that never was; `lines` changes its lines of metrics before they are written."""
+    """A synthetic run of that many steps; `lines` changes its lines of metrics before they are written."""
     rng, progress = np.random.default_rng(seed), np.arange(1, steps + 1) / steps
     level = {name: np.full(steps, value) for name, value in (PAIRS | ANY | MORE | PLAN).items()}
     columns = {name: value * (1 + 0.4 * progress + 0.15 * rng.normal(size=steps)) for name, value in level.items()}

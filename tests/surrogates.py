@@ -1,9 +1,9 @@
-"""The losses as their papers write them, on dense log-probabilities with autograd behind them. Imports nothing of wsft.
+"""The losses as in their papers, on dense logprobs with autograd. Imports nothing of wsft.
 
-Each surrogate is of one sequence: logp_T its trained tokens' log-probabilities, with their graph; mu_T the sampler's, NaN where
-nobody knows them, which is to say that the policy itself sampled: mu = sg(logp); A_T the advantages. It gives what is to be
-maximised, token by token [T]; `sg` is the papers' stop-gradient. Then come the cases, the reductions, the other terms, and the
-whole loss of Atropos records.
+A surrogate is a function of one sequence: logp_T are the logprobs of its trained tokens, with their graph; mu_T the behavior
+logprobs, NaN if unknown, in which case the policy is assumed to have sampled: mu = sg(logp); A_T the advantages. It returns the
+quantity to maximise per token, [T]; `sg` is the papers' stop-gradient. Then follow the cases, the reductions, the other terms,
+and the loss of Atropos records.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Packed rows: each sequence sees itself alone, whatever the family of the model."""
+"""Packed rows: each sequence attends to itself only, in every family of models."""
 
 import pytest
 import torch

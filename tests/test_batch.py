@@ -1,4 +1,4 @@
-"""Flat batches, padded rows, shares."""
+"""Flat batches, padded and packed rows."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Records of every form that the real server was seen to deliver, and every fault it was seen to pass on."""
+"""Records of every form that the real server was observed to deliver, and every fault that it passed on."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a device says of itself, and what a step costs."""
+"""Capabilities of devices, and FLOPs of a step."""
 
 import mmap
 

@@ -1,4 +1,4 @@
-"""--dry_run: what is wrong is a sentence, what fits is estimated, and a run takes the memory that was estimated."""
+"""--dry_run: errors are one sentence, what fits is estimated, and a run takes the memory that was estimated."""
 
 import json
 import re

@@ -15,7 +15,7 @@ STAGES, MICRO_BATCH_TOKENS, NORMALIZATIONS = (0, 1, 2, 3), (24, 1000), ("none", 
 
 def batches_of_uneven_groups(rng):
     """Four steps: uneven rollouts; one trained rollout among masked ones; two prompts that rollouts share, one of them without
-    advantage; a last batch of one. And before the third a batch in which nothing is trained, which is passed over."""
+    advantage; a last batch of one. And before the third a batch without trained tokens, which is skipped."""
     masked = [[-100] * n for n in (9, 3, 4, 5, 6)]
     one_trained = [make_group(rng, [12]), make_group(rng, [9, 3, 4, 5, 6], masks=masked)]
     nothing = [make_group(rng, [9, 3, 4, 5, 6, 7], masks=[*masked, [-100] * 7])]

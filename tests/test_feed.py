@@ -1,4 +1,4 @@
-"""Sources and the feed: what they give, when, and what is in the journal by then."""
+"""Sources and the feed: what they return, when, and what is in the journal by then."""
 
 import contextlib
 import json

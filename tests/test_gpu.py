@@ -1,4 +1,4 @@
-"""What needs a GPU: the head against its dense twin, and runs of the shipped configs. Skipped with a reason elsewhere."""
+"""Tests that need a GPU: the head against its dense twin, runs of the shipped configs. Skipped elsewhere, with a reason."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The chunked head, held against its dense twin: the formula written out, under autograd."""
+"""The chunked head compared with its dense twin, the formula under autograd."""
 
 import math
 import subprocess

@@ -1,4 +1,4 @@
-"""Faults planted in real text are named with their place, and nothing else is; sources; what terminal and page are given."""
+"""Faults planted in real text are found with their place, without false findings; sources; data of terminal and page."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What was appended is there again: after crashes at every byte, full disks, changed bytes and real kills. Real files."""
+"""Appended records are durable: after crashes at every byte, full disks, changed bytes and real kills. Real files."""
 
 import errno
 import inspect
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
 
 
 def assert_only_the_last_is_lost(folder, caplog, lost):
-    """Opening cuts the torn record off and says so, once; read_only sees the same and changes nothing."""
+    """Opening truncates the incomplete record and logs it once; read_only reads the same and changes nothing."""
     left, before = without([9]), files_of(folder)
     looked_at = Journal(folder, read_only=True)
     assert bodies_of(looked_at) == left and looked_at.torn == 0 and files_of(folder) == before
@@ -204,7 +204,7 @@ def test_a_torn_body_may_hold_what_looks_like_a_record(tmp_path, folder):
 
 
 def assert_damaged(folder, name, at):
-    """Both ways of opening say file and byte and what to do, and leave every file as it is."""
+    """Both ways of opening report file, byte and what to do, and leave every file unchanged."""
     before = files_of(folder)
     for read_only in (True, False):
         with pytest.raises(JournalDamaged, match=re.escape(f"{folder}/{name} is damaged at byte {at}: ")) as caught:

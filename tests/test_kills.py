@@ -1,4 +1,4 @@
-"""Runs that are killed again and again end bitwise where the untouched run does."""
+"""Runs that are killed repeatedly end with bitwise the same parameters as the undisturbed run."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Off-policy data teaches: the short form of benchmarks/learning.py, through train.py and a real Atropos server."""
+"""Learning from off-policy data: the short form of benchmarks/learning.py, through train.py and a real Atropos server."""
 
 import pytest
 from conftest import RANK_VARIABLES, clean_environment

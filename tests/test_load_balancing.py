@@ -1,4 +1,4 @@
-"""The plan by which ranks share a batch."""
+"""The assignment of rollouts to ranks and micro-batches."""
 
 import numpy as np
 import pytest

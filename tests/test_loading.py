@@ -1,4 +1,4 @@
-"""No rank holds a whole model: at the start its share, and while it loads a parameter or two beside it; at export a shard."""
+"""No rank holds a whole model: only its partition, a parameter or two while loading, and a shard at export."""
 
 import json
 

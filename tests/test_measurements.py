@@ -1,4 +1,4 @@
-"""What is written of a step, counted by hand."""
+"""The metrics of a step, counted by hand."""
 
 import math
 

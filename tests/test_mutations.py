@@ -1,9 +1,9 @@
-"""Thousands of mutated groups through the decoding that training uses, each held against an oracle in plain Python.
+"""Thousands of mutated groups, decoded as in training and compared with an oracle in plain Python.
 
-A body is drawn from its number alone: `check(number)` repeats one. The oracle (`judge` and what is above it) reads the
-body with `json.loads` and calls nothing of wsft. It says of every sequence which reasons to leave it out are true (where
-there are several, any one may be counted), and of every good one each field to the last bit, but for advantages, which are
-held within a rounding. What it leaves out: messages, which nobody reads, and the texts of the log.
+A body is generated from its number: `check(number)` repeats one. The oracle (`judge` and the functions above it) parses the
+body with `json.loads` and calls nothing of wsft. For every sequence it lists the valid reasons to leave it out (any one of
+them may be counted), and for a valid one each field to the last bit, except advantages, which are compared up to rounding. It
+does not check messages and the log.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Objectives, reductions and the terms beside them, through the head, against the papers' losses (surrogates.py)."""
+"""Objectives, reductions and other terms, through the head, against the losses of the papers (surrogates.py)."""
 
 import math
 import sys

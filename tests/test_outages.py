@@ -1,4 +1,4 @@
-"""What is around a run fails: the server, the disk. Nothing that was fetched is lost, and the run continues or can."""
+"""Failures of the server and the disk: no fetched batch is lost, and the run continues or can be resumed."""
 
 import os
 import subprocess

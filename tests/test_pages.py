@@ -1,4 +1,4 @@
-"""The page of wsft.inspect, in a real browser: what it shows, how fast, and that nothing in a rollout can act or break out."""
+"""The page of wsft.inspect in a real browser: content, speed, and that nothing in a rollout is interpreted."""
 
 import contextlib
 import time

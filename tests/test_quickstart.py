@@ -1,4 +1,4 @@
-"""The quickstart as a new user meets it: the whole (minutes), and interrupted."""
+"""The quickstart: to its end (minutes), and interrupted."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Which rank a process is, and which GPU is its own, by what launchers and SLURM put into its environment."""
+"""Rank and GPU of a process, from the environment of launchers and SLURM."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands there."""
+"""The Python examples of the READMEs run unchanged."""
 
 import json
 import re

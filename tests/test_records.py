@@ -1,4 +1,4 @@
-"""What records carry: recorded bodies by hand, every combination of fields through the server, and into a run's metrics."""
+"""Fields of records: recorded bodies by hand, every combination through the server, and into a run's metrics."""
 
 import itertools
 import json
@@ -292,7 +292,7 @@ def post_batches(url, batches):
 
 @pytest.mark.parametrize("source", ["file", "server"])
 def test_a_run_says_what_its_records_brought(source, settings, tmp_path, rng):
-    """Two environments in one batch: one tells all, the other nothing but scores, and through a server it tells it in parts."""
+    """Two environments in one batch: one sends all fields, the other scores only, and through a server in parts."""
     lengths = [8, 6]
     complete = make_group(
         rng, lengths, env_id=0, scores=[1.0, 0.0], generation_params={"temperature": 0.7, "weight_version": 0}

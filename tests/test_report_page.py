@@ -1,4 +1,4 @@
-"""The page of wsft.report, in a real browser: that it shows what it says, moves together, and asks for nothing."""
+"""The page of wsft.report in a real browser: its numbers, linked panels, and no requests."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Asked to stop, a run finishes its step, saves, and ends with 0 on every rank; one that hangs ends, with its stacks."""
+"""On a signal a run finishes its step, saves, and ends with 0 on every rank; a run that hangs ends with its stacks."""
 
 import os
 import signal
@@ -146,7 +146,7 @@ def test_a_rank_that_is_stopped_ends_the_run_with_the_stacks_of_all(rank, settin
 
 @pytest.mark.slow  # test_kills.py kills this launcher, test_launch.py another
 def test_a_launcher_that_is_gone_stops_its_ranks(settings, groups, tmp_path):
-    """An orphan would go on beside whatever is started next."""
+    """An orphan would keep running next to whatever is started then."""
     with fed(tmp_path / "run", groups[:2]) as (server, _):
         command = ["deepspeed", "--num_gpus", "2", "--no_local_rank", "--master_port", str(free_port()), "train.py"]
         run = subprocess.Popen([*command, *flags(settings, atropos_url=server.url)], env=clean_environment(), cwd=ROOT)

@@ -1,4 +1,4 @@
-"""Imports between folders point down, modules do not depend on what they must not know, the READMEs list what is there."""
+"""Imports between folders point down, modules do not import what they must not know, the READMEs list all modules."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""Whole runs through train.py: every launcher, both fetch modes, the real server, and ends that are sudden."""
+"""Runs of train.py: every launcher, both fetch modes, the real server, sudden ends."""
 
 import json
 import signal

@@ -1,4 +1,4 @@
-"""One rank in this process: what a run writes, and what it says when something is wrong."""
+"""One rank in this process: what a run writes, and its errors."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Weights & Biases only listens: whatever becomes of it, the run trains, saves and ends as without."""
+"""Failures of Weights & Biases do not affect training, saving or the end of a run."""
 
 import signal
 

@@ -2,8 +2,8 @@
 
     make("qwen3_next", folder)       # of the names in ZOO
 
-A config is what its class has by default, with sizes as small as its code allows: so what transformers adds is tried without a
-line here. VARIANTS holds what would make a model differ from others and is off, or out of reach of the rollouts, by default.
+A config has the defaults of its class with sizes as small as its code allows, so that new models of transformers need no entry
+here. VARIANTS has settings that change a model's arithmetic and are off, or beyond the rollouts' lengths, by default.
 """
 
 from __future__ import annotations
