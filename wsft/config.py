@@ -27,13 +27,14 @@ RESUME_MAY_CHANGE = {
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
+    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
 
 RENAMED = {"skip_weightless": "skip_zero_weight"}
 
 # settings that may name a file or folder
-PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume")
+PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume", "publish_folder")
 
 # settings of a dry run only: not in config.yaml, and ignored on resume
 DRY_RUN_FIELDS = {"dry_run", "ranks", "gpu_memory_gib"}
@@ -175,6 +176,16 @@ class WeightedSFTConfig(BaseModel):
         gt=0,
         description="Seconds without progress after which the run ends as hanging, and logs the stacks of all ranks.",
     )
+    # publishing
+    publish_folder: str | None = Field(
+        None, description="Write the weights to this folder at the start and after every publish_steps steps, for samplers."
+    )
+    publish_steps: int = Field(1, ge=1, description="Optimizer steps between two published versions.")
+    publish_keep: int = Field(2, ge=1, description="Published versions to keep in publish_folder; older ones are deleted.")
+    publish_bucket_mib: int = Field(
+        256, ge=1, description="Size of the buckets in which parameters are gathered for publishing; two are in memory."
+    )
+    # Weights & Biases
     wandb_project: str | None = Field(None, description="Log to this Weights & Biases project as well.")
     wandb_group: str | None = Field(None, description="Group of the W&B run.")
     wandb_run_name: str | None = Field(None, description="Name of the W&B run.")

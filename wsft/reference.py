@@ -11,6 +11,8 @@ SECTIONS = {  # section -> its first setting
     "Optimization": "training_steps",
     "Objective": "objective",
     "Output": "output_dir",
+    "Publishing": "publish_folder",
+    "Weights & Biases": "wandb_project",
     "Before a run": "dry_run",
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from wsft.config import WeightedSFTConfig
@@ -35,6 +36,8 @@ from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
+from wsft.publish.folder import PublishFolder
+from wsft.publish.tensors import TrainedTensors
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 from wsft.rollouts.feed import Feed
 from wsft.rollouts.sources import open_source, processor_of
@@ -153,6 +156,7 @@ class WeightedSFTTrainer:
         self.warned_missing = set()
         self.step, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
         self.without_signal = metadata["without_signal"]
+        self.publisher = self._publisher(empty)
         self.feed = Feed(self.config, source, world, self.stop, metadata["feed"])
         with _private_files():
             self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else NullMetrics()
@@ -186,6 +190,22 @@ class WeightedSFTTrainer:
             )
         return packs, shares, self.config.micro_batch_tokens if packs or pads else 1
 
+    def _publisher(self, empty: PreTrainedModel) -> PublishFolder | None:
+        if self.config.publish_folder is None:
+            return None
+        bucket_bytes, name = self.config.publish_bucket_mib * 2**20, self.config.model_name
+        tensors = TrainedTensors(self.model.model, empty, name, self.engine.gathered, bucket_bytes)
+        path = Path(self.config.publish_folder)
+        return PublishFolder(path, self.config.publish_keep, tensors, self.base_files, self.world)
+
+    def _publish(self) -> dict[str, float]:
+        """Publish the weights if it is their turn; returns metrics. A collective."""
+        if self.publisher is None or self.step % self.config.publish_steps:
+            return {}
+        self.metrics.set_status("publishing weights")
+        with self.world.extended_timeout():
+            return self.publisher.publish(self.step)
+
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
         if self.config.ref_model_name is None:
             return None
@@ -202,6 +222,7 @@ class WeightedSFTTrainer:
 
     def _loop(self) -> None:
         self.unread: Callable[[], None] | None = None
+        self._publish()
         while self.step < self.config.training_steps:
             start = time.monotonic()
             self.metrics.set_status("waiting for a batch")
@@ -220,6 +241,7 @@ class WeightedSFTTrainer:
                 "data/possibly_lost_batches": self.feed.possibly_lost,
                 "journal/gib": self.feed.journal_gib,
             }
+            values |= self._publish()
             values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
             self.unread = functools.partial(self._write_metrics, values, result)
             if not self.engine.queues:

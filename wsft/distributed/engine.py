@@ -179,6 +179,14 @@ class Engine:
             engine.zero_grad()
         return norm, applied
 
+    @contextlib.contextmanager
+    def gathered(self, params: list[torch.nn.Parameter]) -> Iterator[None]:
+        """Inside, these parameters are whole on every rank. A collective under ZeRO-3."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(params, enabled=self.stage == 3):
+            yield
+
     def save(self, folder: Path) -> tuple[int, Exception | None]:
         """Save the sharded parameters, optimizer and schedule into a new folder. A collective, which completes also if writing
         fails on a rank. Returns the bytes that this rank wrote, and its error, if any."""

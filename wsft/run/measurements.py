@@ -52,6 +52,9 @@ METRICS = {
     "peak, if known",
     "memory/peak_gib": "peak since the last step, of the rank with the highest: GPU tensors, or else the process",
     "journal/gib": "size of the fetched batches kept on disk",
+    "publish/version": "step of the weights published after this step",
+    "publish/seconds": "time to publish them",
+    "publish/gib": "size of the published tensors",
 }
 
 
