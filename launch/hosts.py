@@ -197,7 +197,7 @@ def _wrong_here(host: str, question: dict[str, Any]) -> Iterator[str]:
 def _server_from_here(url: str) -> Iterator[str]:
     import requests
 
-    from wsft.rollouts.answers import proxies_for
+    from wsft.connections import proxies_for
 
     try:
         requests.get(f"{url.rstrip('/')}/info", timeout=10, proxies=proxies_for(url))

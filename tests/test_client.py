@@ -20,6 +20,7 @@ import pytest
 import requests
 from atropos_server import AtroposServer, atropos_server, free_port, group, post_group, register_env
 
+from wsft.connections import proxies_for
 from wsft.rollouts import client as atropos
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch
@@ -374,7 +375,7 @@ def test_a_server_on_this_machine_is_asked_directly(name, server, monkeypatch):
     ],
 )
 def test_which_servers_are_on_this_machine(url, direct):
-    assert bool(atropos.proxies_for(url)) == direct
+    assert bool(proxies_for(url)) == direct
 
 
 # -- outages ---------------------------------------------------------------------------------------------------------------

@@ -20,13 +20,14 @@ distributed
 model
 config
 loss
-logs device settings_files atomic_files
+logs device settings_files atomic_files connections
 errors
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
 NEVER_KNOWS = {
     "config": {"torch", "requests", "deepspeed"},
+    "connections": {"torch", "deepspeed", "transformers"},
     "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
     "dry_run": {"requests", "torch.distributed", "transformers", "wsft.distributed.world", "wsft.trainer"},
     "settings_files": {"torch", "requests", "deepspeed"},

@@ -27,7 +27,8 @@ RESUME_MAY_CHANGE = {
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
-    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib"),
+    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to"),
+    *("publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
 
@@ -179,6 +180,29 @@ class WeightedSFTConfig(BaseModel):
     # publishing
     publish_folder: str | None = Field(
         None, description="Write the weights to this folder at the start and after every publish_steps steps, for samplers."
+    )
+    publish_to: str | None = Field(
+        None, description="URLs of inference servers (vLLM, SGLang), separated by commas, which load each published version."
+    )
+    publish_pause: Literal["keep", "abort", "wait"] = Field(
+        "keep",
+        description="Requests in flight while a server loads weights: pause and keep them, abort them, or wait for them.",
+    )
+    publish_timeout: float = Field(
+        120, gt=0, description="Seconds for which a server that fails is tried again, and in which it must answer a request."
+    )
+    publish_failures: Literal["stop", "ignore"] = Field(
+        "stop", description="After that: save a checkpoint and end the run, or continue without the server."
+    )
+    publish_verify_steps: int = Field(
+        50,
+        ge=1,
+        description="Compare logprobs of the servers with the trainer's at the first and every so many published versions.",
+    )
+    publish_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Mean difference of these logprobs that is allowed, in nats; 0.002 in fp32 and 0.1 in bf16 if unset.",
     )
     publish_steps: int = Field(1, ge=1, description="Optimizer steps between two published versions.")
     publish_keep: int = Field(2, ge=1, description="Published versions to keep in publish_folder; older ones are deleted.")

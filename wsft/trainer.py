@@ -37,6 +37,7 @@ from wsft.model.loading import empty_model, load_model, load_model_config, load_
 from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
 from wsft.publish.folder import PublishFolder
+from wsft.publish.publisher import Publisher
 from wsft.publish.tensors import TrainedTensors
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 from wsft.rollouts.feed import Feed
@@ -156,7 +157,7 @@ class WeightedSFTTrainer:
         self.warned_missing = set()
         self.step, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
         self.without_signal = metadata["without_signal"]
-        self.publisher = self._publisher(empty)
+        self.publisher = self._publisher(empty, precision)
         self.feed = Feed(self.config, source, world, self.stop, metadata["feed"])
         with _private_files():
             self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else NullMetrics()
@@ -190,13 +191,14 @@ class WeightedSFTTrainer:
             )
         return packs, shares, self.config.micro_batch_tokens if packs or pads else 1
 
-    def _publisher(self, empty: PreTrainedModel) -> PublishFolder | None:
-        if self.config.publish_folder is None:
+    def _publisher(self, empty: PreTrainedModel, precision: str) -> Publisher | None:
+        if self.config.publish_folder is None and self.config.publish_to is None:
             return None
         bucket_bytes, name = self.config.publish_bucket_mib * 2**20, self.config.model_name
         tensors = TrainedTensors(self.model.model, empty, name, self.engine.gathered, bucket_bytes)
-        path = Path(self.config.publish_folder)
-        return PublishFolder(path, self.config.publish_keep, tensors, self.base_files, self.world)
+        path = Path(self.config.publish_folder or self.folder.path / "published")
+        folder = PublishFolder(path, self.config.publish_keep, tensors, self.base_files, self.world)
+        return Publisher(self.config, folder, self.model, self.tokenizer, precision, self.world)
 
     def _publish(self) -> dict[str, float]:
         """Publish the weights if it is their turn; returns metrics. A collective."""
@@ -204,7 +206,12 @@ class WeightedSFTTrainer:
             return {}
         self.metrics.set_status("publishing weights")
         with self.world.extended_timeout():
-            return self.publisher.publish(self.step)
+            values, failure = self.publisher.publish(self.step)
+        if failure:
+            if self.step > (self.saved.step if self.saved else 0):
+                self._save()
+            raise UserError(failure)
+        return values
 
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
         if self.config.ref_model_name is None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 from urllib.parse import urlsplit
 
 import requests
@@ -50,20 +48,6 @@ def never_sent(error: requests.RequestException) -> bool:
     cause = error.args[0] if error.args else None
     refused = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
     return refused or isinstance(error, requests.ConnectTimeout)
-
-
-def cause_of(error: requests.RequestException) -> str:
-    """The innermost exception that requests and urllib3 wrapped, such as "[Errno 111] Connection refused"."""
-    return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
-
-
-def proxies_for(url: str) -> dict[str, None]:
-    """Proxies for requests: none to this machine, else those of the environment."""
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(ValueError):
-        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
-            return {"http": None, "https": None, "all": None}
-    return {}
 
 
 def is_of_a_proxy(response: requests.Response) -> bool:

@@ -14,17 +14,16 @@ from dataclasses import KW_ONLY, dataclass, field
 import requests
 
 from wsft.config import without_password
+from wsft.connections import cause_of, proxies_for
 from wsft.errors import UserError
 from wsft.rollouts.answers import (
     HEADERS,
-    cause_of,
     checked_url,
     describe_proxy,
     is_batch,
     is_of_a_proxy,
     never_sent,
     parse_object,
-    proxies_for,
 )
 
 log = logging.getLogger(__name__)

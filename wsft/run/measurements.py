@@ -55,6 +55,8 @@ METRICS = {
     "publish/version": "step of the weights published after this step",
     "publish/seconds": "time to publish them",
     "publish/gib": "size of the published tensors",
+    "publish/pause_seconds": "time for which a server was paused, the longest",
+    "publish/difference_mean publish/difference_max": "|server - trainer| of logprobs of fixed texts, in nats",
 }
 
 

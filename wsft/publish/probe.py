@@ -1,0 +1,46 @@
+"""Compares what a server serves with what the trainer has: logprobs of a few fixed sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from wsft.model.causal_lm import WeightedSFTModel
+from wsft.publish.servers import Server
+
+TEXTS = (
+    "The weather in Paris was cold and clear, so they decided to walk along the river before dinner.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+    "Question: What is 17 + 25? Answer: 17 + 25 = 42.",
+)
+# mean absolute difference in nats, above that of two implementations with the same weights in that precision
+TOLERANCE = {"fp32": 0.002, "bf16": 0.1}
+
+
+@dataclass
+class Probe:
+    """Token sequences, and their logprobs under the trainer's weights, from the second token of each."""
+
+    sequences: list[list[int]]
+    logprobs: list[list[float]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: WeightedSFTModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Probe:
+        """A collective under ZeRO-3: all ranks run the same sequences."""
+        sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+        logprobs = []
+        for tokens in sequences:
+            row = torch.tensor([tokens], device=device)
+            trained = torch.arange(1, len(tokens), device=device)
+            logprobs.append(model.run(row, trained, torch.zeros(len(trained), device=device)).logp_N.tolist())
+        return cls(sequences, logprobs)
+
+    def differences(self, server: Server) -> tuple[float, float]:
+        """Mean and maximum of |server - trainer| over the tokens, in nats."""
+        ours = torch.tensor([logprob for row in self.logprobs for logprob in row])
+        theirs = torch.tensor([logprob for tokens in self.sequences for logprob in server.logprobs(tokens)])
+        found = (theirs - ours).abs()
+        return float(found.mean()), float(found.max())
