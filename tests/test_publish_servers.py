@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 from atropos_server import atropos_server, free_port
-from conftest import ROOT, clean_environment, make_group, make_model, run_together, write_groups
+from conftest import ROOT, clean_environment, make_group, make_model, run_script, run_together, write_groups
 from fed_run import flags, wait_until
 
 VLLM = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsft-tests" / "vllm-0.32"
@@ -116,6 +116,12 @@ def test_vllm_serves_exactly_the_trained_weights(ranks, stage, vllm, smollm2, tm
         code, output = train(settings_of(tmp_path, smollm2, stage, **changes), ranks)
         assert code == 0, output
         assert requests.get(f"{url}/weight_info").json()["weight_version"] == str(STEPS)
+        served = tmp_path / "published" / f"step_{STEPS}"
+        commands = [["--check"], [], ["--check"]]
+        folders = [served, tmp_path / "published" / f"step_{STEPS - 1}", served]
+        by_hand = [run_script("-m", "wsft.publish", folder, url, *more) for folder, more in zip(folders, commands, strict=True)]
+        assert [code for code, _ in by_hand] == [0, 0, 1], by_hand
+        assert f"loaded version {STEPS - 1}" in by_hand[1][1] and "OTHER WEIGHTS" in by_hand[2][1]
         asked = {"prompt": {"prompt_token_ids": [1, 2, 3]}, "n": 2, "max_tokens": 4, "temperature": 1.0}
         answer = requests.post(f"{url}/generate", json=asked).json()  # as Atropos asks
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]

@@ -244,9 +244,7 @@ def test_a_file_system_without_locks_is_a_warning(killed, untouched, tmp_path, m
     monkeypatch.setattr(run_folder.fcntl, "flock", without_locks)
     train_here(killed, resume=True)
     output = capfd.readouterr().err
-    assert (
-        f"{tmp_path / 'run'} has no locks (No locks available)" in output and "see to it that no other run is at work" in output
-    )
+    assert f"{tmp_path / 'run'} has no locks (No locks available)" in output and "make sure that no other run uses it" in output
     assert_same_run(tmp_path / "run", untouched)
 
 
@@ -335,7 +333,7 @@ def test_going_back_gives_wandb_another_run(killed, tmp_path, monkeypatch, capfd
     train_here(killed, resume=True, wandb_project="p")
     first = (run / "wandb_id").read_text()
     train_here(killed, resume=run / "checkpoints" / "step_6", overwrite_output_dir=True, wandb_project="p")
-    assert (run / "wandb_id").read_text() != first and "W&B gets another run" in capfd.readouterr().err
+    assert (run / "wandb_id").read_text() != first and "W&B gets a new run" in capfd.readouterr().err
 
 
 COMBINATIONS = [(stage, *types) for stage in range(4) for types in (("fp32", None), ("bf16", None), ("bf16", "bf16"))]

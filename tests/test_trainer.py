@@ -198,7 +198,7 @@ def test_a_start_that_is_killed_while_it_compiles_holds_up_no_other(tmp_path):
     waiting = [start(0), start(0)]
     first.kill()
     for process in [*waiting, start(0)]:
-        assert process.communicate(timeout=100)[0] == "compiles\ngoes on\n"
+        assert process.communicate(timeout=100)[0] == "compiles\ncontinues\n"
 
 
 def test_a_byte_order_mark_costs_no_line(settings, tmp_path, rng):

@@ -38,7 +38,7 @@ from wsft.model.loading import (
     require_complete,
     require_trainable,
 )
-from wsft.model.memory import Needs, Work, needs, with_reference, work_of
+from wsft.model.memory import Needs, Work, needs, with_publishing, with_reference, work_of
 from wsft.model.meta_passes import STOPS
 from wsft.rollouts.sources import client_of, fetching_ranks, processor_of
 from wsft.run.metrics import require_wandb
@@ -134,6 +134,8 @@ class _Run:
         # a sequence longer than micro_batch_tokens is a micro-batch of its own
         work = self.work(max(config.micro_batch_tokens, config.max_token_len), config.gradient_checkpointing)
         need = needs(self.model, ds, machine.num_ranks, work, machine.gpu_bytes is not None)
+        if config.publish_folder or config.publish_to:
+            with_publishing(need, self.model, ds, machine.num_ranks, config.publish_bucket_mib * 2**20)
         if self.reference is not None:
             with_reference(need, self.reference, ds, machine.num_ranks)
         return need
@@ -272,7 +274,12 @@ def _table(run: _Run, need: Needs) -> str:
         f"batch       micro-batches of {tokens} tokens, activations {recomputed}", "",
         f"{'GiB of a rank':<44}{'GPU' if machine.gpu_bytes else 'memory':>10}",
     ]  # fmt: skip
-    sections = {"": need.states, f"while {tokens} tokens run": need.passes, "in the optimizer's step": need.update}
+    sections = {
+        "": need.states,
+        f"while {tokens} tokens run": need.passes,
+        "in the optimizer's step": need.update,
+        "while weights are published": need.publishing,
+    }
     for title, rows in sections.items():
         lines += [f"{title}:"] if title and rows else []
         lines += [_row(name, size) for name, size in rows.items()]

@@ -202,11 +202,12 @@ class WeightedSFTTrainer:
 
     def _publish(self) -> dict[str, float]:
         """Publish the weights if it is their turn; returns metrics. A collective."""
-        if self.publisher is None or self.step % self.config.publish_steps:
+        if self.publisher is None:
             return {}
         self.metrics.set_status("publishing weights")
         with self.world.extended_timeout():
-            values, failure = self.publisher.publish(self.step)
+            due = self.step % self.config.publish_steps == 0
+            values, failure = self.publisher.publish(self.step) if due else self.publisher.reload_restarted()
         if failure:
             if self.step > (self.saved.step if self.saved else 0):
                 self._save()

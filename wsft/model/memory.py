@@ -112,6 +112,7 @@ class Needs:
     states: dict[str, int] = field(default_factory=dict)  # always
     passes: dict[str, int] = field(default_factory=dict)  # in addition, while a micro-batch runs
     update: dict[str, int] = field(default_factory=dict)  # in addition, in the optimizer step
+    publishing: dict[str, int] = field(default_factory=dict)  # in addition, while weights are published
     host: dict[str, int] = field(default_factory=dict)  # offloaded to host memory
     checkpoint: int = 0  # on disk, of all ranks
     model: int = 0  # on disk, the exported model
@@ -119,7 +120,7 @@ class Needs:
     @property
     def peak(self) -> int:
         """Peak on the training device: GPU memory, or without a GPU host memory in addition to `host`."""
-        return sum(self.states.values()) + max(sum(self.passes.values()), sum(self.update.values()))
+        return sum(self.states.values()) + max(sum(x.values()) for x in (self.passes, self.update, self.publishing))
 
 
 def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work, on_gpu: bool) -> Needs:
@@ -169,6 +170,15 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
         out.states["parameters"] = 0
         out.host["offloaded parameters"] = _pinned(share * width)
     return out
+
+
+def with_publishing(out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, bucket_bytes: int) -> None:
+    """Add what publishing takes: a bucket that is gathered, and two that are written."""
+    sizes = [param.numel() * param.element_size() for param in model.parameters() if param.requires_grad]
+    bucket = min(sum(sizes), max(bucket_bytes, *sizes))
+    if ds["zero_optimization"]["stage"] == 3 and num_ranks > 1:
+        out.publishing["gathered parameters"] = bucket
+    out.host["buckets to publish"] = 2 * bucket
 
 
 def with_reference(out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from wsft.model.causal_lm import WeightedSFTModel
+from wsft.model.loading import class_for
 from wsft.publish.servers import Server
 
 TEXTS = (
@@ -36,6 +38,20 @@ class Probe:
             row = torch.tensor([tokens], device=device)
             trained = torch.arange(1, len(tokens), device=device)
             logprobs.append(model.run(row, trained, torch.zeros(len(trained), device=device)).logp_N.tolist())
+        return cls(sequences, logprobs)
+
+    @classmethod
+    @torch.no_grad()
+    def of_folder(cls, folder: Path) -> Probe:
+        """With the model of a Hugging Face folder, in float32 on the CPU."""
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = class_for(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
+        sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+        logprobs = []
+        for tokens in sequences:
+            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
+            targets = torch.tensor(tokens[1:]).unsqueeze(1)
+            logprobs.append(logits.log_softmax(-1).gather(1, targets).squeeze(1).tolist())
         return cls(sequences, logprobs)
 
     def differences(self, server: Server) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from wsft.config import WeightedSFTConfig, without_password
+from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.publish.folder import PublishFolder
@@ -40,20 +40,22 @@ class Publisher:
         world: World,
     ):
         self._config, self._folder, self._world, self._precision = config, folder, world, precision
-        self._model, self._tokenizer, self._published = model, tokenizer, 0
+        self._model, self._tokenizer, self._published, self._last = model, tokenizer, 0, 0
         urls = [url.strip() for url in (config.publish_to or "").split(",") if url.strip()]
         self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
         self._to_servers = bool(urls)
 
     def _connect(self, url: str) -> Server:
-        deadline = time.monotonic() + self._config.publish_timeout
+        deadline, waits = time.monotonic() + self._config.publish_timeout, False
         while True:
             try:
                 return connect(url, self._config.publish_timeout, os.environ.get(API_KEY))
             except ServerFailed as error:
                 if time.monotonic() > deadline:
                     raise
-                log.info("waiting for the inference server at %s (%s)", without_password(url), error)
+                if not waits:
+                    log.info("waiting up to %g s: %s", self._config.publish_timeout, error)
+                waits = True
                 time.sleep(RETRY_S)
 
     def publish(self, step: int) -> tuple[dict[str, float], str]:
@@ -63,16 +65,36 @@ class Publisher:
         if not self._to_servers:
             return values, ""
         verifies = self._published % self._config.publish_verify_steps == 0
-        self._published += 1
+        self._published, self._last = self._published + 1, step
         probe = Probe.of(self._model, self._tokenizer, self._world.device) if verifies else None
-        found, failures = self._world.on_rank_0(lambda: self._load_all(step, probe)) or ({}, "")
+        found, failures = self._world.on_rank_0(lambda: self._load_into(self._servers, probe)) or ({}, "")
         return values | found, self._world.broadcast_text(failures)
 
-    def _load_all(self, step: int, probe: Probe | None) -> tuple[dict[str, float], str]:
-        """Have all servers load the version at the same time."""
-        folder = self._folder.path.absolute() / f"step_{step}"
-        with ThreadPoolExecutor(max_workers=len(self._servers) or 1) as pool:
-            results = list(pool.map(lambda server: self._load(server, folder, str(step), probe), self._servers))
+    def reload_restarted(self) -> tuple[dict[str, float], str]:
+        """Between two versions: servers that restarted have the weights that they were started with, and load the last version
+        again. Returns what `publish` does. A collective."""
+        if not self._to_servers:
+            return {}, ""
+        found, failures = self._world.on_rank_0(self._reload_restarted) or ({}, "")
+        return found, self._world.broadcast_text(failures)
+
+    def _reload_restarted(self) -> tuple[dict[str, float], str]:
+        restarted = [server for server in self._servers if not self._serves_last(server)]
+        for server in restarted:
+            log.warning("%s does not serve version %d any more: did it restart? Loading it again", server, self._last)
+        return self._load_into(restarted, None) if restarted else ({}, "")
+
+    def _serves_last(self, server: Server) -> bool:
+        try:
+            return server.version() == str(self._last)
+        except ServerFailed:
+            return False
+
+    def _load_into(self, servers: list[Server], probe: Probe | None) -> tuple[dict[str, float], str]:
+        """Have the servers load the last version, all at the same time."""
+        folder, version = self._folder.path.absolute() / f"step_{self._last}", str(self._last)
+        with ThreadPoolExecutor(max_workers=len(servers) or 1) as pool:
+            results = list(pool.map(lambda server: self._load(server, folder, version, probe), servers))
         failures = [result for result in results if isinstance(result, str)]
         values: dict[str, float] = {}
         for found in results:
@@ -81,13 +103,14 @@ class Publisher:
         if failures and self._config.publish_failures == "ignore":
             for failure in failures:
                 log.warning("%s; continuing without it", failure)
-            self._servers = [s for s, result in zip(self._servers, results, strict=True) if isinstance(result, dict)]
+            failed = [server for server, result in zip(servers, results, strict=True) if isinstance(result, str)]
+            self._servers = [server for server in self._servers if server not in failed]
             failures = [] if self._servers else ["no inference server is left to publish to"]
         return values, "; ".join(failures)
 
     def _load(self, server: Server, folder: Path, version: str, probe: Probe | None) -> dict[str, float] | str:
         """Metrics of one server, or why it failed."""
-        deadline = time.monotonic() + self._config.publish_timeout
+        deadline, warned = time.monotonic() + self._config.publish_timeout, False
         while True:
             try:
                 values = {"publish/pause_seconds": server.load(folder, version, self._config.publish_pause)}
@@ -97,7 +120,9 @@ class Publisher:
             except ServerFailed as error:
                 if time.monotonic() > deadline:
                     return f"{error} (tried for {self._config.publish_timeout:g} s)"
-                log.warning("%s; trying again", error)
+                if not warned:
+                    log.warning("%s; trying again for %g s", error, self._config.publish_timeout)
+                warned = True
                 time.sleep(RETRY_S)
 
     def _verify(self, server: Server, version: str, probe: Probe) -> dict[str, float]:

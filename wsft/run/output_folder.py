@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # what a run writes, and overwriting removes
 RESULTS = (
     *("config.yaml", "state.json", "metrics.jsonl", "wandb_id", "journal", "checkpoints", "final", "final.partial"),
-    *("report.html", "inspect.html"),
+    *("report.html", "inspect.html", "published"),
 )
 LOGS = "logs"  # written by the launchers before the run starts
 LOCK_WAIT_S = 20.0  # a killed run may take seconds to end
