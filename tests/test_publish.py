@@ -79,9 +79,31 @@ def test_versions_are_pruned_and_later_ones_of_an_earlier_start_removed(tmp_path
     for step in (2, 3):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step}")
     (published / "step_2.partial").mkdir()
+    (published / "step_2.partial" / "version.json").touch()
     publish(tmp_path, rng, model, publish_keep=2, resume=True, training_steps=2)
     assert sorted(path.name for path in published.glob("step_*")) == ["step_1", "step_2"]
     assert (published / "latest").read_text() == "step_2\n"
+
+
+def test_a_folder_of_checkpoints_is_not_taken_for_versions(tmp_path, rng):
+    model, checkpoints = make_model(tmp_path / "model"), tmp_path / "run" / "checkpoints"
+    publish(tmp_path, rng, model, save_steps=1, training_steps=2)
+    before = sorted(path.name for path in checkpoints.iterdir())
+    output = publish(tmp_path, rng, model, codes=(1,), resume=True, publish_folder=checkpoints, training_steps=3)
+    assert "checkpoints/step_2 is no published version: set publish_folder to a folder of its own" in output
+    assert sorted(path.name for path in checkpoints.iterdir()) == before == ["step_1", "step_2"]
+
+
+def test_weights_in_another_format_are_published_whole(tmp_path, rng):
+    """And converted to safetensors; buffers and frozen parameters too."""
+    model = tmp_path / "model"
+    make("mixtral", model)
+    tensors = load_file(model / "model.safetensors")
+    torch.save(tensors, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    publish(tmp_path, rng, model)
+    first = tensors_of(tmp_path / "published" / "step_0")
+    assert first.keys() == tensors.keys() and all(torch.equal(first[name], tensors[name]) for name in tensors)
 
 
 def test_a_folder_that_cannot_be_written_ends_the_run_with_a_sentence(tmp_path, rng):

@@ -10,9 +10,11 @@ optimizers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import zlib
@@ -70,14 +72,24 @@ class PublishFolder:
     def _begin(self, aside: Path, step: int) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for folder in self.path.glob("step_*"):
-                number = folder.name.removeprefix("step_").removesuffix(".partial")
-                # what an interrupted publish left, and versions of steps that a resumed run trains again
-                if number.isdecimal() and (folder.suffix == ".partial" or int(number) >= step):
-                    shutil.rmtree(folder)
+            # what an interrupted publish left, and versions of steps that a resumed run trains again
+            for folder, number in self._versions(".partial") + self._versions():
+                if folder.suffix == ".partial" or number >= step:
+                    _delete(folder)
+            with contextlib.suppress(OSError):
+                aside.rmdir()  # empty: the run was killed before it wrote the file by which the folder is known
+            if aside.with_suffix("").exists() or aside.exists():
+                raise UserError(f"{aside.with_suffix('')} is no published version: set publish_folder to a folder of its own")
             aside.mkdir()
+            (aside / VERSION).write_text("{}\n")  # by which the folder is known as a version
         except OSError as error:
             raise _as_user_error(error, self.path) from error
+
+    def _versions(self, suffix: str = "") -> list[tuple[Path, int]]:
+        """Published versions and their steps, oldest first. Other folders named step_N, such as checkpoints, are not ours."""
+        named = [(path, re.fullmatch(rf"step_(\d+){re.escape(suffix)}", path.name)) for path in self.path.iterdir()]
+        found = [(path, int(match[1])) for path, match in named if match and (path / VERSION).is_file()]
+        return sorted(found, key=lambda version: version[1])
 
     def _end(self, aside: Path, final: Path, step: int) -> int:
         """Complete the folder and make it the newest; returns its bytes."""
@@ -102,9 +114,8 @@ class PublishFolder:
             aside.rename(final)
             sync(self.path)
             atomic_write(self.path / LATEST, final.name + "\n")
-            versions = sorted(self.path.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-            for folder in versions[: -self._keep]:
-                shutil.rmtree(folder)
+            for folder, _ in self._versions()[: -self._keep]:
+                _delete(folder)
             return size
         except OSError as error:
             raise _as_user_error(error, self.path) from error
@@ -129,6 +140,16 @@ def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, number: int) ->
     checksums = {name: (checksum_of(tensor), tensor.nbytes) for name, tensor in tensors.items()}
     path.with_suffix(".checksums").write_text(json.dumps(checksums))
     sync(path)
+
+
+def _delete(folder: Path) -> None:
+    """The file by which it is known as a version last: what is interrupted is deleted later."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != VERSION:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def checksum_of(tensor: torch.Tensor) -> int:

@@ -31,8 +31,10 @@ class TrainedTensors:
 
     def __init__(self, model: PreTrainedModel, empty: PreTrainedModel, name: str, gathered: Gathered, bucket_bytes: int):
         self._empty, self._gathered = empty, gathered
-        self._params = {key: param for key, param in model.named_parameters() if param.requires_grad}
         files = files_of(name)
+        # of weights in other formats than safetensors nothing can be copied: all that the model has is published
+        self._params = {key: param for key, param in model.named_parameters() if param.requires_grad or not files}
+        self._buffers = {} if files else {k: b for k, b in model.named_buffers() if k in model.state_dict()}
         made, others = made_of(model, files)
         tied = model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys()
         changed = self._params.keys() | tied
@@ -62,6 +64,8 @@ class TrainedTensors:
             if not wanted:
                 return {}
             whole = {name: param.detach().to("cpu", copy=True) for name, param in zip(names, params, strict=True)}
+        if names == self.buckets[0]:
+            whole |= {name: buffer.to("cpu", copy=True) for name, buffer in self._buffers.items()}
         return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self._empty, whole).items()}
 
 
