@@ -60,7 +60,7 @@ def publish(args: argparse.Namespace) -> bool:
         if not args.check:
             pause = server.load(folder, version_of(folder), args.pause)
             print(f"{server} loaded version {server.version()}, paused for {pause:.2f} s")
-        mean, most = probe.differences(server)
+        mean, most = probe.differences(probe.scored_by(server))
         verdict = "the same weights" if mean <= args.tolerance else "OTHER WEIGHTS"
         print(f"{server}: {verdict}, logprobs differ by {mean:.2g} nats on average, {most:.2g} at most")
         different |= not mean <= args.tolerance

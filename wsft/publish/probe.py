@@ -54,9 +54,12 @@ class Probe:
             logprobs.append(logits.log_softmax(-1).gather(1, targets).squeeze(1).tolist())
         return cls(sequences, logprobs)
 
-    def differences(self, server: Server) -> tuple[float, float]:
-        """Mean and maximum of |server - trainer| over the tokens, in nats."""
-        ours = torch.tensor([logprob for row in self.logprobs for logprob in row])
-        theirs = torch.tensor([logprob for tokens in self.sequences for logprob in server.logprobs(tokens)])
+    def scored_by(self, server: Server) -> Probe:
+        """The same sequences with the server's logprobs."""
+        return Probe(self.sequences, [server.logprobs(tokens) for tokens in self.sequences])
+
+    def differences(self, other: Probe) -> tuple[float, float]:
+        """Mean and maximum of |self - other| over the tokens, in nats."""
+        ours, theirs = (torch.tensor([logprob for row in x.logprobs for logprob in row]) for x in (self, other))
         found = (theirs - ours).abs()
         return float(found.mean()), float(found.max())

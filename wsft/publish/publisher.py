@@ -6,6 +6,7 @@ safe. After that the run ends, or continues without the server (`publish_failure
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -41,6 +42,7 @@ class Publisher:
     ):
         self._config, self._folder, self._world, self._precision = config, folder, world, precision
         self._model, self._tokenizer, self._published, self._last = model, tokenizer, 0, 0
+        self._before: Probe | None = None  # of the version before the last, where the last is verified
         urls = [url.strip() for url in (config.publish_to or "").split(",") if url.strip()]
         self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
         self._to_servers = bool(urls)
@@ -64,10 +66,12 @@ class Publisher:
         values = self._folder.publish(step)
         if not self._to_servers:
             return values, ""
-        verifies = self._published % self._config.publish_verify_steps == 0
+        verifies, next_does = (n % self._config.publish_verify_steps == 0 for n in (self._published, self._published + 1))
         self._published, self._last = self._published + 1, step
-        probe = Probe.of(self._model, self._tokenizer, self._world.device) if verifies else None
-        found, failures = self._world.on_rank_0(lambda: self._load_into(self._servers, probe)) or ({}, "")
+        probe = Probe.of(self._model, self._tokenizer, self._world.device) if verifies or next_does else None
+        load = functools.partial(self._load_into, self._servers, probe if verifies else None)
+        found, failures = self._world.on_rank_0(load) or ({}, "")
+        self._before = probe
         return values | found, self._world.broadcast_text(failures)
 
     def reload_restarted(self) -> tuple[dict[str, float], str]:
@@ -126,7 +130,13 @@ class Publisher:
                 time.sleep(RETRY_S)
 
     def _verify(self, server: Server, version: str, probe: Probe) -> dict[str, float]:
-        mean, most = probe.differences(server)
+        served = probe.scored_by(server)
+        mean, most = probe.differences(served)
+        if self._before and self._before.differences(served)[0] < mean / 2:
+            raise _Differs(
+                f"{server} still serves the version before {version}: its logprobs of fixed texts are nearer to those weights "
+                f"(by {mean:.3g} nats on average). It answered, and loaded nothing: look at its log"
+            )
         tolerance = self._config.publish_tolerance or TOLERANCE[self._precision]
         if not mean <= tolerance:
             raise _Differs(
