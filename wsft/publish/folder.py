@@ -42,7 +42,7 @@ class PublishFolder:
 
     def __init__(self, path: Path, keep: int, tensors: TrainedTensors, base_files: dict[str, bytes] | None, world: World):
         self.path, self._keep, self._tensors, self._base_files, self._world = path, keep, tensors, base_files, world
-        self._writer = ThreadPoolExecutor(max_workers=1)
+        self._writer, self._wrote_unchanged = ThreadPoolExecutor(max_workers=1), False
 
     def publish(self, step: int) -> dict[str, float]:
         """Write the parameters as version `step`; returns metrics. A collective: rank r writes buckets r, r + ranks, ...
@@ -72,14 +72,13 @@ class PublishFolder:
     def _begin(self, aside: Path, step: int) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # what an interrupted publish left, and versions of steps that a resumed run trains again
-            for folder, number in self._versions(".partial") + self._versions():
-                if folder.suffix == ".partial" or number >= step:
-                    _delete(folder)
+            for folder, _ in self._versions(".partial"):  # left by an interrupted publish
+                _delete(folder)
             with contextlib.suppress(OSError):
                 aside.rmdir()  # empty: the run was killed before it wrote the file by which the folder is known
-            if aside.with_suffix("").exists() or aside.exists():
-                raise UserError(f"{aside.with_suffix('')} is no published version: set publish_folder to a folder of its own")
+            final = aside.with_suffix("")
+            if aside.exists() or (final.exists() and not (final / VERSION).is_file()):
+                raise UserError(f"{final} is no published version: set publish_folder to a folder of its own")
             aside.mkdir()
             (aside / VERSION).write_text("{}\n")  # by which the folder is known as a version
         except OSError as error:
@@ -111,26 +110,35 @@ class PublishFolder:
             for path in aside.rglob("*"):
                 if path.is_file():
                     sync(path)
+            if final.exists():  # published by an earlier start
+                _delete(final)
             aside.rename(final)
             sync(self.path)
             atomic_write(self.path / LATEST, final.name + "\n")
-            for folder, _ in self._versions()[: -self._keep]:
-                _delete(folder)
+            versions = self._versions()
+            kept = [folder for folder, number in versions if number <= step][-self._keep :]  # later ones are trained again
+            for folder, _ in versions:
+                if folder not in kept:
+                    _delete(folder)
             return size
         except OSError as error:
             raise _as_user_error(error, self.path) from error
 
     def _link_unchanged(self, aside: Path) -> dict[str, int]:
-        """Tensors that training does not change are written once, and linked into each version. Name -> bytes."""
+        """Tensors that training does not change are written once per start, and linked into each version. Name -> bytes."""
         if not self._tensors.unchanged:
             return {}
         once = self.path / f".{UNCHANGED}"
         tensors = {name: read(file, name) for name, file in self._tensors.unchanged.items()}
-        if not once.exists():
+        if not self._wrote_unchanged:  # there may be those of another model, of a run that published here before
             save_file(tensors, once.with_suffix(".partial"), metadata={"format": "pt"})
             sync(once.with_suffix(".partial"))
             once.with_suffix(".partial").rename(once)
-        os.link(once, aside / UNCHANGED)
+            self._wrote_unchanged = True
+        try:
+            os.link(once, aside / UNCHANGED)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(once, aside / UNCHANGED)
         return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 
