@@ -212,7 +212,26 @@ def test_the_temperature_is_that_of_the_nearest_who_says_it(places, wanted):
 )
 def test_a_weight_version_is_a_step_or_not_known(output, wanted):
     (rollout,), rejected = decode(one(generation_params={"weight_version": output}))
-    assert rollout.weight_version == pytest.approx(wanted, nan_ok=True, rel=0) and not rejected
+    assert rollout.weight_versions.tolist() == pytest.approx([wanted] * 4, nan_ok=True, rel=0) and not rejected
+
+
+def span(version, start, end):
+    return {"version": version, "start": start, "end": end}
+
+
+def test_tokens_of_one_sequence_may_be_of_several_weights():
+    spans = [span("4", 1, 2), span(5, 2, 3), span("default", 3, 4)]
+    (rollout,), rejected = decode(one(overrides=[{"weight_versions": spans}], generation_params={"weight_version": 1}))
+    assert rollout.weight_versions.tolist() == pytest.approx([1, 4, 5, np.nan], nan_ok=True) and not rejected
+
+
+@pytest.mark.parametrize(
+    "bad", [span(4, 2, 5), span(4, -1, 3), span(4, 3, 2), span(4, "2", 3), span(4, True, 3), 4, [4], {}, None]
+)
+def test_spans_that_do_not_fit_are_counted_and_not_used(bad):
+    (rollout,), rejected = decode(one(overrides=[{"weight_versions": [span(4, 0, 4), bad], "weight_version": 3}]))
+    assert np.isnan(rollout.weight_versions).all()
+    assert rejected == {"trained without weight_versions: they do not fit the tokens": 1}
 
 
 def test_logps_are_those_of_trained_tokens_and_placeholders_are_none():

@@ -229,11 +229,20 @@ def overrides_are_anything(rng, group):
         group["group_overrides"] = one()
 
 
+def some_spans(rng):
+    bounds = [sorted(rng.choices(range(7), k=2)) for _ in range(rng.randint(1, 3))]
+    spans = [{"version": rng.choice(VERSIONS), "start": start, "end": end} for start, end in bounds]
+    if rng.random() < 0.3:
+        rng.choice(spans)[rng.choice(["start", "end"])] = rng.choice([-1, 99, True, "2", 1.0, None])
+    return rng.choice([spans, spans, spans, [*spans, rng.choice([None, 5, "5", [], {}])]])
+
+
 @mutation
 def temperature_and_version_are_said_in_several_places(rng, group):
     def one():
         temperature = rng.choice(TEMPERATURES[: rng.choice([4, len(TEMPERATURES)])])  # of the first four each is good
         output = {"temperature": temperature, "weight_version": rng.choice(VERSIONS)}
+        output["weight_versions"] = rng.choice([None, 5, [], *([some_spans(rng)] * 3)])
         return {name: value for name, value in output.items() if rng.random() < 0.6}
 
     for name in rng.sample(SAYING, rng.randint(1, 3)):
@@ -376,7 +385,8 @@ LARGEST = 2.0**128 - 2.0**104  # of float32
 TRUNCATED = "truncated to max_token_len"
 NO_TEMPERATURE = "trained at the run's temperature: its own is not a number above 0"
 NO_LOGPS = {name: f"trained without {name}: they do not fit the tokens" for name in LOGPS}
-REPAIRED = {TRUNCATED, NO_TEMPERATURE, *NO_LOGPS.values()}
+NO_VERSIONS = "trained without weight_versions: they do not fit the tokens"
+REPAIRED = {TRUNCATED, NO_TEMPERATURE, NO_VERSIONS, *NO_LOGPS.values()}
 WIDEST = dict(vocab_size=None, max_token_len=None, overlong="truncate")  # rules by which most is good
 WIDEST |= dict(record_temperature=False, reads_reference=False, reads_teacher=False)
 
@@ -395,7 +405,7 @@ class Verdict:
     temperature: float = math.nan
     score: float = math.nan
     env_id: int = -1
-    weight_version: float = math.nan
+    weight_versions: list = field(default_factory=list)
     repaired: set = field(default_factory=set)
     error: float = 1e-9  # of an advantage, absolute
 
@@ -492,6 +502,17 @@ def read_version(value):
     if type(value) is str and re.fullmatch(r"\d{1,15}", value):
         return float(int(value))
     return float(value) if type(value) is int and 0 <= value < 2**53 else math.nan
+
+
+def read_versions(spans, version, length):
+    """(one per token, whether the spans had to be set aside)"""
+    versions = [read_version(version)] * length
+    for span in spans if type(spans) is list else [] if spans is None else [spans]:
+        start, end = (span.get(name) if type(span) is dict else None for name in ("start", "end"))
+        if type(start) is not int or type(end) is not int or start < 0 or end < start or end > length:
+            return [math.nan] * length, True
+        versions = [read_version(span.get("version")) if start <= t < end else versions[t] for t in range(length)]
+    return versions, False
 
 
 def read_logps(row, trained, lowest):
@@ -667,7 +688,12 @@ def add_what_is_mended(verdict, group, i, trained, rules):
             verdict.repaired.add(NO_TEMPERATURE)
     score = entry(group, "scores", i)
     verdict.score = float(score) if is_score(score) else math.nan
-    verdict.env_id, verdict.weight_version = environment_of(group), read_version(output(group, i, "weight_version"))
+    verdict.env_id = environment_of(group)
+    told = (output(group, i, name) for name in ("weight_versions", "weight_version"))
+    versions, set_aside = read_versions(*told, len(trained))
+    verdict.weight_versions = versions[: rules["max_token_len"]]
+    if set_aside:
+        verdict.repaired.add(NO_VERSIONS)
 
 
 def judge_advantages(row, score_advantage, trained):
@@ -755,8 +781,9 @@ def assert_is(batch, good, rules):
     assert batch.loss_mask.tolist() == flat(verdict.trained for verdict in good)
     assert batch.overrides.tolist() == [verdict.override for verdict in good]
     assert batch.env_ids.tolist() == [verdict.env_id for verdict in good]
-    for name in ("temperature", "score", "weight_version"):
+    for name in ("temperature", "score"):
         assert same(getattr(batch, f"{name}s"), [getattr(verdict, name) for verdict in good]), name
+    assert same(batch.weight_versions, flat(verdict.weight_versions for verdict in good))
     assert same(batch.behavior_logp, flat(verdict.logps["inference_logprobs"] for verdict in good))
     references = flat(verdict.logps["ref_logprobs"] for verdict in good) if rules["reads_reference"] else []
     assert same(batch.ref_logp, references)

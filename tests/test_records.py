@@ -155,7 +155,7 @@ def test_every_combination_of_logps_and_overrides_comes_through_the_real_server(
         params, output = record["generation_params"] or {}, [entry or {} for entry in record["overrides"] or [None] * 2]
         temperatures = [own.get("temperature", params.get("temperature", NAN)) for own in output]
         assert batch.temperatures.tolist() == pytest.approx(temperatures, nan_ok=True)
-        assert batch.weight_versions.tolist() == pytest.approx([params.get("weight_version", NAN)] * 2, nan_ok=True)
+        assert batch.weight_versions.tolist() == pytest.approx([params.get("weight_version", NAN)] * 12, nan_ok=True)
         assert batch.overrides.tolist() == [2 if own.get("sft") else 0 for own in output]
         there = bool(record["distill_token_ids"])
         assert batch.teacher_ids.tolist() == [5, 6, 7, 8, 9] * 2 * there and batch.teacher_logp.tolist() == [-1.0] * 10 * there
@@ -190,7 +190,7 @@ def test_every_field_comes_through_the_real_server_as_it_was_posted():
         assert batch.advantages.reshape(2, 6).tolist() == wanted
         temperature = params.get("temperature", shared.get("temperature", NAN))
         assert batch.temperatures.tolist() == pytest.approx([temperature] * 2, nan_ok=True)
-        assert batch.weight_versions.tolist() == pytest.approx([7.0 if shared.get("sft") else NAN] * 2, nan_ok=True)
+        assert batch.weight_versions.tolist() == pytest.approx([7.0 if shared.get("sft") else NAN] * 12, nan_ok=True)
 
 
 def test_partial_groups_of_one_prompt_are_compared_as_one_and_of_two_prompts_are_not():

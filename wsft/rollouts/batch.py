@@ -33,6 +33,7 @@ class Batch:
     advantages: np.ndarray  # [N] float64
     behavior_logp: np.ndarray  # [N] float32, NaN where there is none
     ref_logp: np.ndarray  # [N] float32, NaN where there is none; [0] if not read
+    weight_versions: np.ndarray  # [N] float64, the step whose weights sampled it; NaN if unknown
     teacher_sizes: np.ndarray  # [N] int64, number of the teacher's entries per token; [0] if not read
     teacher_ids: np.ndarray  # [sum of teacher_sizes] int64
     teacher_logp: np.ndarray  # [sum of teacher_sizes] float32
@@ -41,7 +42,6 @@ class Batch:
     temperatures: np.ndarray  # [R] float64, NaN where the record has none
     scores: np.ndarray  # [R] float64, NaN where the record has none
     env_ids: np.ndarray  # [R] int64, -1 where the record has none
-    weight_versions: np.ndarray  # [R] float64, the step whose weights sampled it; NaN if unknown
     counts: np.ndarray  # [len(decoder.REASONS)] int64, sequences left out before
 
     @classmethod
@@ -58,6 +58,7 @@ class Batch:
             advantages=flat("advantages", np.float64),
             behavior_logp=flat("behavior_logp", np.float32),
             ref_logp=flat("ref_logp", np.float32),
+            weight_versions=flat("weight_versions", np.float64),
             teacher_sizes=flat("teacher_sizes", np.int64),
             teacher_ids=flat("teacher_ids", np.int64),
             teacher_logp=flat("teacher_logp", np.float32),
@@ -66,7 +67,6 @@ class Batch:
             temperatures=each("temperature", np.float64),
             scores=each("score", np.float64),
             env_ids=each("env_id", np.int64),
-            weight_versions=each("weight_version", np.float64),
             counts=counts,
         )
 

@@ -45,6 +45,7 @@ REPAIRED = (
     "trained without inference_logprobs: they do not fit the tokens",
     "trained without ref_logprobs: they do not fit the tokens",
     "trained at the run's temperature: its own is not a number above 0",
+    "trained without weight_versions: they do not fit the tokens",
 )
 REASONS = REJECTED + REPAIRED
 FAULTS_KEPT = 1000  # per reason and batch: a file may be nothing but faults
@@ -78,6 +79,7 @@ class Rollout:
     advantages: np.ndarray  # [T] float64, 0 where untrained; before shaping and overrides
     behavior_logp: np.ndarray  # [T] float32, of the sampling policy
     ref_logp: np.ndarray  # [T] float32
+    weight_versions: np.ndarray  # [T] float64, the trainer's step whose weights sampled the token
     teacher_sizes: np.ndarray  # [T] int64, the number of the teacher's entries
     teacher_ids: np.ndarray  # [sum of sizes] int64
     teacher_logp: np.ndarray  # [sum of sizes] float32
@@ -85,7 +87,6 @@ class Rollout:
     temperature: float
     score: float
     env_id: int
-    weight_version: float  # the trainer's step whose weights sampled it
     origin: Origin
 
 
@@ -230,6 +231,7 @@ class Decoder:
         if self.reads_reference:
             ref_logp = self._mended(origin, unknown, records.logps, group, i, "ref_logprobs", trained)
         temperature = self._mended(origin, math.nan, records.temperature, group, i) if self.record_temperature else math.nan
+        versions = self._mended(origin, unknown, records.weight_versions, group, i, len(tokens))
         entries = int(sizes[:limit].sum())
         return Rollout(
             tokens=tokens[:limit],
@@ -237,6 +239,7 @@ class Decoder:
             advantages=advantages[:limit],
             behavior_logp=behavior_logp[:limit],
             ref_logp=ref_logp[:limit],
+            weight_versions=versions[:limit],
             teacher_sizes=sizes[:limit],
             teacher_ids=ids[:entries],
             teacher_logp=logp[:entries],
@@ -244,7 +247,6 @@ class Decoder:
             temperature=temperature,
             score=records.score(group, i),
             env_id=records.env_id(group),
-            weight_version=records.weight_version(group, i),
             origin=origin,
         )
 

@@ -162,10 +162,26 @@ def temperature(group: dict, i: int) -> float:
     return float(value)
 
 
-def weight_version(group: dict, i: int) -> float:
-    """The trainer step whose weights sampled the sequence, see `_setting`; NaN if unset."""
-    value = _setting(group, i, "weight_version")
-    if isinstance(value, str) and value.isdecimal() and len(value) < 16:  # SGLang writes it as a string
+def weight_versions(group: dict, i: int, length: int) -> np.ndarray:
+    """The trainer step whose weights sampled each token, [T] float64; NaN where it is unknown.
+
+    `weight_versions`: spans {"version", "start", "end"} of positions start <= t < end, as vLLM and SGLang report them. Tokens
+    outside of all spans have the sequence's `weight_version`. Both see `_setting`, since Atropos's server delivers only the
+    fields that it knows.
+    """
+    versions = np.full(length, _version(_setting(group, i, "weight_version")))
+    spans = _setting(group, i, "weight_versions")
+    for span in [] if spans is None else spans if isinstance(spans, list) else [spans]:
+        bounds = [span.get("start"), span.get("end")] if isinstance(span, dict) else [None]
+        if any(type(bound) is not int for bound in bounds) or not 0 <= bounds[0] <= bounds[1] <= length:
+            detail = f"found {short(span)}, expected version, start and end, in {length} tokens"
+            raise Malformed("trained without weight_versions: they do not fit the tokens", detail)
+        versions[bounds[0] : bounds[1]] = _version(span.get("version"))
+    return versions
+
+
+def _version(value: Any) -> float:
+    if isinstance(value, str) and value.isdecimal() and len(value) < 16:  # servers write it as a string
         value = int(value)
     return float(value) if type(value) is int and 0 <= value < 2**53 else math.nan
 

@@ -29,7 +29,7 @@ METRICS = {
     "data/rejected": "sequences left out as malformed",
     "data/repaired": "sequences trained without an invalid optional field",
     "data/truncated": "sequences truncated to max_token_len",
-    "data/staleness": "optimizer steps since the weights that sampled, for records with weight_version",
+    "data/staleness": "mean optimizer steps since the weights that sampled, over trained tokens whose version is known",
     "data/no_behavior_logp data/no_ref_logp data/no_teacher": "trained tokens without this field",
     "data/possibly_lost_batches": "batches of the run that may have been lost between server and trainer",
     "logp/positive logp/negative": "mean logp of trained tokens with positive and with negative advantage",
@@ -63,7 +63,7 @@ METRICS = {
 def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
     """Metrics of the batch that is trained after `step` optimizer steps."""
     advantages, rejected = batch.advantages[batch.loss_mask], batch.rejected
-    known_age = batch.weight_versions[~np.isnan(batch.weight_versions)]
+    versions = batch.weight_versions[batch.loss_mask]
     values = {
         "tokens/trained": batch.num_trained,
         "tokens/total": len(batch.tokens),
@@ -73,7 +73,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/rejected": sum(n for reason, n in rejected.items() if reason in REJECTED),
         "data/truncated": rejected.get("truncated to max_token_len", 0),
         "data/repaired": sum(n for reason, n in rejected.items() if reason in REPAIRED[1:]),
-        "data/staleness": _mean(step - known_age),
+        "data/staleness": _mean(step - versions[~np.isnan(versions)]),
         "data/no_behavior_logp": int(np.isnan(batch.behavior_logp[batch.loss_mask]).sum()),
     }
     scored = np.isfinite(batch.scores)
