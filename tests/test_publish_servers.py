@@ -5,14 +5,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
+import torch
 from atropos_server import atropos_server, free_port
-from conftest import ROOT, clean_environment, make_group, make_model, run_script, run_together, write_groups
+from conftest import ROOT, clean_environment, make_group, make_model, run_ranks, run_script, run_together, write_groups
 from fed_run import flags, wait_until
+from safetensors.torch import load_file
+from small_server import SmallServer
 
 from wsft import WeightedSFTConfig
 from wsft.publish.probe import Probe
@@ -52,6 +56,86 @@ def test_a_server_out_of_reach_ends_the_start_after_the_timeout(tmp_path, rng):
     assert code == 1 and f"server at {url} does not answer GET /openapi.json" in output and "Traceback" not in output
 
 
+SENT = ["/pause", "wsft_receive", "/update_weight_version", "/reset_prefix_cache", "/resume"]
+JOINED = ["/pause", "/get_world_size", "wsft_join", *SENT[1:]]
+
+
+def fed_to(servers, tmp_path, rng, model, ranks=1, stage=3, codes=(0,), **changes):
+    """A run that publishes to the servers; returns its output and its metrics."""
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14], words=60) for _ in range(3)])
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": stage}})
+    )
+    settings = dict(
+        model_name=model, data=data, output_dir=tmp_path / "run", deepspeed=tmp_path / "ds.json", batch_size=2, device="cpu",
+        learning_rate=0.1, max_token_len=64, publish_to=",".join(server.url for server in servers), publish_bucket_mib=1,
+        publish_verify_steps=1, save_steps=99, publish_timeout=10,
+    )  # fmt: skip
+    results = run_ranks(["train.py", *flags(settings | changes)], ranks)
+    assert all(code in codes for code, _ in results), results[0][1]
+    return results[0][1], [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+
+
+def serves(server, folder):
+    """Whether the server holds the weights in the folder, bit for bit."""
+    held = dict(server.worker.model.named_parameters(remove_duplicate=False))
+    return all(
+        torch.equal(held[name], tensor)
+        for path in Path(folder).glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    )
+
+
+@pytest.mark.parametrize("ranks, stage, tied", [(2, 3, False), (1, 0, True)])
+def test_servers_receive_exactly_the_trained_weights(ranks, stage, tied, tmp_path, rng):
+    """Of several buckets, in several versions; no file is written."""
+    model = make_model(tmp_path / "model", tied=tied, hidden_size=256, intermediate_size=512)
+    with SmallServer(model) as first, SmallServer(model) as second:
+        output, metrics = fed_to([first, second], tmp_path, rng, model, ranks, stage)
+        assert "weights go to the inference servers by gloo" in output
+        for server in (first, second):
+            assert server.version == "3" and serves(server, tmp_path / "run" / "final") and not serves(server, model)
+            assert server.calls == [*JOINED, *SENT * 3]
+    assert max(line["publish/difference_max"] for line in metrics) < 1e-5
+    assert [line["publish/version"] for line in metrics] == [1, 2, 3] and metrics[0]["publish/gib"] > 2 / 1024
+    assert not (tmp_path / "run" / "published").exists()
+
+
+def test_servers_that_fail_or_restart_receive_all_weights_again(tmp_path, rng):
+    """One fails in the middle of a version, another restarts between two."""
+    model = make_model(tmp_path / "model")
+    with SmallServer(model) as failing, SmallServer(model) as restarting:
+
+        def fail_once(number):
+            if failing.version == "0" and number == 3:
+                failing.worker.fault = lambda number: None
+                raise ValueError("no memory for this tensor")
+
+        def restart_after_2():
+            answer = {"weight_version": restarting.version}
+            if restarting.version == "2":
+                restarting.answers.clear()
+                restarting.restart()
+            return answer
+
+        failing.worker.fault = fail_once
+        restarting.answers["/weight_info"] = restart_after_2
+        output, _ = fed_to([failing, restarting], tmp_path, rng, model, publish_steps=2, publish_verify_steps=9)
+        assert "no memory for this tensor; trying again" in output
+        assert "does not serve version 2 any more: did it restart?" in output
+        assert all(server.version == "3" and serves(server, tmp_path / "run" / "final") for server in (failing, restarting))
+
+
+def test_a_server_that_hangs_is_left_out_or_ends_the_run(tmp_path, rng):
+    model, hangs = make_model(tmp_path / "model"), threading.Event()
+    with SmallServer(model) as hanging, SmallServer(model) as other:
+        hanging.worker.fault = lambda number: hanging.version == "1" and hangs.wait(60)
+        changes = dict(publish_timeout=2, publish_failures="ignore")
+        output, _ = fed_to([hanging, other], tmp_path, rng, model, **changes)
+        hangs.set()
+        assert "continuing without it" in output and serves(other, tmp_path / "run" / "final")
+
+
 def test_a_server_with_the_version_before_is_noticed_however_small_the_step(tmp_path):
     """By logprobs alone: the server says that it has the new version, and its noise is as large as the step."""
     rng = np.random.default_rng(0)
@@ -67,6 +151,9 @@ def test_a_server_with_the_version_before_is_noticed_however_small_the_step(tmp_
 class Scoring:
     def __init__(self, logprobs):
         self.found = logprobs.tolist()
+
+    def version(self):
+        return "2"
 
     def logprobs(self, tokens):
         return self.found

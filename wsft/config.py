@@ -27,7 +27,7 @@ RESUME_MAY_CHANGE = {
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
-    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to"),
+    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
     *("publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
@@ -179,10 +179,16 @@ class WeightedSFTConfig(BaseModel):
     )
     # publishing
     publish_folder: str | None = Field(
-        None, description="Write the weights to this folder at the start and after every publish_steps steps, for samplers."
+        None,
+        description="Write the weights to this folder at the start and after every publish_steps steps.",
     )
     publish_to: str | None = Field(
         None, description="URLs of inference servers (vLLM, SGLang), separated by commas, which load each published version."
+    )
+    publish_transport: Literal["auto", "nccl", "gloo", "disk"] = Field(
+        "auto",
+        description="How weights reach the servers: broadcast from rank 0 over nccl or gloo, or by a folder that they load "
+        "(disk). auto: disk if publish_folder is set, else the first of nccl, gloo and disk that trainer and servers have.",
     )
     publish_pause: Literal["keep", "abort", "wait"] = Field(
         "keep",

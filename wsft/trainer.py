@@ -36,7 +36,6 @@ from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
-from wsft.publish.folder import PublishFolder
 from wsft.publish.publisher import Publisher
 from wsft.publish.tensors import TrainedTensors
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
@@ -197,8 +196,7 @@ class WeightedSFTTrainer:
         bucket_bytes, name = self.config.publish_bucket_mib * 2**20, self.config.model_name
         tensors = TrainedTensors(self.model.model, empty, name, self.engine.gathered, bucket_bytes)
         path = Path(self.config.publish_folder or self.folder.path / "published")
-        folder = PublishFolder(path, self.config.publish_keep, tensors, self.base_files, self.world)
-        return Publisher(self.config, folder, self.model, self.tokenizer, precision, self.world)
+        return Publisher(self.config, tensors, path, self.base_files, self.model, self.tokenizer, precision, self.world)
 
     def _publish(self) -> dict[str, float]:
         """Publish the weights if it is their turn; returns metrics. A collective."""
@@ -207,7 +205,7 @@ class WeightedSFTTrainer:
         self.metrics.set_status("publishing weights")
         with self.world.extended_timeout():
             due = self.step % self.config.publish_steps == 0
-            values, failure = self.publisher.publish(self.step) if due else self.publisher.reload_restarted()
+            values, failure = self.publisher.publish(self.step) if due else self.publisher.reload_restarted(self.step)
         if failure:
             if self.step > (self.saved.step if self.saved else 0):
                 self._save()

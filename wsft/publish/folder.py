@@ -42,7 +42,7 @@ class PublishFolder:
 
     def __init__(self, path: Path, keep: int, tensors: TrainedTensors, base_files: dict[str, bytes] | None, world: World):
         self.path, self._keep, self._tensors, self._base_files, self._world = path, keep, tensors, base_files, world
-        self._writer, self._wrote_unchanged = ThreadPoolExecutor(max_workers=1), False
+        self._writer, self._wrote_unchanged, self._published = ThreadPoolExecutor(max_workers=1), False, False
 
     def publish(self, step: int) -> dict[str, float]:
         """Write the parameters as version `step`; returns metrics. A collective: rank r writes buckets r, r + ranks, ...
@@ -66,7 +66,9 @@ class PublishFolder:
         size = world.on_rank_0(lambda: self._end(aside, final, step))
         spent = time.monotonic() - start
         if world.rank == 0:
-            log.info("published step %d to %s: %.2f GiB in %.1f s", step, final, size / 2**30, spent)
+            level = logging.DEBUG if self._published else logging.INFO  # later ones are in the metrics
+            log.log(level, "published step %d to %s: %.2f GiB in %.1f s", step, final, size / 2**30, spent)
+        self._published = True
         return {"publish/version": step, "publish/seconds": spent, "publish/gib": (size or 0) / 2**30}
 
     def _begin(self, aside: Path, step: int) -> None:

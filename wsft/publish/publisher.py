@@ -1,15 +1,16 @@
-"""Publishes the weights of a run: as a folder, from which running inference servers load them, and verifies what they serve.
+"""Publishes the weights of a run: as a folder, and to running inference servers, which load that folder or receive broadcasts.
+Verifies what the servers serve.
 
-Rank 0 talks to the servers. A server that fails is tried again for `publish_timeout` seconds, since loading a folder twice is
+Rank 0 talks to the servers. A server that fails is tried again for `publish_timeout` seconds, since loading a version twice is
 safe. After that the run ends, or continues without the server (`publish_failures`).
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
+from wsft.errors import UserError
 from wsft.model.causal_lm import WeightedSFTModel
+from wsft.publish.broadcast import Broadcast
 from wsft.publish.folder import PublishFolder
 from wsft.publish.probe import TOLERANCE, Probe
-from wsft.publish.servers import Server, ServerFailed, connect
+from wsft.publish.servers import Each, Server, ServerFailed, connect
+from wsft.publish.tensors import TrainedTensors
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +33,30 @@ RETRY_S = 2.0
 
 
 class Publisher:
-    """Args: folder: where versions are written. precision: "bf16" or "fp32", of the trainer."""
+    """Args: path: of the folder of versions, if any is written. precision: "bf16" or "fp32", of the trainer."""
 
     def __init__(
         self,
         config: WeightedSFTConfig,
-        folder: PublishFolder,
+        tensors: TrainedTensors,
+        path: Path,
+        base_files: dict[str, bytes] | None,
         model: WeightedSFTModel,
         tokenizer: PreTrainedTokenizerBase,
         precision: str,
         world: World,
     ):
-        self._config, self._folder, self._world, self._precision = config, folder, world, precision
-        self._model, self._tokenizer, self._published, self._last = model, tokenizer, 0, 0
+        self._config, self._world, self._precision, self._model, self._tokenizer = config, world, precision, model, tokenizer
+        self._published, self._last = 0, 0
         self._before: Probe | None = None  # of the version before the last, where the last is verified
         urls = [url.strip() for url in (config.publish_to or "").split(",") if url.strip()]
-        self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
         self._to_servers = bool(urls)
+        self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
+        manifest = tensors.manifest
+        backend = world.broadcast_text(world.on_rank_0(lambda: self._choose_transport(manifest)) or "")
+        writes = config.publish_folder is not None or not backend
+        self._folder = PublishFolder(path, config.publish_keep, tensors, base_files, world) if writes else None
+        self._broadcast = Broadcast(tensors, world, backend, config.publish_timeout) if backend else None
 
     def _connect(self, url: str) -> Server:
         deadline, waits = time.monotonic() + self._config.publish_timeout, False
@@ -60,33 +71,62 @@ class Publisher:
                 waits = True
                 time.sleep(RETRY_S)
 
+    def _choose_transport(self, manifest: list[list[tuple[str, str, list[int]]]]) -> str:
+        """Backend of the broadcasts; empty if the servers load a folder. UserError if a server has other tensors, or cannot
+        receive what was asked for."""
+        for server in self._servers:
+            _compare(server, {name: shape for bucket in manifest for name, _, shape in bucket})
+        asked = self._config.publish_transport
+        if not self._servers or asked == "disk" or (asked == "auto" and self._config.publish_folder is not None):
+            return ""
+        ours = {"nccl", "gloo"} if self._world.device.type == "cuda" else {"gloo"}
+        of_servers = {server: server.backends() & ours for server in self._servers}
+        if asked == "auto":
+            common = set.intersection(*of_servers.values())
+            chosen = next((backend for backend in ("nccl", "gloo") if backend in common), "")
+            log.info("weights go to the inference servers by %s", chosen or "a folder that they load (publish_folder)")
+            return chosen
+        unable = next((server for server, backends in of_servers.items() if asked not in backends), None)
+        if unable:
+            raise UserError(
+                f"publish_transport is {asked}, and {unable} cannot receive weights from this trainer by it (possible: "
+                f"{', '.join(sorted(of_servers[unable])) or 'none'}): it needs wsft's plugin (wsft/publish/README.md), and "
+                f"for nccl GPUs on both sides; or set publish_transport disk"
+            )
+        return asked
+
     def publish(self, step: int) -> tuple[dict[str, float], str]:
         """Publish the weights after `step` optimizer steps. Returns metrics, and why the run must end (empty: it need not).
         A collective."""
-        values = self._folder.publish(step)
+        values: dict[str, float] = {"publish/version": step}
+        start = time.monotonic()
+        if self._folder:
+            values |= self._folder.publish(step)
+        elif self._broadcast:
+            values["publish/gib"] = self._broadcast.gib
         if not self._to_servers:
             return values, ""
         verifies, next_does = (n % self._config.publish_verify_steps == 0 for n in (self._published, self._published + 1))
         self._published, self._last = self._published + 1, step
         probe = Probe.of(self._model, self._tokenizer, self._world.device) if verifies or next_does else None
-        load = functools.partial(self._load_into, self._servers, probe if verifies else None)
-        found, failures = self._world.on_rank_0(load) or ({}, "")
+        found, failures = self._send(self._servers, probe if verifies else None)
         self._before = probe
-        return values | found, self._world.broadcast_text(failures)
+        return values | found | {"publish/seconds": time.monotonic() - start}, failures
 
-    def reload_restarted(self) -> tuple[dict[str, float], str]:
-        """Between two versions: servers that restarted have the weights that they were started with, and load the last version
-        again. Returns what `publish` does. A collective."""
-        if not self._to_servers:
+    def reload_restarted(self, step: int) -> tuple[dict[str, float], str]:
+        """Between two versions: servers that restarted have the weights that they were started with, and load the last
+        version again; without a folder of it, all receive the weights after `step`. Returns what `publish` does. A
+        collective."""
+        restarted = self._world.on_rank_0(self._restarted) or []
+        if not self._world.broadcast_text("; ".join(map(str, restarted))):
             return {}, ""
-        found, failures = self._world.on_rank_0(self._reload_restarted) or ({}, "")
-        return found, self._world.broadcast_text(failures)
+        return self._send(restarted, None) if self._folder else self.publish(step)
 
-    def _reload_restarted(self) -> tuple[dict[str, float], str]:
+    def _restarted(self) -> list[Server]:
         restarted = [server for server in self._servers if not self._serves_last(server)]
         for server in restarted:
             log.warning("%s does not serve version %d any more: did it restart? Loading it again", server, self._last)
-        return self._load_into(restarted, None) if restarted else ({}, "")
+        return restarted
 
     def _serves_last(self, server: Server) -> bool:
         try:
@@ -94,50 +134,54 @@ class Publisher:
         except ServerFailed:
             return False
 
-    def _load_into(self, servers: list[Server], probe: Probe | None) -> tuple[dict[str, float], str]:
-        """Have the servers load the last version, all at the same time."""
+    def _send(self, servers: list[Server], probe: Probe | None) -> tuple[dict[str, float], str]:
+        """Have the servers load the last version, all at the same time, and those that fail again until the timeout. Returns
+        metrics, and why the run must end. A collective."""
+        attempts = _Attempts(servers, self._config.publish_timeout)
+        while True:
+            if self._broadcast:
+                results = self._broadcast.send(attempts.left, str(self._last), self._config.publish_pause)
+            else:
+                results = self._world.on_rank_0(lambda: self._have_loaded(attempts.left)) or []
+            again = self._world.on_rank_0(lambda results=results: attempts.judge(results, self._verified(probe)))
+            if not self._world.broadcast_text("again" if again else ""):
+                break
+            time.sleep(RETRY_S)
+        return attempts.values, self._world.broadcast_text(self._world.on_rank_0(lambda: self._failure(attempts)) or "")
+
+    def _have_loaded(self, servers: list[Server]) -> list[float | ServerFailed]:
         folder, version = self._folder.path.absolute() / f"step_{self._last}", str(self._last)
         with ThreadPoolExecutor(max_workers=len(servers) or 1) as pool:
-            results = list(pool.map(lambda server: self._load(server, folder, version, probe), servers))
-        failures = [result for result in results if isinstance(result, str)]
-        values: dict[str, float] = {}
-        for found in results:
-            for name, value in found.items() if isinstance(found, dict) else ():
-                values[name] = max(value, values.get(name, value))
-        if failures and self._config.publish_failures == "ignore":
-            for failure in failures:
-                log.warning("%s; continuing without it", failure)
-            failed = [server for server, result in zip(servers, results, strict=True) if isinstance(result, str)]
-            self._servers = [server for server in self._servers if server not in failed]
-            failures = [] if self._servers else ["no inference server is left to publish to"]
-        return values, "; ".join(failures)
+            each = Each(servers, pool)
+            each.run(lambda server: server.load(folder, version, self._config.publish_pause))
+        return each.results(servers)
 
-    def _load(self, server: Server, folder: Path, version: str, probe: Probe | None) -> dict[str, float] | str:
-        """Metrics of one server, or why it failed."""
-        deadline, warned = time.monotonic() + self._config.publish_timeout, False
-        while True:
-            try:
-                values = {"publish/pause_seconds": server.load(folder, version, self._config.publish_pause)}
-                return values | (self._verify(server, version, probe) if probe else {})
-            except _Differs as error:
-                return str(error)
-            except ServerFailed as error:
-                if time.monotonic() > deadline:
-                    return f"{error} (tried for {self._config.publish_timeout:g} s)"
-                if not warned:
-                    log.warning("%s; trying again for %g s", error, self._config.publish_timeout)
-                warned = True
-                time.sleep(RETRY_S)
+    def _failure(self, attempts: _Attempts) -> str:
+        failed = {server: attempts.failures[server] for server in self._servers if server in attempts.failures}
+        if not failed or self._config.publish_failures == "stop":
+            return "; ".join(failed.values())
+        for failure in failed.values():
+            log.warning("%s; continuing without it", failure)
+        self._servers = [server for server in self._servers if server not in failed]
+        return "" if self._servers else "no inference server is left to publish to"
+
+    def _verified(self, probe: Probe | None) -> Callable[[Server], dict[str, float]]:
+        return lambda server: self._verify(server, str(self._last), probe) if probe else {}
 
     def _verify(self, server: Server, version: str, probe: Probe) -> dict[str, float]:
         served = probe.scored_by(server)
         mean, most = probe.differences(served)
-        if self._before and self._before.differences(served)[0] < mean / 2:
+        tolerance = self._config.publish_tolerance or TOLERANCE[self._precision]
+        is_before = self._before is not None and self._before.differences(served)[0] < mean / 2
+        if is_before or not mean <= tolerance:
+            found = server.version()
+            if found != version:
+                raise ServerFailed(f"{server} has weight version {found!r} after loading {version!r}: it restarted meanwhile")
+        if is_before:
             raise _Differs(
                 f"{server} still serves the version before {version}: its logprobs of fixed texts are nearer to those weights "
                 f"(by {mean:.3g} nats on average). It answered, and loaded nothing: look at its log"
             )
-        tolerance = self._config.publish_tolerance or TOLERANCE[self._precision]
         if not mean <= tolerance:
             raise _Differs(
                 f"{server} serves other weights than version {version}: logprobs of fixed texts differ by {mean:.3g} nats on "
@@ -150,3 +194,54 @@ class Publisher:
 
 class _Differs(Exception):
     pass
+
+
+class _Attempts:
+    """Of several servers to load a version, until they succeed or the timeout is over.
+
+    Attributes:
+        left: servers that have not succeeded, nor failed for good.
+        failures: why others failed for good.
+        values: metrics, the worst of the servers.
+    """
+
+    def __init__(self, servers: list[Server], timeout: float):
+        self.left, self.failures, self.values = list(servers), {}, {}
+        self._timeout, self._deadline, self._warned = timeout, time.monotonic() + timeout, set()
+
+    def judge(self, results: list[float | ServerFailed], verify: Callable[[Server], dict[str, float]]) -> bool:
+        """Take the results of an attempt, and verify servers that succeeded. Returns whether to try again with those left."""
+        servers, self.left = self.left, []
+        for server, result in zip(servers, results, strict=True):
+            try:
+                if isinstance(result, ServerFailed):
+                    raise result
+                found = {"publish/pause_seconds": result} | verify(server)
+                self.values |= {name: max(value, self.values.get(name, value)) for name, value in found.items()}
+            except _Differs as error:
+                self.failures[server] = str(error)
+            except ServerFailed as error:
+                self._take_failure(server, error)
+        return bool(self.left)
+
+    def _take_failure(self, server: Server, error: ServerFailed) -> None:
+        if time.monotonic() > self._deadline:
+            self.failures[server] = f"{error} (tried for {self._timeout:g} s)"
+            return
+        if server not in self._warned:
+            log.warning("%s; trying again for %g s", error, self._timeout)
+        self._warned.add(server)
+        self.left.append(server)
+
+
+def _compare(server: Server, ours: dict[str, list[int]]) -> None:
+    """UserError if the server's model has not the tensors that would be sent: it would fail in the middle of loading them."""
+    theirs = server.shapes()
+    different = [name for name in ours if theirs and theirs.get(name) != ours[name]]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{server} serves another model: {len(different)} of {len(ours)} trained tensors are not in its files with that "
+            f"shape, such as {name}, {ours[name]} here and {theirs.get(name, 'missing')} there. Start it with the run's base "
+            f"model"
+        )

@@ -1,4 +1,4 @@
-"""Loads published weights into running inference servers: vLLM and SGLang, by their HTTP routes.
+"""Running inference servers, which load weights or receive them: vLLM and SGLang, by their HTTP routes.
 
 A server is recognised by the routes in its openapi.json, not by its version. Knows nothing of ranks, models or torch.
 """
@@ -6,6 +6,8 @@ A server is recognised by the routes in its openapi.json, not by its version. Kn
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +25,7 @@ class ServerFailed(UserError):
     """A server could not be brought to serve the published weights."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Server:
     """A running inference server. Subclasses know the routes of one kind.
 
@@ -40,20 +42,29 @@ class Server:
     needs: tuple[str, ...] = ()  # routes
 
     def load(self, folder: Path, version: str, pause: str) -> float:
-        """Load the weights in the folder, which must be at this path on the server's host, too. Requests in flight are paused
-        and kept, aborted, or waited for (`pause`: "keep", "abort", "wait"). Returns the seconds of the pause.
+        """Load the weights in the folder, which must be at this path on the server's host, too. Returns the seconds of the
+        pause.
 
         Raises:
             ServerFailed: it is then unknown what the server serves; it stays paused where it can.
         """
-        start = time.monotonic()
-        self._pause(pause)
-        self._load(folder, version)
-        self._resume()
-        spent, found = time.monotonic() - start, self.version()
+        self.pause(pause)
+        self.load_paused(folder, version)
+        self.finish(version)
+        return self.paused_s
+
+    def pause(self, mode: str) -> None:
+        """Requests in flight are paused and kept, aborted, or waited for (`mode`: "keep", "abort", "wait"); new ones wait."""
+        self._paused_at = time.monotonic()
+        self._pause(mode)
+
+    def finish(self, version: str) -> None:
+        """After weights were loaded: give them this version, clear caches, and continue."""
+        self._finish(version)
+        self.paused_s = time.monotonic() - self._paused_at
+        found = self.version()
         if found != version:
             raise ServerFailed(f"{self} has weight version {found!r} after loading {version!r}: it answered, and did nothing")
-        return spent
 
     def version(self) -> str:
         """The version of the weights that it serves."""
@@ -63,13 +74,37 @@ class Server:
         """The logprobs of all tokens but the first, at temperature 1."""
         raise NotImplementedError
 
+    def load_paused(self, folder: Path, version: str) -> None:
+        raise NotImplementedError
+
+    # to receive weights: see broadcast.py
+
+    def backends(self) -> set[str]:
+        """Backends of torch.distributed over which it can receive weights: "gloo", "nccl"."""
+        return set()
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the tensors in the files that it serves, by name; empty if it cannot be asked."""
+        return {}
+
+    def workers(self) -> int:
+        """Its processes that hold weights."""
+        raise NotImplementedError
+
+    def join(self, host: str, port: int, size: int, backend: str, timeout: float) -> None:
+        """Have its workers join a process group of `size` whose store is at host:port; rank 0 is the trainer's. Returns once
+        they did."""
+        raise NotImplementedError
+
+    def receive(self, buckets: list[list[tuple[str, str, list[int]]]]) -> None:
+        """Have its workers receive a broadcast for each bucket, which is the bytes of tensors (name, dtype, shape), and load
+        these. Returns once all are loaded."""
+        raise NotImplementedError
+
     def _pause(self, mode: str) -> None:
         raise NotImplementedError
 
-    def _load(self, folder: Path, version: str) -> None:
-        raise NotImplementedError
-
-    def _resume(self) -> None:
+    def _finish(self, version: str) -> None:
         raise NotImplementedError
 
     def request(self, method: str, path: str, body: Any = None) -> Any:
@@ -110,12 +145,25 @@ class VLLM(Server):
     def _pause(self, mode: str) -> None:
         self.request("POST", f"/pause?mode={mode}")
 
-    def _load(self, folder: Path, version: str) -> None:
+    def load_paused(self, folder: Path, version: str) -> None:
         # with wsft's plugin layers that hold a packed copy of tied weights are packed again (vllm_plugin.py)
         method = "wsft_reload" if self._has_plugin() else "reload_weights"
-        self.request("POST", "/collective_rpc", {"method": method, "kwargs": {"weights_path": str(folder)}})
-        self.request("POST", "/update_weight_version", {"new_version": version})
-        self.request("POST", "/reset_prefix_cache")
+        self._on_workers(method, weights_path=str(folder))
+
+    def backends(self) -> set[str]:
+        return set(self._on_workers("wsft_info")["backends"]) if self._has_plugin() else set()
+
+    def shapes(self) -> dict[str, list[int]]:
+        return self._on_workers("wsft_info")["shapes"] if self._has_plugin() else {}
+
+    def workers(self) -> int:
+        return self.request("GET", "/get_world_size")["world_size"]
+
+    def join(self, host: str, port: int, size: int, backend: str, timeout: float) -> None:
+        self._on_workers("wsft_join", host=host, port=port, size=size, backend=backend, timeout_s=timeout)
+
+    def receive(self, buckets: list[list[tuple[str, str, list[int]]]]) -> None:
+        self._on_workers("wsft_receive", buckets=buckets)
 
     def _has_plugin(self) -> bool:
         try:
@@ -123,7 +171,19 @@ class VLLM(Server):
         except ServerFailed:
             return False
 
-    def _resume(self) -> None:
+    def _on_workers(self, method: str, **arguments: Any) -> dict:
+        """Call a method on all workers; returns what the first one does. The plugin's methods return errors, since an exception
+        would end vLLM's engine."""
+        found = self.request("POST", "/collective_rpc", {"method": method, "kwargs": arguments})
+        results = [result for result in (found or {}).get("results", []) if isinstance(result, dict)]
+        for result in results:
+            if "error" in result:
+                raise ServerFailed(f"{self} cannot load weights: {result['error']}")
+        return results[0] if results else {}
+
+    def _finish(self, version: str) -> None:
+        self.request("POST", "/update_weight_version", {"new_version": version})
+        self.request("POST", "/reset_prefix_cache")
         self.request("POST", "/resume")
 
 
@@ -148,12 +208,46 @@ class SGLang(Server):
             raise UserError(f"{self} cannot wait for requests in flight: set publish_pause to keep or abort")
         self.request("POST", "/pause_generation", {"mode": self._PAUSES[mode]})
 
-    def _load(self, folder: Path, version: str) -> None:
+    def load_paused(self, folder: Path, version: str) -> None:
         body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
         self.request("POST", "/update_weights_from_disk", body)
 
-    def _resume(self) -> None:
+    def _finish(self, version: str) -> None:
         self.request("POST", "/continue_generation", {})
+
+
+class Each:
+    """Runs steps on several servers, each step on all at the same time. A server whose step fails is left out of later ones.
+
+    Attributes:
+        left: servers that have not failed.
+    """
+
+    def __init__(self, servers: list[Server], pool: ThreadPoolExecutor):
+        self.left, self._pool = list(servers), pool
+        self._running: dict[Server, Future] = {}
+        self._failures: dict[Server, ServerFailed] = {}
+
+    def run(self, step: Callable[[Server], Any]) -> None:
+        self.start(step)
+        self.wait()
+
+    def start(self, step: Callable[[Server], Any]) -> None:
+        self._running = {server: self._pool.submit(step, server) for server in self.left}
+
+    def wait(self) -> None:
+        for server, future in self._running.items():
+            error = future.exception()
+            if isinstance(error, ServerFailed):
+                self._failures[server] = error
+                self.left.remove(server)
+            elif error:
+                raise error
+        self._running = {}
+
+    def results(self, servers: list[Server]) -> list[float | ServerFailed]:
+        """For how many seconds each server was paused, or why it failed."""
+        return [self._failures.get(server) or server.paused_s for server in servers]
 
 
 def connect(url: str, timeout: float, api_key: str | None = None) -> Server:

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from wsft.model.weight_files import files_of, made_of
 
+_CPU = torch.device("cpu")
 # a context in which parameters are whole on every rank; under ZeRO-3 a collective
 Gathered = Callable[[list[torch.nn.Parameter]], contextlib.AbstractContextManager[None]]
 
@@ -57,16 +58,39 @@ class TrainedTensors:
         return sum(getattr(param, "ds_numel", param.numel()) * param.element_size() for param in params)
 
     @torch.no_grad()
-    def bucket(self, names: list[str], wanted: bool) -> dict[str, torch.Tensor]:
-        """The tensors of a bucket on the CPU, empty unless `wanted` on this rank. A collective under ZeRO-3."""
+    def bucket(self, names: list[str], wanted: bool, device: torch.device = _CPU) -> dict[str, torch.Tensor]:
+        """A copy of the tensors of a bucket, in the order of `manifest`; empty unless `wanted` on this rank. A collective under
+        ZeRO-3."""
         params = [self._params[name] for name in names]
         with self._gathered(params):
             if not wanted:
                 return {}
-            whole = {name: param.detach().to("cpu", copy=True) for name, param in zip(names, params, strict=True)}
-        if names == self.buckets[0]:
-            whole |= {name: buffer.to("cpu", copy=True) for name, buffer in self._buffers.items()}
-        return {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self._empty, whole).items()}
+            whole = {name: param.detach().to(device, copy=True) for name, param in zip(names, params, strict=True)}
+        return self._as_saved(names, whole | {name: buffer.to(device, copy=True) for name, buffer in self._first(names)})
+
+    @property
+    def manifest(self) -> list[list[tuple[str, str, list[int]]]]:
+        """Name, dtype ("bfloat16") and shape of the tensors of each bucket."""
+
+        def meta(tensor: torch.Tensor) -> torch.Tensor:
+            # under ZeRO-3 a parameter that is not gathered has no elements
+            return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+
+        found = []
+        for names in self.buckets:
+            whole = {name: meta(self._params[name]) for name in names} | {k: meta(b) for k, b in self._first(names)}
+            saved = self._as_saved(names, whole)
+            found.append([(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in saved.items()])
+        return found
+
+    def _first(self, names: list[str]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Buffers, which are in the first bucket."""
+        return self._buffers.items() if names == self.buckets[0] else ()
+
+    def _as_saved(self, names: list[str], whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Under the names of the files, those with the widest elements first: as bytes in a row each is aligned."""
+        saved = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(self._empty, whole).items()}
+        return dict(sorted(saved.items(), key=lambda item: -item[1].element_size()))
 
 
 def _joined(names: Iterable[str], together: Iterable[tuple[str, ...]]) -> list[list[str]]:

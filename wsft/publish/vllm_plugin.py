@@ -4,34 +4,129 @@
         --worker-extension-cls vllm_plugin.WorkerExtension --middleware vllm_plugin.Middleware --logprobs-mode
         processed_logprobs
 
-The extension repairs vLLM's reload on a CPU, where a layer with tied weights keeps a packed copy of the old ones (seen with
-0.32). The middleware adds `POST /generate` in the form that Atropos's `server_type: vllm` calls, by vLLM's
+The extension receives weights that the trainer broadcasts, and repairs vLLM's reload on a CPU, where a layer with tied weights
+keeps a packed copy of the old ones (seen with 0.32). Its methods return errors: an exception would end vLLM's engine. The
+middleware adds `POST /generate` in the form that Atropos's `server_type: vllm` calls, by vLLM's
 `/inference/v1/generate`.
 """
 
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+from math import prod
+from pathlib import Path
 from typing import Any
 
 
 class WorkerExtension:
     """Methods of each vLLM worker, called through /collective_rpc."""
 
-    def wsft_reload(self, weights_path: str) -> dict[str, int]:
+    _wsft_group: Any = None
+
+    def wsft_info(self) -> dict[str, Any]:
+        """Backends over which it receives, and shapes of the tensors in the files of the model that it serves."""
+        backends = ["gloo", "nccl"] if self.device.type == "cuda" else ["gloo"]
+        try:
+            return {"backends": backends, "shapes": _shapes(self.model_config.model, self.model_config.revision)}
+        except Exception:  # of a model in another format, or whose files are gone
+            return {"backends": backends, "shapes": {}}
+
+    def wsft_join(self, host: str, port: int, size: int, backend: str, timeout_s: float) -> dict[str, Any]:
+        """Join the process group of the trainer, whose store is at host:port."""
+        from torch.distributed import TCPStore
+
+        try:
+            self._wsft_group = None
+            with socket.create_connection((host, port), timeout_s) as connection:
+                own = connection.getsockname()[0]
+            store = TCPStore(host, port, size, is_master=False, timeout=timedelta(seconds=timeout_s))
+            parallel = self.vllm_config.parallel_config
+            rank = 1 + parallel.data_parallel_index * parallel.world_size + self.rank
+            self._wsft_group = process_group(backend, own, store, rank, size, timeout_s)
+            self._wsft_device = self.device if backend == "nccl" else "cpu"
+        except Exception as error:
+            return _error(error)
+        return {}
+
+    def wsft_receive(self, buckets: list) -> dict[str, Any]:
+        """Receive buckets of tensors (name, dtype, shape) and load them; returns how many layers were packed again."""
+        return self._wsft_load(weights_iterator=self._wsft_received(buckets))
+
+    def wsft_reload(self, weights_path: str) -> dict[str, Any]:
         """Load the weights in a Hugging Face folder; returns how many layers were packed again."""
-        self.reload_weights(weights_path=weights_path)
-        return {"packed_again": _pack_tied(self.get_model())}
+        if not any(Path(weights_path).glob("*.safetensors")):
+            return {"error": f"there are no safetensors in {weights_path} on this host"}
+        return self._wsft_load(weights_path=weights_path)
+
+    def _wsft_load(self, **source: Any) -> dict[str, Any]:
+        try:
+            self.reload_weights(**source)
+            return {"packed_again": self._wsft_pack_tied()}
+        except Exception as error:
+            self._wsft_group = None
+            self._wsft_end_broken_reload()
+            return _error(error)
+
+    def _wsft_received(self, buckets: list) -> Iterator[tuple[str, Any]]:
+        import torch
+
+        for bucket in buckets:
+            dtypes = [getattr(torch, dtype) for _, dtype, _ in bucket]
+            sizes = [prod(shape) * dtype.itemsize for (_, _, shape), dtype in zip(bucket, dtypes, strict=True)]
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self._wsft_device)
+            self._wsft_group.broadcast(buffer, 0).wait()
+            for (name, _, shape), dtype, part in zip(bucket, dtypes, buffer.split(sizes), strict=True):
+                yield name, part.view(dtype).view(shape)
+
+    def _wsft_end_broken_reload(self) -> None:
+        """Bring layers that are on the meta device while they are loaded back, so that a later reload starts afresh. Their
+        weights are wrong: the server stays paused."""
+        try:
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+            finalize_layerwise_reload(self.get_model(), self.model_config)
+        except Exception as error:
+            print(f"wsft: a reload failed and could not be undone: {_error(error)}", flush=True)
 
 
-def _pack_tied(model: Any) -> int:
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+def process_group(backend: str, host: str, store: Any, rank: int, size: int, timeout_s: float) -> Any:
+    """A process group of torch apart from the default one: gloo on the interface of `host`, an address of this machine, or
+    NCCL on the current GPU. Returns once all ranks have joined."""
+    from torch.distributed import PrefixStore, ProcessGroupGloo
 
-    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear")]
-    for layer in layers:
-        dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
-    return len(layers)
+    store = PrefixStore("wsft", store)
+    if backend == "nccl":
+        from torch.distributed import ProcessGroupNCCL
+
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        return ProcessGroupNCCL(store, rank, size, options)
+    options = ProcessGroupGloo._Options()
+    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
+    return ProcessGroupGloo(store, rank, size, options)
+
+
+def _shapes(model: str, revision: str | None) -> dict[str, list[int]]:
+    """Of the tensors in the safetensors files of a model, by name."""
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns="*.safetensors"))
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found |= {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    return found
+
+
+def _error(error: Exception) -> dict[str, str]:
+    return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 class Middleware:
@@ -50,7 +145,8 @@ class Middleware:
             await self._app(scope, receive, send)
 
     async def _generate(self, scope: dict, receive: Any, send: Any) -> None:
-        body = json.dumps(_to_vllm(json.loads(await _read(receive)))).encode()
+        asked = json.loads(await _read(receive))
+        body = json.dumps(_to_vllm(asked)).encode()
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         headers.append((b"content-length", str(len(body)).encode()))
         path = "/inference/v1/generate"
@@ -67,12 +163,12 @@ class Middleware:
             answer += message.get("body", b"")
 
         await self._app(inner, give, take)
-        await _answer(send, status, _from_vllm(json.loads(answer)) if status == 200 else answer)
+        await _answer(send, status, _from_vllm(json.loads(answer), asked.get("weight_versions")) if status == 200 else answer)
 
 
 def _to_vllm(asked: dict) -> dict:
     """The body of Atropos's request as one of /inference/v1/generate."""
-    sampling = {name: value for name, value in asked.items() if name not in ("prompt", "stream", "stop")}
+    sampling = {name: value for name, value in asked.items() if name not in ("prompt", "stream", "stop", "weight_versions")}
     stop = asked.get("stop") or []
     stops = [stop] if isinstance(stop, str | int) else stop
     sampling["stop"] = [each for each in stops if isinstance(each, str)]
@@ -81,17 +177,20 @@ def _to_vllm(asked: dict) -> dict:
     return {"token_ids": asked["prompt"]["prompt_token_ids"], "sampling_params": sampling}
 
 
-def _from_vllm(found: dict) -> dict:
-    """Its answer in the form that Atropos reads, with the versions of the weights that sampled."""
+def _from_vllm(found: dict, with_versions: bool | None) -> dict:
+    """Its answer in the form that Atropos reads. `with_versions`: each finish reason is a dict, as of SGLang, that also has the
+    versions of the weights that sampled the tokens: atroposlib passes nothing else on to environments."""
     choices = sorted(found["choices"], key=lambda choice: choice["index"])
+    reasons = [choice["finish_reason"] for choice in choices]
+    if with_versions:
+        reasons = [{"type": why, "weight_versions": c["weight_versions"]} for why, c in zip(reasons, choices, strict=True)]
     return {
         "text": [""] * len(choices),
         "token_ids": [choice["token_ids"] for choice in choices],
         "logprobs": [
             [[{str(token["token_id"]): token["logprob"]}] for token in choice["logprobs"]["content"]] for choice in choices
         ],
-        "finish_reasons": [choice["finish_reason"] for choice in choices],
-        "weight_versions": [choice.get("weight_versions") for choice in choices],
+        "finish_reasons": reasons,
     }
 
 

