@@ -18,6 +18,7 @@ from atropos_server import atropos_server, free_port
 from conftest import ROOT, clean_environment
 
 from wsft import AtroposBatchProcessor
+from wsft.environment.facts import Question, questions, reward
 from wsft.environment.server import QUEUED_BATCHES, AtroposEnvironment, run
 from wsft.environment.texts import (
     CUSTOM,
@@ -381,3 +382,38 @@ def test_a_url_that_is_no_server_is_an_error(server):
         AtroposEnvironment("localhost", 4, 256).post({})
     with pytest.raises(UserError, match="is this an Atropos server"):
         AtroposEnvironment(f"{server.url}/elsewhere", 4, 256).post({})
+
+
+ASKED = Question("Return age and name as JSON: In Boston lives Oscar, who is 11.", {"age": 11, "name": "Oscar"})
+
+
+@pytest.mark.parametrize(
+    "answer, wanted",
+    [
+        ('{"age": 11, "name": "Oscar"}', 1),
+        ('{\n  "name": "Oscar",\n  "age": 11\n}', 1),
+        ('{"age": "11", "name": "Oscar"}', 0.5),
+        ('{"age": 11, "name": "Oscar", "city": "Boston"}', 0.5),
+        ('```json\n{"age": 11, "name": "Oscar"}\n```', 0.5),
+        ('{"age": 12, "name": "Oscar"}', 0.5),
+        ('{"age": 11, "age": 12, "name": "Oscar"}', 0.5),
+        ('{"age": 11', 0.25),
+        *((text, 0) for text in ("Oscar is 11.", "{}", "[]", "11", "")),
+    ],
+)
+def test_the_reward_of_an_answer(answer, wanted):
+    assert reward(ASKED, answer) == wanted
+
+
+def test_held_out_questions_are_about_other_names_and_cities():
+    held_out, others = (list(islice(questions(which, 0), 500)) for which in (True, False))
+    assert held_out == list(islice(questions(True, 0), 500))
+    for key in ("name", "city"):
+        found = [{question.wanted[key] for question in some if key in question.wanted} for some in (held_out, others)]
+        assert found[0] and found[1] and not found[0] & found[1]
+
+
+def test_no_answer_earns_much_without_reading_the_question():
+    chosen = list(islice(questions(True, 0), 300))
+    answers = [*(json.dumps(question.wanted) for question in chosen), '{"name": "Tom", "age": 11, "city": "Paris"}']
+    assert max(sum(reward(question, answer) for question in chosen) / len(chosen) for answer in answers) < 0.15

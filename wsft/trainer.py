@@ -27,7 +27,7 @@ from wsft.distributed.engine import Engine, MicroBatch, Reference, StepResult
 from wsft.distributed.load_balancing import Cost, Load, assign_rollouts
 from wsft.distributed.process_start import start_ranks
 from wsft.distributed.signals import Stop, name_of
-from wsft.distributed.world import World, ranks_from_environment, ranks_on_this_host
+from wsft.distributed.world import PeerFailed, World, ranks_from_environment, ranks_on_this_host
 from wsft.errors import UserError
 from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
@@ -196,7 +196,14 @@ class WeightedSFTTrainer:
         bucket_bytes, name = self.config.publish_bucket_mib * 2**20, self.config.model_name
         tensors = TrainedTensors(self.model.model, empty, name, self.engine.gathered, bucket_bytes)
         path = Path(self.config.publish_folder or self.folder.path / "published")
-        return Publisher(self.config, tensors, path, self.base_files, self.model, self.tokenizer, precision, self.world)
+        stopping = lambda: bool(self.stop.code)  # noqa: E731
+        try:
+            return Publisher(
+                self.config, tensors, path, self.base_files, self.model, self.tokenizer, precision, stopping, self.world
+            )
+        except (UserError, PeerFailed):
+            self._stop_if_asked()
+            raise
 
     def _publish(self) -> dict[str, float]:
         """Publish the weights if it is their turn; returns metrics. A collective."""

@@ -33,7 +33,12 @@ RETRY_S = 2.0
 
 
 class Publisher:
-    """Args: path: of the folder of versions, if any is written. precision: "bf16" or "fp32", of the trainer."""
+    """
+    Args:
+        path: of the folder of versions, if any is written.
+        precision: "bf16" or "fp32", of the trainer.
+        stopping: whether the run was asked to end; then nothing is tried again.
+    """
 
     def __init__(
         self,
@@ -44,8 +49,10 @@ class Publisher:
         model: WeightedSFTModel,
         tokenizer: PreTrainedTokenizerBase,
         precision: str,
+        stopping: Callable[[], bool],
         world: World,
     ):
+        self._stopping = stopping
         self._config, self._world, self._precision, self._model, self._tokenizer = config, world, precision, model, tokenizer
         self._published, self._last = 0, 0
         self._before: Probe | None = None  # of the version before the last, where the last is verified
@@ -64,7 +71,7 @@ class Publisher:
             try:
                 return connect(url, self._config.publish_timeout, os.environ.get(API_KEY))
             except ServerFailed as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._stopping():
                     raise
                 if not waits:
                     log.info("waiting up to %g s: %s", self._config.publish_timeout, error)
@@ -144,7 +151,7 @@ class Publisher:
             else:
                 results = self._world.on_rank_0(lambda: self._have_loaded(attempts.left)) or []
             again = self._world.on_rank_0(lambda results=results: attempts.judge(results, self._verified(probe)))
-            if not self._world.broadcast_text("again" if again else ""):
+            if not self._world.broadcast_text("again" if again and not self._stopping() else ""):
                 break
             time.sleep(RETRY_S)
         return attempts.values, self._world.broadcast_text(self._world.on_rank_0(lambda: self._failure(attempts)) or "")

@@ -81,6 +81,16 @@ class WorkerExtension:
             for (name, _, shape), dtype, part in zip(bucket, dtypes, buffer.split(sizes), strict=True):
                 yield name, part.view(dtype).view(shape)
 
+    def _wsft_pack_tied(self) -> int:
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        modules = self.get_model().modules()
+        layers = [layer for layer in modules if isinstance(layer, VocabParallelEmbedding) and hasattr(layer, "cpu_linear")]
+        for layer in layers:
+            dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+        return len(layers)
+
     def _wsft_end_broken_reload(self) -> None:
         """Bring layers that are on the meta device while they are loaded back, so that a later reload starts afresh. Their
         weights are wrong: the server stays paused."""

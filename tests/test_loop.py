@@ -1,0 +1,71 @@
+"""Sampling, training and publishing in a loop: the plugin's route for Atropos, and launch/loop.sh with a real vLLM (--all)."""
+
+import asyncio
+import json
+import re
+
+import pytest
+from conftest import ROOT, clean_environment, run_together
+from test_publish_servers import vllm  # noqa: F401  a fixture
+
+from wsft.publish.vllm_plugin import Middleware
+
+SPANS = [{"version": "4", "start": 0, "end": 1}, {"version": "5", "start": 1, "end": 2}]
+
+
+async def vllm_app(scope, receive, send):
+    """Answers as vLLM's /inference/v1/generate, with what it was asked in a header."""
+    asked = (await receive())["body"]
+    choices = [
+        {
+            "index": index, "token_ids": [7, 8], "finish_reason": "stop", "weight_versions": SPANS,
+            "logprobs": {"content": [{"token_id": 7, "logprob": -0.5}, {"token_id": 8, "logprob": -index}]},
+        }
+        for index in (1, 0)
+    ]  # fmt: skip
+    vllm_app.asked = scope["path"], json.loads(asked)
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": json.dumps({"choices": choices}).encode()})
+
+
+def generate(**asked):
+    sent, parts = [], [{"body": json.dumps({"prompt": {"prompt_token_ids": [1, 2]}, "n": 2, **asked}).encode()}]
+
+    async def receive():
+        return {"type": "http.request", "more_body": False, **parts.pop()}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asyncio.run(Middleware(vllm_app)(scope, receive, send))
+    return json.loads(sent[1]["body"])
+
+
+def test_atropos_samples_by_vllms_route_for_tokens():
+    answer = generate(temperature=1.0, stop=["\n", 9], max_tokens=4, stream=False)
+    path, asked = vllm_app.asked
+    assert path == "/inference/v1/generate" and asked["token_ids"] == [1, 2]
+    sampling = dict(n=2, temperature=1.0, stop=["\n"], stop_token_ids=[9], max_tokens=4, logprobs=0)
+    assert asked["sampling_params"] == sampling
+    assert answer["logprobs"] == [[[{"7": -0.5}], [{"8": 0}]], [[{"7": -0.5}], [{"8": -1}]]]
+    assert answer["token_ids"] == [[7, 8]] * 2 and answer["finish_reasons"] == ["stop"] * 2
+
+
+def test_an_environment_that_asks_learns_which_weights_sampled():
+    answer = generate(weight_versions=True)
+    assert "weight_versions" not in vllm_app.asked[1]["sampling_params"]
+    assert answer["finish_reasons"] == [{"type": "stop", "weight_versions": SPANS}] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_model_learns_from_its_own_samples(vllm, tmp_path):  # noqa: F811
+    environment = clean_environment(VLLM_ENV=str(vllm.parent.parent), RUN=str(tmp_path / "loop"))
+    ((code, output),) = run_together([["bash", "launch/loop.sh"]], [environment], cwd=ROOT)
+    assert code == 0, output
+    before, after = map(float, re.search(r"reward before (\S+) after (\S+)\n?$", output).groups())
+    assert before <= 0.4 and after >= 0.7, output
+    metrics = [json.loads(line) for line in (tmp_path / "loop" / "metrics.jsonl").open()]
+    assert all(line["data/staleness"] == 0 and abs(line["ratio/mean"] - 1) < 0.02 for line in metrics)
+    assert (tmp_path / "loop" / "report.html").exists()
