@@ -105,6 +105,15 @@ in_group() {
   GROUPS_STARTED+=("$GROUP")
 }
 
+# essential LOG COMMAND...: as in_group, with its output in LOG, for a command without which training waits for ever: if it ends
+# by itself, LOG.ended exists and this script gets TERM.
+essential() {
+  rm -f "$1.ended"
+  # shellcheck disable=SC2016
+  in_group bash -c 'log=$1 parent=$2; shift 2; "$@" >"$log" 2>&1; echo "error: ended with exit code $?, see $log" >&2
+    touch "$log.ended"; kill "$parent"' _ "$1" $$ "${@:2}"
+}
+
 kill_groups() { # SIGNAL
   local group
   for group in "${GROUPS_STARTED[@]}"; do kill "-$1" -- "-$group" 2>/dev/null; done

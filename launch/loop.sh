@@ -35,11 +35,8 @@ evaluate() { # FOLDER
     --env.data_dir_to_save_evals "$LOGS/$1"
 }
 with_progress "sampling answers to held-out questions before training" evaluate before
-in_group "$VLLM_PYTHON" wsft/environment/facts_env.py serve "${ENVIRONMENT[@]}" --env.seed "$SEED" \
-  --env.rollout_server_url "http://127.0.0.1:$PORT" >"$LOGS/environment.log" 2>&1
-# shellcheck disable=SC2016
-in_group bash -c 'while kill -0 -- "-$1" 2>/dev/null; do sleep 1; done; echo "error: the environment ended, see $2" >&2; kill "$3"' \
-  _ "$GROUP" "$LOGS/environment.log" $$
+essential "$LOGS/environment.log" "$VLLM_PYTHON" wsft/environment/facts_env.py serve "${ENVIRONMENT[@]}" --env.seed "$SEED" \
+  --env.rollout_server_url "http://127.0.0.1:$PORT"
 
 run_ranks "$RANKS" "$LOGS" --deepspeed "$DS" --model_name "$MODEL" --atropos_url "http://127.0.0.1:$PORT" \
   --publish_to "http://127.0.0.1:$VLLM_PORT" --batch_size 32 --max_token_len 128 --prefetch_batches 0 --training_steps "$STEPS" \

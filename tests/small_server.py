@@ -1,12 +1,15 @@
 """A small inference server with vLLM's routes: a transformers model behind wsft's own worker extension, in this process.
 
 What it serves is computed from the weights that it holds. Faults are set by tests.
+
+    python tests/small_server.py FOLDER PORT     # prints each version that it is given
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from wsft.publish import vllm_plugin
 
 ROUTES = """/pause /resume /collective_rpc /update_weight_version /weight_info /reset_prefix_cache /get_world_size /wsft
-/v1/models /v1/completions""".split()  # noqa: SIM905
+/v1/models /v1/completions /health""".split()  # noqa: SIM905
 
 
 class Worker(vllm_plugin.WorkerExtension):
@@ -50,10 +53,10 @@ class Worker(vllm_plugin.WorkerExtension):
 class SmallServer:
     """Attributes: worker; version; calls: names of the requests, in order; answers: name -> what to answer it with."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, host="127.0.0.1", port=0):
         self.worker, self.version, self.calls, self.answers = Worker(folder), "default", [], {}
         handler = type("Handler", (_Handler,), {"server_of_test": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._http = ThreadingHTTPServer((host, port), handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def restart(self):
@@ -70,6 +73,7 @@ class SmallServer:
             return {"results": [getattr(self.worker, name)(**body["kwargs"])]}
         if path == "/update_weight_version":
             self.version = body["new_version"]
+            print("version", self.version, flush=True)
         if path == "/v1/completions":
             return {"choices": [{"prompt_logprobs": self._logprobs(body["prompt"])}]}
         return {
@@ -111,3 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
+
+
+if __name__ == "__main__":
+    with SmallServer(sys.argv[1], "0.0.0.0", int(sys.argv[2])):
+        threading.Event().wait()

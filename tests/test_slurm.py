@@ -26,14 +26,15 @@ def slurm(cluster, request):
 
 
 class Job:
-    def __init__(self, slurm, settings, *options):
+    def __init__(self, slurm, settings, *options, environment=None):
+        self.environment = environment or {}
         self.slurm, self.folder = slurm, Path(settings["output_dir"])
         self.printed = self.folder.with_suffix(".out")
         shape = ["--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=2", "--time=60", f"--output={self.printed}"]
         self.id = self.sbatch(*shape, *options, "launch/slurm.sbatch", *flags(settings))
 
     def sbatch(self, *words):
-        code, printed = self.slurm.on("node1", "sbatch", "--parsable", *words)
+        code, printed = self.slurm.on("node1", "sbatch", "--parsable", *words, **self.environment)
         assert code == 0, printed
         return printed.split()[-1]
 
@@ -147,20 +148,47 @@ def test_a_job_that_fails_or_has_no_gpus_says_so(slurm, settings, tmp_path):
     assert "the job has no GPUs: add --gpus-per-node=8 to sbatch" in gpus.output()
 
 
-def test_the_server_runs_in_the_job(slurm, settings, tmp_path):
-    """And an environment on the other node feeds it."""
+def with_all_parts(slurm, settings, **changes):
+    """A job that trains on one node, with an Atropos server and an environment, and an inference server on the other."""
     del settings["data"]
-    job = Job(slurm, settings | {"training_steps": 3, "max_token_len": 128}, "--export=ALL,ATROPOS_PORT=8123")
-    environment = ["--url", "http://node1:8123", "--tokenizer", settings["model_name"], "--pattern", "mixed"]
-    environment += ["--groups", "0", "--group_size", "4"]
-    posting = slurm.start("node2", sys.executable, "-m", "wsft.environment", *environment, output=tmp_path / "posting.txt")
-    try:
-        job.until_it_is_over()
-    finally:
-        posting.kill()
-        for process in slurm.processes("node2", "wsft.environment"):
-            process.kill()
-    assert len(steps_of(job.folder)) == 3 and not slurm.processes("node1", "atroposlib")
+    parts = {
+        "ATROPOS_PORT": "8123",
+        "INFERENCE_NODES": "1",
+        "INFERENCE": f"{sys.executable} tests/small_server.py {settings['model_name']} 8001",
+        "ENVIRONMENTS": f"{sys.executable} -m wsft.environment --url $ATROPOS_URL --tokenizer {settings['model_name']} "
+        "--pattern mixed --groups 0 --group_size 4",
+    }
+    return Job(slurm, settings | {"max_token_len": 128, "publish_timeout": 60} | changes, environment=parts)
+
+
+def published(job):
+    return re.findall(r"version (\d+)", (job.folder / "logs" / "inference_node2.log").read_text())
+
+
+def test_server_environment_and_inference_servers_run_in_the_job(slurm, settings):
+    job = with_all_parts(slurm, settings, training_steps=3)
+    job.until_it_is_over()
+    assert len(steps_of(job.folder)) == 3 and published(job) == ["0", "1", "2", "3"]
+    wait_until(lambda: not any(slurm.processes(node, words) for node in ("node1", "node2") for words in PARTS), every=0.5)
+
+
+PARTS = ("atroposlib", "wsft.environment", "small_server")
+
+
+@pytest.mark.slow
+def test_all_parts_come_back_with_a_requeued_job_and_a_dead_environment_ends_it(slurm, settings):
+    job = with_all_parts(slurm, settings, training_steps=10**6, resume=True)
+    job.until(lambda: len(steps_of(job.folder)) > 3)
+    job.control("requeue", job.id)
+    job.until_it_comes_back(1)
+    saved = int(job.resumed()[0])
+    job.until(lambda: len(steps_of(job.folder)) > saved + 3)
+    # the last version before the requeue may not have reached the server, which is ended too; the resumed weights do
+    assert list(dict.fromkeys(published(job)))[: saved + 3] == [str(step) for step in range(saved + 3)]
+    (environment,) = slurm.processes("node1", "wsft.environment --url http://node1:8123")  # not the shell that waits for it
+    environment.kill()
+    job.until_it_is_over("FAILED")
+    assert "the environments ended, see" in job.output() and state_of(job.folder)["state"] == "preempted"
 
 
 def test_a_job_can_be_shown_before_it_is_submitted(settings):
