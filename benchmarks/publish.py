@@ -1,0 +1,103 @@
+"""Publishing a model into a running vLLM server, by each transport, beside a plain copy of the same bytes; growth of memory.
+
+    python -m benchmarks.publish runs/models/SmolLM2-135M-Instruct http://127.0.0.1:8001 [--times 10] [--transports gloo disk]
+
+One rank, without training. "all" is from the start to the server's next answer, "pause" the part in which the server is paused.
+With `disk` writing the folder, which comes before the pause, is in "all". Memory is that of this process and of all processes of
+vLLM on this host.
+"""
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig
+
+from wsft.distributed.world import World
+from wsft.model.loading import class_for, empty_model
+from wsft.publish.broadcast import Broadcast
+from wsft.publish.folder import PublishFolder
+from wsft.publish.probe import Probe
+from wsft.publish.servers import connect
+from wsft.publish.tensors import TrainedTensors
+
+
+def memory_gib() -> float:
+    found = [psutil.Process()]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "vllm" in " ".join(process.cmdline()).lower():
+                found.append(process)
+    return sum(process.memory_info().rss for process in found) / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("url")
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--transports", nargs="+", default=["gloo", "disk"], choices=["nccl", "gloo", "disk"])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--bucket_mib", type=int, default=256)
+    parser.add_argument("--folder", type=Path, help="for disk; a temporary one if unset")
+    args = parser.parse_args()
+    device = torch.device("cuda" if "nccl" in args.transports else "cpu")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world, config = World(device, 600.0), AutoConfig.from_pretrained(args.model)
+    model = class_for(config).from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device)
+    bucket_bytes = args.bucket_mib * 2**20
+    tensors = TrainedTensors(model, empty_model(config, False), args.model, lambda _: contextlib.nullcontext(), bucket_bytes)
+    server = connect(args.url, 600.0)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = args.folder or Path(temporary) / "published"
+        folder = PublishFolder(path, 1, tensors, {}, world)
+        ways = {name: Broadcast(tensors, world, name, 600.0) for name in args.transports if name != "disk"}
+        spent, memory, version = {name: [] for name in args.transports}, [], 0
+        for _ in range(args.times):
+            for name in args.transports:
+                version += 1
+                start = time.perf_counter()
+                if name == "disk":
+                    folder.publish(version)
+                    pause = server.load((path / f"step_{version}").absolute(), str(version), "keep")
+                else:
+                    (pause,) = ways[name].send([server], str(version), "keep")
+                    if not isinstance(pause, float):
+                        raise pause
+                spent[name].append((time.perf_counter() - start, pause))
+                memory.append(memory_gib())
+        last, copy = max(path.glob("step_*"), default=None), []
+        for _ in range(args.times if last else 0):
+            start = time.perf_counter()
+            for file in last.glob("*.safetensors"):
+                shutil.copyfile(file, Path(temporary) / "copy")
+            copy.append(time.perf_counter() - start)
+    gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
+    print(f"{gib:.2f} GiB, {args.times} times each; median (minimum to maximum)")
+    for name, found in {name: list(zip(*values, strict=True)) for name, values in spent.items()}.items():
+        print(f"{name:<5} all {shown(found[0])}  pause {shown(found[1])}  {gib / statistics.median(found[0]):.2f} GiB/s")
+    if copy:
+        print(f"plain copy of the folder's files {shown(copy)}")
+    tenth = memory[max(len(memory) // 10 - 1, 0)]
+    print(f"memory after {max(len(memory) // 10, 1)} versions {tenth:.2f} GiB, after {len(memory)}: {memory[-1]:.2f} GiB")
+    check = Probe.of_folder(Path(args.model))
+    print(
+        "difference of logprobs from the model's, mean and maximum: {:.1e} {:.1e}".format(
+            *check.differences(check.scored_by(server))
+        )
+    )
+
+
+def shown(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+if __name__ == "__main__":
+    main()
