@@ -2,9 +2,8 @@
 
     python -m benchmarks.publish runs/models/SmolLM2-135M-Instruct http://127.0.0.1:8001 [--times 10] [--transports gloo disk]
 
-One rank, without training. "all" is from the start to the server's next answer, "pause" the part in which the server is paused.
-With `disk` writing the folder, which comes before the pause, is in "all". Memory is that of this process and of all processes of
-vLLM on this host.
+One rank, without training. "all" is from the start until the server continues, "pause" the part in which it is paused; with
+`disk` "all" includes writing the folder, which comes before the pause. Memory is that of this process and of vLLM's processes.
 """
 
 import argparse

@@ -48,9 +48,10 @@ class Broadcast:
         paused, or why it failed; such a server stays paused. A collective."""
         with ThreadPoolExecutor(max_workers=3 * len(servers) + 1) as pool:
             each = Each(servers, pool)
-            each.run(lambda server: self._begin(server, pause, pool))
-            for names in self._tensors.buckets:
+            for number, names in enumerate(self._tensors.buckets):
                 found = self._tensors.bucket(names, self._world.rank == 0, self._device)
+                if number == 0:  # servers are paused once there is something to send
+                    each.run(lambda server: self._begin(server, pause, pool))
                 each.wait()  # for the bucket before, whose memory is used again
                 if each.left:
                     buffer = self._as_bytes(found)
