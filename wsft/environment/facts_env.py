@@ -22,8 +22,8 @@ from pydantic import Field
 
 class FactsConfig(BaseEnvConfig):
     seed: int = Field(0, description="Of the questions.")
-    on_policy: bool = Field(
-        True, description="Sample a batch once the server has the weights trained on the one before; false: while it trains."
+    batches_per_version: int = Field(
+        1, description="Batches to sample with the same weights before waiting for the next; 0: as many as the trainer takes."
     )
     held_out: int = Field(128, description="Held-out questions of an evaluation, one sample each.")
 
@@ -52,11 +52,11 @@ class FactsEnv(BaseEnv):
 
     async def get_next_item(self) -> Question | None:
         """None: not yet."""
-        if self.config.on_policy:
+        if self.config.batches_per_version:
             version = await self.weight_version()
             if version != self.version:
                 self.version, self.groups = version, 0
-            if self.groups >= self.config.batch_size // self.config.group_size:
+            if self.groups >= self.config.batches_per_version * self.config.batch_size // self.config.group_size:
                 return None
             self.groups += 1
         return next(self.questions)

@@ -196,6 +196,13 @@ class Publisher:
                 f"model, a quantized one, or another precision (then set publish_tolerance); on a CPU, vLLM's reload of tied "
                 f"embeddings needs wsft's plugin (wsft/publish/README.md)"
             )
+        log.info(
+            "%s serves version %s: logprobs of fixed texts differ by %.2g nats on average, %.2g at most",
+            server,
+            version,
+            mean,
+            most,
+        )
         return {"publish/difference_mean": mean, "publish/difference_max": most}
 
 
