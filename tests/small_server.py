@@ -8,6 +8,7 @@ What it serves is computed from the weights that it holds. Faults are set by tes
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import sys
 import threading
@@ -51,10 +52,16 @@ class Worker(vllm_plugin.WorkerExtension):
 
 
 class SmallServer:
-    """Attributes: worker; version; calls: names of the requests, in order; answers: name -> what to answer it with."""
+    """
+    Attributes:
+        calls: names of requests in order, without those that only ask.
+        answers: name -> what to answer it with.
+        keeps_cache: whether it samples on with the weights with which its prefix cache was filled.
+    """
 
     def __init__(self, folder, host="127.0.0.1", port=0):
         self.worker, self.version, self.calls, self.answers = Worker(folder), "default", [], {}
+        self.cached, self.keeps_cache = None, False  # weights of the prefix cache
         handler = type("Handler", (_Handler,), {"server_of_test": self})
         self._http = ThreadingHTTPServer((host, port), handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -71,24 +78,36 @@ class SmallServer:
             return self.answers[name]()
         if path == "/collective_rpc":
             return {"results": [getattr(self.worker, name)(**body["kwargs"])]}
+        if path == "/reset_prefix_cache" and not self.keeps_cache:
+            self.cached = None
         if path == "/update_weight_version":
             self.version = body["new_version"]
             print("version", self.version, flush=True)
         if path == "/v1/completions":
-            return {"choices": [{"prompt_logprobs": self._logprobs(body["prompt"])}]}
+            return {"choices": [self._complete(body)]}
         return {
             "/openapi.json": {"paths": {route: {} for route in ROUTES}},
             "/weight_info": {"weight_version": self.version},
             "/get_world_size": {"world_size": 1},
             "/wsft": {"worker_extension": True},
-            "/v1/models": {"data": [{"id": "small"}]},
+            "/v1/models": {"data": [{"id": "small", "max_model_len": 64}]},
         }.get(path, {})
 
+    def _complete(self, body):
+        tokens = body["prompt"]
+        if "prompt_logprobs" in body:
+            logprobs = self._logprobs(self.worker.model, tokens)
+            found = [{str(token): {"logprob": float(logprobs[t - 1, token])}} for t, token in enumerate(tokens)]
+            return {"prompt_logprobs": [None, *found[1:]]}
+        self.cached = self.cached or copy.deepcopy(self.worker.model)
+        sampled = list(range(1, 1 + body["max_tokens"]))
+        logprobs = self._logprobs(self.cached, tokens + sampled)
+        found = [float(logprobs[len(tokens) + i - 1, token]) for i, token in enumerate(sampled)]
+        return {"token_ids": sampled, "logprobs": {"token_logprobs": found}}
+
     @torch.no_grad()
-    def _logprobs(self, tokens):
-        logprobs = self.worker.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        found = [{str(token): {"logprob": float(logprobs[t - 1, token])}} for t, token in enumerate(tokens)]
-        return [None, *found[1:]]
+    def _logprobs(self, model, tokens):
+        return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
 
     def __enter__(self):
         threading.Thread(target=self._http.serve_forever, daemon=True).start()

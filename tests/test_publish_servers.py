@@ -100,6 +100,7 @@ def test_servers_receive_exactly_the_trained_weights(ranks, stage, tied, tmp_pat
             assert server.version == "3" and serves(server, tmp_path / "run" / "final") and not serves(server, model)
             assert server.calls == [*JOINED, *SENT * 3]
     assert max(line["publish/difference_max"] for line in metrics) < 1e-5
+    assert max(line["publish/cache_difference"] for line in metrics) < 1e-5
     assert [line["publish/version"] for line in metrics] == [1, 2, 3] and metrics[0]["publish/gib"] > 2 / 1024
     assert not (tmp_path / "run" / "published").exists()
 
@@ -129,6 +130,14 @@ def test_servers_that_fail_or_restart_receive_all_weights_again(tmp_path, rng):
         assert all(server.version == "3" and serves(server, tmp_path / "run" / "final") for server in (failing, restarting))
 
 
+def test_a_prefix_cache_that_is_not_cleared_is_noticed(tmp_path, rng):
+    model = make_model(tmp_path / "model")
+    with SmallServer(model) as server:
+        server.keeps_cache = True
+        output, _ = fed_to([server], tmp_path, rng, model, codes=(1,))
+    assert "Its prefix cache was not cleared" in output and "version 1:" in output
+
+
 def test_a_server_that_hangs_is_left_out_or_ends_the_run(tmp_path, rng):
     model, hangs = make_model(tmp_path / "model"), threading.Event()
     with SmallServer(model) as hanging, SmallServer(model) as other:
@@ -144,7 +153,7 @@ def test_a_server_with_the_version_before_is_noticed_however_small_the_step(tmp_
     rng = np.random.default_rng(0)
     before, step, noise = rng.normal(-3, 1, 40), rng.normal(0, 1e-3, 40), rng.normal(0, 2e-4, 40)
     publisher = Publisher.__new__(Publisher)
-    publisher._config, publisher._precision = WeightedSFTConfig(model_name="m"), "bf16"
+    publisher._config, publisher._precision, publisher._prefixes = WeightedSFTConfig(model_name="m"), "bf16", {}
     publisher._before, now = (Probe([list(range(41))], [logprobs.tolist()]) for logprobs in (before, before + step))
     publisher._verify(Scoring(before + step + noise), "2", now)
     with pytest.raises(Exception, match="still serves the version before 2"):

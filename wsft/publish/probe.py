@@ -17,6 +17,9 @@ TEXTS = (
     "def mean(values):\n    return sum(values) / len(values)\n",
     "Question: What is 17 + 25? Answer: 17 + 25 = 42.",
 )
+# longer than two blocks of a prefix cache (128 tokens in vLLM on a CPU, else 16)
+LONG_TEXT = 16 * TEXTS[0]
+LONGEST_PREFIX, SAMPLED = 288, 8  # tokens
 # mean absolute difference in nats, above that of two implementations with the same weights in that precision
 TOLERANCE = {"fp32": 0.002, "bf16": 0.1}
 
@@ -57,6 +60,22 @@ class Probe:
     def scored_by(self, server: Server) -> Probe:
         """The same sequences with the server's logprobs."""
         return Probe(self.sequences, [server.logprobs(tokens) for tokens in self.sequences])
+
+    @staticmethod
+    def prefix_for(server: Server, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """A prompt that fills blocks of the server's prefix cache."""
+        return tokenizer(LONG_TEXT, add_special_tokens=False)["input_ids"][
+            : min(LONGEST_PREFIX, server.context() - SAMPLED - 1)
+        ]
+
+    @staticmethod
+    def cache_difference(server: Server, prefix: list[int]) -> float:
+        """Mean difference in nats between the logprobs of tokens sampled behind the prefix, which the server may have in its
+        cache, and those of the same tokens in a prompt, which it computes anew: not 0 for a cache that was filled with other
+        weights."""
+        tokens, sampled = server.sample(prefix, SAMPLED)
+        again = server.logprobs(prefix + tokens)[len(prefix) - 1 :]
+        return sum(abs(a - b) for a, b in zip(sampled, again, strict=True)) / len(tokens)
 
     def differences(self, other: Probe) -> tuple[float, float]:
         """Mean and maximum of |self - other| over the tokens, in nats."""

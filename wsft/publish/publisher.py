@@ -7,6 +7,7 @@ safe. After that the run ends, or continues without the server (`publish_failure
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -56,6 +57,7 @@ class Publisher:
         self._config, self._world, self._precision, self._model, self._tokenizer = config, world, precision, model, tokenizer
         self._published, self._last = 0, 0
         self._before: Probe | None = None  # of the version before the last, where the last is verified
+        self._prefixes: dict[Server, list[int]] = {}
         urls = [url.strip() for url in (config.publish_to or "").split(",") if url.strip()]
         self._to_servers = bool(urls)
         self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
@@ -116,9 +118,19 @@ class Publisher:
         verifies, next_does = (n % self._config.publish_verify_steps == 0 for n in (self._published, self._published + 1))
         self._published, self._last = self._published + 1, step
         probe = Probe.of(self._model, self._tokenizer, self._world.device) if verifies or next_does else None
+        if verifies:
+            self._world.on_rank_0(self._fill_caches)
         found, failures = self._send(self._servers, probe if verifies else None)
         self._before = probe
         return values | found | {"publish/seconds": time.monotonic() - start}, failures
+
+    def _fill_caches(self) -> None:
+        """With the weights before, so that a cache that is not cleared is noticed."""
+        for server in self._servers:
+            with contextlib.suppress(ServerFailed):  # which is noticed next
+                if server not in self._prefixes:
+                    self._prefixes[server] = Probe.prefix_for(server, self._tokenizer)
+                server.sample(self._prefixes[server], 1)
 
     def reload_restarted(self, step: int) -> tuple[dict[str, float], str]:
         """Between two versions: servers that restarted have the weights that they were started with, and load the last
@@ -176,34 +188,37 @@ class Publisher:
         return lambda server: self._verify(server, str(self._last), probe) if probe else {}
 
     def _verify(self, server: Server, version: str, probe: Probe) -> dict[str, float]:
+        """Differences of the server's logprobs. _Differs if they are those of other weights."""
         served = probe.scored_by(server)
         mean, most = probe.differences(served)
+        of_cache = Probe.cache_difference(server, self._prefixes[server]) if server in self._prefixes else 0.0
         tolerance = self._config.publish_tolerance or TOLERANCE[self._precision]
-        is_before = self._before is not None and self._before.differences(served)[0] < mean / 2
-        if is_before or not mean <= tolerance:
-            found = server.version()
-            if found != version:
-                raise ServerFailed(f"{server} has weight version {found!r} after loading {version!r}: it restarted meanwhile")
-        if is_before:
-            raise _Differs(
+        problem = ""
+        if self._before and self._before.differences(served)[0] < mean / 2:
+            problem = (
                 f"{server} still serves the version before {version}: its logprobs of fixed texts are nearer to those weights "
                 f"(by {mean:.3g} nats on average). It answered, and loaded nothing: look at its log"
             )
-        if not mean <= tolerance:
-            raise _Differs(
+        elif not mean <= tolerance:
+            problem = (
                 f"{server} serves other weights than version {version}: logprobs of fixed texts differ by {mean:.3g} nats on "
                 f"average and {most:.3g} at most, expected up to {tolerance:g} on average. Usual causes: it runs another "
                 f"model, a quantized one, or another precision (then set publish_tolerance); on a CPU, vLLM's reload of tied "
                 f"embeddings needs wsft's plugin (wsft/publish/README.md)"
             )
-        log.info(
-            "%s serves version %s: logprobs of fixed texts differ by %.2g nats on average, %.2g at most",
-            server,
-            version,
-            mean,
-            most,
-        )
-        return {"publish/difference_mean": mean, "publish/difference_max": most}
+        elif not of_cache <= tolerance:
+            problem = (
+                f"{server} samples with keys and values of other weights than version {version}: logprobs of sampled tokens "
+                f"behind a repeated prompt differ by {of_cache:.3g} nats from those of the same tokens in a prompt, expected "
+                f"up to {tolerance:g}. Its prefix cache was not cleared"
+            )
+        if problem:
+            found = server.version()
+            if found != version:
+                raise ServerFailed(f"{server} has weight version {found!r} after loading {version!r}: it restarted meanwhile")
+            raise _Differs(problem)
+        log.info("%s serves version %s: logprobs differ by %.2g nats on average, %.2g at most", server, version, mean, most)
+        return {"publish/difference_mean": mean, "publish/difference_max": most, "publish/cache_difference": of_cache}
 
 
 class _Differs(Exception):

@@ -74,6 +74,14 @@ class Server:
         """The logprobs of all tokens but the first, at temperature 1."""
         raise NotImplementedError
 
+    def sample(self, tokens: list[int], n: int) -> tuple[list[int], list[float]]:
+        """n tokens sampled at temperature 1 after these, and their logprobs."""
+        raise NotImplementedError
+
+    def context(self) -> int:
+        """Tokens that a sequence may have, the prompt included."""
+        raise NotImplementedError
+
     def load_paused(self, folder: Path, version: str) -> None:
         raise NotImplementedError
 
@@ -139,6 +147,14 @@ class VLLM(Server):
         found = self.request("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"]
         return [found[i][str(token)]["logprob"] for i, token in enumerate(tokens) if i]
 
+    def sample(self, tokens: list[int], n: int) -> tuple[list[int], list[float]]:
+        body = {"prompt": tokens, "max_tokens": n, "min_tokens": n, "temperature": 1, "logprobs": 0, "model": self._model()}
+        choice = self.request("POST", "/v1/completions", body | {"return_token_ids": True})["choices"][0]
+        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+    def context(self) -> int:
+        return self.request("GET", "/v1/models")["data"][0]["max_model_len"]
+
     def _model(self) -> str:
         return self.request("GET", "/v1/models")["data"][0]["id"]
 
@@ -202,6 +218,15 @@ class SGLang(Server):
         }  # fmt: skip
         found = self.request("POST", "/generate", body)["meta_info"]["input_token_logprobs"]
         return [logprob for logprob, *_ in found[1:]]
+
+    def sample(self, tokens: list[int], n: int) -> tuple[list[int], list[float]]:
+        sampling = {"max_new_tokens": n, "min_new_tokens": n, "temperature": 1}
+        body = {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling}
+        found = self.request("POST", "/generate", body)["meta_info"]["output_token_logprobs"]
+        return [token for _, token, *_ in found], [logprob for logprob, *_ in found]
+
+    def context(self) -> int:
+        return self.request("GET", "/get_server_info").get("context_length") or 2**31
 
     def _pause(self, mode: str) -> None:
         if mode not in self._PAUSES:
