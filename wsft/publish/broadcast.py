@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import Backend, PrefixStore, TCPStore, distributed_c10d
 
 from wsft.distributed.world import World
-from wsft.publish.servers import CONNECT_S, Each, Server, ServerFailed
+from wsft.publish.servers import CONNECT_S, Each, Server, ServerFailed, group_name
 from wsft.publish.tensors import TrainedTensors
 from wsft.publish.vllm_plugin import process_group
 
@@ -100,7 +100,8 @@ class _Group:
             timeout=timedelta(seconds=self._timeout),
         )  # fmt: skip
         asked = pool.submit(self._server.join, host, port, size, self._backend, self._timeout)
-        formed = pool.submit(process_group, self._backend, host, store, 0, size, self._timeout)
+        form = process_group if self._server.kind == "vLLM" else _process_group_as_sglang
+        formed = pool.submit(form, self._backend, host, store, 0, size, self._timeout)
         self._wait_until(formed.done, asked)
         try:
             self._group = formed.result()
@@ -142,6 +143,16 @@ class _Group:
             time.sleep(_POLL_S)
         if self.receiving.done():
             self.receiving.result()
+
+
+def _process_group_as_sglang(backend: str, host: str, store: TCPStore, rank: int, size: int, timeout_s: float) -> Any:
+    """As SGLang's workers form it (its init_custom_process_group), by the same private functions of torch."""
+    name = group_name(store.port)
+    group, _ = distributed_c10d._new_process_group_helper(
+        size, rank, [], Backend(backend), PrefixStore(name, store), group_name=name, backend_options=None,
+        timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    return group._get_backend(torch.device("cuda" if backend == "nccl" else "cpu"))
 
 
 def _own_address(url: str) -> str:

@@ -226,7 +226,41 @@ class SGLang(Server):
         return [token for _, token, *_ in found], [logprob for logprob, *_ in found]
 
     def context(self) -> int:
-        return self.request("GET", "/get_server_info").get("context_length") or 2**31
+        return self._info().get("context_length") or 2**31
+
+    def backends(self) -> set[str]:
+        info = self._info()
+        if info.get("dp_size", 1) > 1:  # SGLang's group for updates has no ranks for them
+            return set()
+        return {"nccl"} if info.get("device", "cuda") == "cuda" else {"gloo"}
+
+    def workers(self) -> int:
+        return self._info()["tp_size"] * self._info().get("pp_size", 1)
+
+    def join(self, host: str, port: int, size: int, backend: str, timeout: float) -> None:
+        self._group = group_name(port)
+        body = {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": size, "backend": backend}
+        self._succeed("/init_weights_update_group", body | {"group_name": self._group})
+
+    def receive(self, buckets: list[list[tuple[str, str, list[int]]]]) -> None:
+        self._succeed("/begin_weight_update", {})
+        for number, bucket in enumerate(buckets):
+            names, dtypes, shapes = zip(*bucket, strict=True)
+            body = {"names": names, "dtypes": dtypes, "shapes": shapes, "group_name": self._group}
+            body |= {"load_format": "flattened_bucket", "flush_cache": number == len(buckets) - 1}
+            self._succeed("/update_weights_from_distributed", body)
+        self._succeed("/end_weight_update", {})
+
+    def _info(self) -> dict:
+        try:
+            return self.request("GET", "/server_info")
+        except ServerFailed:  # of older versions
+            return self.request("GET", "/get_server_info")
+
+    def _succeed(self, path: str, body: dict) -> None:
+        answer = self.request("POST", path, body) or {}
+        if answer.get("success") is False:
+            raise ServerFailed(f"{self} cannot load weights: {answer.get('message')}")
 
     def _pause(self, mode: str) -> None:
         if mode not in self._PAUSES:
@@ -234,10 +268,10 @@ class SGLang(Server):
         self.request("POST", "/pause_generation", {"mode": self._PAUSES[mode]})
 
     def load_paused(self, folder: Path, version: str) -> None:
-        body = {"model_path": str(folder), "weight_version": version, "flush_cache": True}
-        self.request("POST", "/update_weights_from_disk", body)
+        self._succeed("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
 
     def _finish(self, version: str) -> None:
+        self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
         self.request("POST", "/continue_generation", {})
 
 
@@ -273,6 +307,11 @@ class Each:
     def results(self, servers: list[Server]) -> list[float | ServerFailed]:
         """For how many seconds each server was paused, or why it failed."""
         return [self._failures.get(server) or server.paused_s for server in servers]
+
+
+def group_name(port: int) -> str:
+    """Of the process group of SGLang's workers and rank 0, whose store is at the port."""
+    return f"wsft_{port}"
 
 
 def connect(url: str, timeout: float, api_key: str | None = None) -> Server:
