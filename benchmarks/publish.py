@@ -45,12 +45,18 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["gloo", "disk"], choices=["nccl", "gloo", "disk"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--bucket_mib", type=int, default=256)
+    parser.add_argument("--discarded", action="store_true", help="the server is benchmarks.receiver, which loads nothing")
     parser.add_argument("--folder", type=Path, help="for disk; a temporary one if unset")
     args = parser.parse_args()
     device = torch.device("cuda" if "nccl" in args.transports else "cpu")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world, config = World(device, 600.0), AutoConfig.from_pretrained(args.model)
-    model = class_for(config).from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device)
+    dtype = getattr(torch, args.dtype)
+    if any(Path(args.model).glob("*.safetensors")):
+        model = class_for(config).from_pretrained(args.model, dtype=dtype).to(device)
+    else:
+        with device:
+            model = class_for(config).from_config(config, dtype=dtype)
     bucket_bytes = args.bucket_mib * 2**20
     tensors = TrainedTensors(model, empty_model(config, False), args.model, lambda _: contextlib.nullcontext(), bucket_bytes)
     server = connect(args.url, 600.0)
@@ -86,6 +92,8 @@ def main() -> None:
         print(f"plain copy of the folder's files {shown(copy)}")
     tenth = memory[max(len(memory) // 10 - 1, 0)]
     print(f"memory after {max(len(memory) // 10, 1)} versions {tenth:.2f} GiB, after {len(memory)}: {memory[-1]:.2f} GiB")
+    if args.discarded:
+        return
     check = Probe.of_folder(Path(args.model))
     print(
         "difference of logprobs from the model's, mean and maximum: {:.1e} {:.1e}".format(
