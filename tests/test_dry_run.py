@@ -118,11 +118,13 @@ def test_what_does_not_fit_names_the_smallest_change_that_does(settings, tmp_pat
     assert "Qwen2" not in ranks
 
 
-def test_publishing_takes_two_buckets_of_the_host_and_one_of_the_gpu(settings, tmp_path, capsys):
+def test_publishing_takes_a_bucket_of_the_gpu_and_two_of_the_host_or_over_nccl_of_the_gpu(settings, tmp_path, capsys):
     model = make_shape(tmp_path / "model", **QWEN_7B | {"num_hidden_layers": 4, "vocab_size": 32768})
     asked = settings | dict(model_name=model, deepspeed="ds_configs/zero3.json", device="auto", gpu_memory_gib=79, ranks=8)
     text = estimate(asked, capsys, publish_folder=str(tmp_path / "published"), publish_bucket_mib=1024)[1]
     assert figure(text, "gathered parameters") == 1 and figure(text, "buckets to publish") == 16  # 8 ranks on the host
+    text = estimate(asked, capsys, publish_to="http://host:8001", publish_bucket_mib=1024)[1]
+    assert figure(text, "gathered parameters") == 1 and figure(text, "buckets to publish") == 2
 
 
 @pytest.mark.parametrize(

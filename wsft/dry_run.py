@@ -135,7 +135,10 @@ class _Run:
         work = self.work(max(config.micro_batch_tokens, config.max_token_len), config.gradient_checkpointing)
         need = needs(self.model, ds, machine.num_ranks, work, machine.gpu_bytes is not None)
         if config.publish_folder or config.publish_to:
-            with_publishing(need, self.model, ds, machine.num_ranks, config.publish_bucket_mib * 2**20)
+            # with auto the servers, which are not asked here, may have it
+            over_nccl = config.publish_transport == "nccl" or (config.publish_transport == "auto" and not config.publish_folder)
+            bucket_bytes = config.publish_bucket_mib * 2**20
+            with_publishing(need, self.model, ds, machine.num_ranks, bucket_bytes, over_nccl and machine.gpu_bytes is not None)
         if self.reference is not None:
             with_reference(need, self.reference, ds, machine.num_ranks)
         return need

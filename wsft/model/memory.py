@@ -172,13 +172,15 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     return out
 
 
-def with_publishing(out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, bucket_bytes: int) -> None:
-    """Add what publishing takes: a bucket that is gathered, and two that are written."""
+def with_publishing(
+    out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, bucket_bytes: int, on_gpu: bool
+) -> None:
+    """Add what publishing takes: a bucket that is gathered, and two that are written or sent, from the GPU over NCCL."""
     sizes = [param.numel() * param.element_size() for param in model.parameters() if param.requires_grad]
     bucket = min(sum(sizes), max(bucket_bytes, *sizes))
     if ds["zero_optimization"]["stage"] == 3 and num_ranks > 1:
         out.publishing["gathered parameters"] = bucket
-    out.host["buckets to publish"] = 2 * bucket
+    (out.publishing if on_gpu else out.host)["buckets to publish"] = 2 * bucket
 
 
 def with_reference(out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int) -> None:
