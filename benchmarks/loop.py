@@ -1,0 +1,75 @@
+"""Learning from own samples (launch/loop.sh) by several objectives, and with weights published every 1, 2 or 4 steps.
+
+    VLLM_ENV=.venv-vllm bash -c 'source launch/common.sh; use_environment; make_vllm_environment
+        start_vllm runs/models/SmolLM2-135M-Instruct 8001 vllm.log; wait' &
+    python -m benchmarks.loop --vllm_port 8001 [--seeds 0 1 2] [--steps 16] [--only weighted_sft,every_2]
+
+All runs share one vLLM server, which gets the base model before each. With weights published every K steps, K batches are
+sampled with the same weights: they are 0 to K - 1 steps old. Runs are in runs/benchmark_loop/NAME_SEED; finished ones are not
+run again. `python -m wsft.report runs/benchmark_loop/*` draws them.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+from pathlib import Path
+
+FOLDER = Path("runs/benchmark_loop")
+SAMPLING = ["--objective", "importance_sampling", "--objective_args", "{cap: 2.0}"]
+RUNS = {
+    "weighted_sft": [],
+    "importance_sampling": SAMPLING,
+    "ppo_clip": ["--objective", "ppo_clip", "--objective_args", "{eps_low: 0.2, eps_high: 0.28}"],
+    "gspo": ["--objective", "gspo"],
+    "every_2": ["--publish_steps", "2"],
+    "every_4": ["--publish_steps", "4"],
+    "every_4_importance_sampling": ["--publish_steps", "4", *SAMPLING],
+}
+REACHED = 0.7  # mean reward of three steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm_port", required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--only", default=",".join(RUNS), help=f"of {', '.join(RUNS)}")
+    args = parser.parse_args()
+    names = args.only.split(",")
+    for seed in args.seeds:
+        for name in names:
+            run = FOLDER / f"{name}_{seed}"
+            if not (run / "after").exists():
+                variables = {"RUN": str(run), "SEED": str(seed), "STEPS": str(args.steps), "VLLM_PORT": args.vllm_port}
+                subprocess.run(["bash", "launch/loop.sh", *RUNS[name]], env=os.environ | variables, check=True)
+    print(
+        "| | held-out reward after, by seed | rollouts until a mean reward of three steps of 0.7 | seconds until then | staleness |"
+    )
+    print("|---|---|---|---|---|")
+    for name in names:
+        runs = [FOLDER / f"{name}_{seed}" for seed in args.seeds]
+        after = [json.loads((run / "after" / "metrics.json").read_text())["results"]["all"]["reward"] for run in runs]
+        reached = [until_reached(run) for run in runs]
+        stale = statistics.mean(line["data/staleness"] for run in runs for line in metrics_of(run))
+        rollouts, seconds = (", ".join("not" if r is None else f"{r[i]:.0f}" for r in reached) for i in (0, 1))
+        print(f"| {name} | {', '.join(f'{reward:.2f}' for reward in after)} | {rollouts} | {seconds} | {stale:.2f} |")
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").open()]
+
+
+def until_reached(run: Path) -> tuple[int, float] | None:
+    """Rollouts and seconds after the first step; None: not reached."""
+    lines = metrics_of(run)
+    for last in range(2, len(lines)):
+        if statistics.mean(line["score/mean"] for line in lines[last - 2 : last + 1]) >= REACHED:
+            done = lines[: last + 1]
+            return sum(line["data/sequences"] for line in done), done[-1]["time/at"] - done[0]["time/at"]
+    return None
+
+
+if __name__ == "__main__":
+    main()
