@@ -44,9 +44,7 @@ def main() -> None:
             if not (run / "after").exists():
                 variables = {"RUN": str(run), "SEED": str(seed), "STEPS": str(args.steps), "VLLM_PORT": args.vllm_port}
                 subprocess.run(["bash", "launch/loop.sh", *RUNS[name]], env=os.environ | variables, check=True)
-    print(
-        "| | held-out reward after, by seed | rollouts until a mean reward of three steps of 0.7 | seconds until then | staleness |"
-    )
+    print(f"| | held-out reward after, by seed | rollouts until {REACHED} in three steps | seconds until then | staleness |")
     print("|---|---|---|---|---|")
     for name in names:
         runs = [FOLDER / f"{name}_{seed}" for seed in args.seeds]
