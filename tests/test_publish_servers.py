@@ -134,8 +134,9 @@ def test_a_prefix_cache_that_is_not_cleared_is_noticed(tmp_path, rng):
     model = make_model(tmp_path / "model")
     with SmallServer(model) as server:
         server.keeps_cache = True
-        output, _ = fed_to([server], tmp_path, rng, model, codes=(1,))
+        output, metrics = fed_to([server], tmp_path, rng, model, codes=(1,))
     assert "Its prefix cache was not cleared" in output and "version 1:" in output
+    assert [line["step"] for line in metrics] == [1] == [state_of(tmp_path / "run")["step"]]  # written and saved
 
 
 def test_a_server_that_hangs_is_left_out_or_ends_the_run(tmp_path, rng):

@@ -205,19 +205,22 @@ class WeightedSFTTrainer:
             self._stop_if_asked()
             raise
 
-    def _publish(self) -> dict[str, float]:
-        """Publish the weights if it is their turn; returns metrics. A collective."""
+    def _publish(self) -> tuple[dict[str, float], str]:
+        """Publish the weights if it is their turn. Returns metrics, and why the run must end (empty: it need not). A
+        collective."""
         if self.publisher is None:
-            return {}
+            return {}, ""
         self.metrics.set_status("publishing weights")
         with self.world.extended_timeout():
             due = self.step % self.config.publish_steps == 0
-            values, failure = self.publisher.publish(self.step) if due else self.publisher.reload_restarted(self.step)
+            return self.publisher.publish(self.step) if due else self.publisher.reload_restarted(self.step)
+
+    def _end_unless_published(self, failure: str) -> None:
         if failure:
+            self._report()
             if self.step > (self.saved.step if self.saved else 0):
                 self._save()
             raise UserError(failure)
-        return values
 
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
         if self.config.ref_model_name is None:
@@ -235,7 +238,7 @@ class WeightedSFTTrainer:
 
     def _loop(self) -> None:
         self.unread: Callable[[], None] | None = None
-        self._publish()
+        self._end_unless_published(self._publish()[1])
         while self.step < self.config.training_steps:
             start = time.monotonic()
             self.metrics.set_status("waiting for a batch")
@@ -254,9 +257,11 @@ class WeightedSFTTrainer:
                 "data/possibly_lost_batches": self.feed.possibly_lost,
                 "journal/gib": self.feed.journal_gib,
             }
-            values |= self._publish()
+            published, failure = self._publish()
+            values |= published
             values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
             self.unread = functools.partial(self._write_metrics, values, result)
+            self._end_unless_published(failure)
             if not self.engine.queues:
                 self._report()
             if self.step % self.config.save_steps == 0 or self.feed.journal_is_full():
