@@ -149,16 +149,18 @@ def test_a_server_that_hangs_is_left_out_or_ends_the_run(tmp_path, rng):
         assert "continuing without it" in output and serves(other, tmp_path / "run" / "final")
 
 
-def test_a_server_with_the_version_before_is_noticed_however_small_the_step(tmp_path):
+def test_a_server_with_the_version_before_is_noticed_however_small_the_step():
     """By logprobs alone: the server says that it has the new version, and its noise is as large as the step."""
     rng = np.random.default_rng(0)
     before, step, noise = rng.normal(-3, 1, 40), rng.normal(0, 1e-3, 40), rng.normal(0, 2e-4, 40)
     publisher = Publisher.__new__(Publisher)
-    publisher._config, publisher._precision, publisher._prefixes = WeightedSFTConfig(model_name="m"), "bf16", {}
+    publisher._config, publisher._precision = WeightedSFTConfig(model_name="m"), "bf16"
+    trained, untouched = Scoring(before + step + noise), Scoring(before + noise)
+    publisher._prefixes = {trained: [1] * 33, untouched: [1] * 33}
     publisher._before, now = (Probe([list(range(41))], [logprobs.tolist()]) for logprobs in (before, before + step))
-    publisher._verify(Scoring(before + step + noise), "2", now)
+    publisher._verify(trained, "2", now)
     with pytest.raises(Exception, match="still serves the version before 2"):
-        publisher._verify(Scoring(before + noise), "2", now)
+        publisher._verify(untouched, "2", now)
 
 
 class Scoring:
@@ -167,6 +169,9 @@ class Scoring:
 
     def version(self):
         return "2"
+
+    def sample(self, tokens, n):
+        return [0] * n, self.found[-n:]
 
     def logprobs(self, tokens):
         return self.found

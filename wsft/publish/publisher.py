@@ -118,7 +118,7 @@ class Publisher:
         verifies, next_does = (n % self._config.publish_verify_steps == 0 for n in (self._published, self._published + 1))
         self._published, self._last = self._published + 1, step
         probe = Probe.of(self._model, self._tokenizer, self._world.device) if verifies or next_does else None
-        if verifies:
+        if verifies and self._published > 1:  # at the first version a server may be paused by a run that was killed
             self._world.on_rank_0(self._fill_caches)
         found, failures = self._send(self._servers, probe if verifies else None)
         self._before = probe
@@ -128,18 +128,23 @@ class Publisher:
         """With the weights before, so that a cache that is not cleared is noticed."""
         for server in self._servers:
             with contextlib.suppress(ServerFailed):  # which is noticed next
-                if server not in self._prefixes:
-                    self._prefixes[server] = Probe.prefix_for(server, self._tokenizer)
-                server.sample(self._prefixes[server], 1)
+                server.sample(self._prefix_for(server), 1)
+
+    def _prefix_for(self, server: Server) -> list[int]:
+        if server not in self._prefixes:
+            self._prefixes[server] = Probe.prefix_for(server, self._tokenizer)
+        return self._prefixes[server]
 
     def reload_restarted(self, step: int) -> tuple[dict[str, float], str]:
         """Between two versions: servers that restarted have the weights that they were started with, and load the last
-        version again; without a folder of it, all receive the weights after `step`. Returns what `publish` does. A
+        version again; without a folder of it, all servers receive the weights after `step`. Returns what `publish` does. A
         collective."""
+        if not self._to_servers:
+            return {}, ""
         restarted = self._world.on_rank_0(self._restarted) or []
         if not self._world.broadcast_text("; ".join(map(str, restarted))):
             return {}, ""
-        return self._send(restarted, None) if self._folder else self.publish(step)
+        return self.publish(step) if self._broadcast else self._send(restarted, None)
 
     def _restarted(self) -> list[Server]:
         restarted = [server for server in self._servers if not self._serves_last(server)]
@@ -191,7 +196,7 @@ class Publisher:
         """Differences of the server's logprobs. _Differs if they are those of other weights."""
         served = probe.scored_by(server)
         mean, most = probe.differences(served)
-        of_cache = Probe.cache_difference(server, self._prefixes[server]) if server in self._prefixes else 0.0
+        of_cache = Probe.cache_difference(server, self._prefix_for(server))
         tolerance = self._config.publish_tolerance or TOLERANCE[self._precision]
         problem = ""
         if self._before and self._before.differences(served)[0] < mean / 2:
