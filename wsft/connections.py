@@ -11,7 +11,8 @@ import requests
 
 def cause_of(error: requests.RequestException) -> str:
     """The innermost exception that requests and urllib3 wrapped, such as "[Errno 111] Connection refused"."""
-    return str(error).rsplit(": ", 1)[-1].rstrip("\"')")
+    cause = str(error).rsplit(": ", 1)[-1].rstrip("\"')")
+    return cause + ")" * (cause.count("(") - cause.count(")"))
 
 
 def proxies_for(url: str) -> dict[str, None]:
