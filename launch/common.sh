@@ -153,7 +153,8 @@ start_vllm() {
   [ "$GPUS" != 0 ] || options=(--dtype float32 --enforce-eager)
   export VLLM_SERVER_DEV_MODE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
   # with several GPUs the last one is vLLM's, and training uses those before it
-  CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-$((GPUS - 1))} PYTHONPATH=wsft/publish \
+  local gpus=${CUDA_VISIBLE_DEVICES:-$((GPUS - 1))}
+  CUDA_VISIBLE_DEVICES=${gpus##*,} PYTHONPATH=wsft/publish \
     in_group "$VLLM_PYTHON" -m vllm.entrypoints.openai.api_server --model "$1" --host 127.0.0.1 --port "$2" \
     --max-model-len 512 --max-num-seqs 64 --enable-scale-out --logprobs-mode processed_logprobs "${options[@]}" \
     --worker-extension-cls vllm_plugin.WorkerExtension --middleware vllm_plugin.Middleware >"$3" 2>&1

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import ROOT, clean_environment, run_together
-from test_publish_servers import vllm  # noqa: F401  a fixture
 
 from wsft.publish.vllm_plugin import Middleware
 
+pytest_plugins = ["inference_servers"]
 SPANS = [{"version": "4", "start": 0, "end": 1}, {"version": "5", "start": 1, "end": 2}]
 
 
@@ -38,7 +39,8 @@ def generate(**asked):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
-    asyncio.run(Middleware(vllm_app)(scope, receive, send))
+    with ThreadPoolExecutor() as pool:  # a test before this one may have left a running event loop in this thread
+        pool.submit(asyncio.run, Middleware(vllm_app)(scope, receive, send)).result()
     return json.loads(sent[1]["body"])
 
 
@@ -60,7 +62,7 @@ def test_an_environment_that_asks_learns_which_weights_sampled():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_model_learns_from_its_own_samples(vllm, tmp_path):  # noqa: F811
+def test_a_model_learns_from_its_own_samples(vllm, tmp_path):
     environment = clean_environment(VLLM_ENV=str(vllm.parent.parent), RUN=str(tmp_path / "loop"))
     ((code, output),) = run_together([["bash", "launch/loop.sh"]], [environment], cwd=ROOT)
     assert code == 0, output

