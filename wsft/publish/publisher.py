@@ -23,7 +23,7 @@ from wsft.errors import UserError
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.publish.broadcast import Broadcast
 from wsft.publish.folder import PublishFolder
-from wsft.publish.probe import TOLERANCE, Probe
+from wsft.publish.probe import CACHE_TOLERANCE, TOLERANCE, Probe
 from wsft.publish.servers import Each, Server, ServerFailed, connect
 from wsft.publish.tensors import TrainedTensors
 
@@ -198,6 +198,7 @@ class Publisher:
         mean, most = probe.differences(served)
         of_cache = Probe.cache_difference(server, self._prefix_for(server))
         tolerance = self._config.publish_tolerance or TOLERANCE[self._precision]
+        cache_tolerance = self._config.publish_tolerance or CACHE_TOLERANCE[self._precision]
         problem = ""
         if self._before and self._before.differences(served)[0] < mean / 2:
             problem = (
@@ -211,11 +212,11 @@ class Publisher:
                 f"model, a quantized one, or another precision (then set publish_tolerance); on a CPU, vLLM's reload of tied "
                 f"embeddings needs wsft's plugin (wsft/publish/README.md)"
             )
-        elif not of_cache <= tolerance:
+        elif not of_cache <= cache_tolerance:
             problem = (
                 f"{server} samples with keys and values of other weights than version {version}: logprobs of sampled tokens "
                 f"behind a repeated prompt differ by {of_cache:.3g} nats from those of the same tokens in a prompt, expected "
-                f"up to {tolerance:g}. Its prefix cache was not cleared"
+                f"up to {cache_tolerance:g}. Its prefix cache was not cleared"
             )
         if problem:
             found = server.version()
