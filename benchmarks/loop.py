@@ -1,4 +1,5 @@
-"""Learning from own samples (launch/loop.sh) by several objectives, and with weights published every 1, 2 or 4 steps.
+"""Learning from own samples (launch/loop.sh) by several objectives, by the update of Atropos's example trainer, and with
+weights published every 1, 2 or 4 steps.
 
     VLLM_ENV=.venv-vllm bash -c 'source launch/common.sh; use_environment; make_vllm_environment
         start_vllm runs/models/SmolLM2-135M-Instruct 8001 vllm.log; wait' &
@@ -23,6 +24,7 @@ RUNS = {
     "importance_sampling": SAMPLING,
     "ppo_clip": ["--objective", "ppo_clip", "--objective_args", "{eps_low: 0.2, eps_high: 0.28}"],
     "gspo": ["--objective", "gspo"],
+    "example_update": [],  # benchmarks/example_update.py
     "every_2": ["--publish_steps", "2"],
     "every_4": ["--publish_steps", "4"],
     "every_4_importance_sampling": ["--publish_steps", "4", *SAMPLING],
@@ -43,6 +45,8 @@ def main() -> None:
             run = FOLDER / f"{name}_{seed}"
             if not (run / "after").exists():
                 variables = {"RUN": str(run), "SEED": str(seed), "STEPS": str(args.steps), "VLLM_PORT": args.vllm_port}
+                if name == "example_update":
+                    variables["TRAINER"] = "benchmarks/example_update.py"
                 subprocess.run(["bash", "launch/loop.sh", *RUNS[name]], env=os.environ | variables, check=True)
     print(f"| | held-out reward after, by seed | rollouts until {REACHED} in three steps | seconds until then | staleness |")
     print("|---|---|---|---|---|")

@@ -71,9 +71,9 @@ def main() -> None:
                 start = time.perf_counter()
                 if name == "disk":
                     folder.publish(version)
-                    pause = server.load((path / f"step_{version}").absolute(), str(version), "keep")
+                    pause = server.load((path / f"step_{version}").absolute(), str(version))
                 else:
-                    (pause,) = ways[name].send([server], str(version), "keep")
+                    (pause,) = ways[name].send([server], str(version))
                     if not isinstance(pause, float):
                         raise pause
                 spent[name].append((time.perf_counter() - start, pause))

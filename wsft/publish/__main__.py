@@ -46,7 +46,7 @@ def main() -> None:
 
 def publish(args: argparse.Namespace) -> bool:
     """Whether a server serves other weights."""
-    servers = [connect(url, args.timeout, os.environ.get(API_KEY)) for url in args.urls]
+    servers = [connect(url, args.timeout, os.environ.get(API_KEY), args.pause) for url in args.urls]
     folder = args.folder.absolute()
     if (folder / METADATA).exists() and not args.check:
         checkpoint = Checkpoint.at(folder)
@@ -58,7 +58,7 @@ def publish(args: argparse.Namespace) -> bool:
     probe, different = Probe.of_folder(folder), False
     for server in servers:
         if not args.check:
-            pause = server.load(folder, version_of(folder), args.pause)
+            pause = server.load(folder, version_of(folder))
             print(f"{server} loaded version {server.version()}, paused for {pause:.2f} s")
         mean, most = probe.differences(probe.scored_by(server))
         verdict = "the same weights" if mean <= args.tolerance else "OTHER WEIGHTS"

@@ -43,7 +43,7 @@ class Broadcast:
         sizes = (prod(shape) * getattr(torch, dtype).itemsize for bucket in self._manifest for _, dtype, shape in bucket)
         self.gib = sum(sizes) / 2**30
 
-    def send(self, servers: list[Server], version: str, pause: str) -> list[float | ServerFailed]:
+    def send(self, servers: list[Server], version: str) -> list[float | ServerFailed]:
         """Have the servers, known on rank 0, load the current parameters. Returns on rank 0 for how many seconds each was
         paused, or why it failed; such a server stays paused. A collective."""
         with ThreadPoolExecutor(max_workers=3 * len(servers) + 1) as pool:
@@ -51,7 +51,7 @@ class Broadcast:
             for number, names in enumerate(self._tensors.buckets):
                 found = self._tensors.bucket(names, self._world.rank == 0, self._device)
                 if number == 0:  # servers are paused once there is something to send
-                    each.run(lambda server: self._begin(server, pause, pool))
+                    each.run(lambda server: self._begin(server, pool))
                 each.wait()  # for the bucket before, whose memory is used again
                 if each.left:
                     buffer = self._as_bytes(found)
@@ -68,8 +68,8 @@ class Broadcast:
             self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         return torch.cat(parts, out=self._buffer[:size])
 
-    def _begin(self, server: Server, pause: str, pool: ThreadPoolExecutor) -> None:
-        server.pause(pause)
+    def _begin(self, server: Server, pool: ThreadPoolExecutor) -> None:
+        server.pause()
         if server.url not in self._groups:
             self._groups[server.url] = _Group(server, self._backend, self._timeout)
             self._in_group(server, lambda group: group.join(pool))
@@ -78,9 +78,11 @@ class Broadcast:
     def _in_group(self, server: Server, action: Callable[[_Group], None]) -> None:
         try:
             action(self._groups[server.url])
-        except ServerFailed:
+        except (ServerFailed, OSError, RuntimeError) as error:  # the others are of sockets, the store and the backend
             self._groups.pop(server.url).close()
-            raise
+            if isinstance(error, ServerFailed):
+                raise
+            raise ServerFailed(f"weights cannot be sent to {server} over {self._backend}: {error}") from error
 
 
 class _Group:
@@ -103,20 +105,17 @@ class _Group:
         form = process_group if self._server.kind == "vLLM" else _process_group_as_sglang
         formed = pool.submit(form, self._backend, host, store, 0, size, self._timeout)
         self._wait_until(formed.done, asked)
-        try:
-            self._group = formed.result()
-        except RuntimeError as error:
-            raise ServerFailed(f"the workers of {self._server} did not join over {self._backend}: {error}") from error
+        self._group = formed.result()
         asked.result()
 
     def send(self, buffer: torch.Tensor) -> None:
-        work = self._group.broadcast(buffer, 0)
-        self._wait_until(work.is_completed, self.receiving)
         try:
+            work = self._group.broadcast(buffer, 0)
+            self._wait_until(work.is_completed, self.receiving)
             work.wait()
-        except RuntimeError as error:
+        except RuntimeError:
             self._fail_with_its_answer()
-            raise ServerFailed(f"{self._server} does not receive weights over {self._backend}: {error}") from error
+            raise
 
     def received(self) -> None:
         """Wait until the server has loaded all buckets."""

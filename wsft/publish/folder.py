@@ -34,7 +34,6 @@ from wsft.run.base_files import write_files
 log = logging.getLogger(__name__)
 
 VERSION, LATEST, INDEX = "version.json", "latest", "model.safetensors.index.json"
-UNCHANGED = "model-unchanged.safetensors"
 
 
 class PublishFolder:
@@ -42,7 +41,8 @@ class PublishFolder:
 
     def __init__(self, path: Path, keep: int, tensors: TrainedTensors, base_files: dict[str, bytes] | None, world: World):
         self.path, self._keep, self._tensors, self._base_files, self._world = path, keep, tensors, base_files, world
-        self._writer, self._wrote_unchanged, self._published = ThreadPoolExecutor(max_workers=1), False, False
+        self._writer, self._published = ThreadPoolExecutor(max_workers=1), False
+        self._unchanged: dict[str, tuple[str, int]] | None = None
 
     def publish(self, step: int) -> dict[str, float]:
         """Write the parameters as version `step`; returns metrics. A collective: rank r writes buckets r, r + ranks, ...
@@ -103,9 +103,9 @@ class PublishFolder:
                 size += sum(nbytes for _, nbytes in found.values())
                 path.unlink()
             unchanged = self._link_unchanged(aside)
-            places |= dict.fromkeys(unchanged, UNCHANGED)
+            places |= {name: file for name, (file, _) in unchanged.items()}
             write_files(aside, self._base_files)
-            index = {"metadata": {"total_size": size + sum(unchanged.values())}, "weight_map": places}
+            index = {"metadata": {"total_size": size + sum(nbytes for _, nbytes in unchanged.values())}, "weight_map": places}
             (aside / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
             version = {"version": str(step), "step": step, "crc32": checksums}
             (aside / VERSION).write_text(json.dumps(version) + "\n")
@@ -126,22 +126,33 @@ class PublishFolder:
         except OSError as error:
             raise _as_user_error(error, self.path) from error
 
-    def _link_unchanged(self, aside: Path) -> dict[str, int]:
-        """Tensors that training does not change are written once per start, and linked into each version. Name -> bytes."""
-        if not self._tensors.unchanged:
-            return {}
-        once = self.path / f".{UNCHANGED}"
-        tensors = {name: read(file, name) for name, file in self._tensors.unchanged.items()}
-        if not self._wrote_unchanged:  # there may be those of another model, of a run that published here before
-            save_file(tensors, once.with_suffix(".partial"), metadata={"format": "pt"})
-            sync(once.with_suffix(".partial"))
-            once.with_suffix(".partial").rename(once)
-            self._wrote_unchanged = True
-        try:
-            os.link(once, aside / UNCHANGED)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(once, aside / UNCHANGED)
-        return {name: tensor.nbytes for name, tensor in tensors.items()}
+    def _link_unchanged(self, aside: Path) -> dict[str, tuple[str, int]]:
+        """Tensors that training does not change are written once per start, and linked into each version. Name -> (file,
+        bytes)."""
+        once = self.path / ".unchanged"
+        if self._unchanged is None:
+            self._unchanged = self._write_unchanged(once)
+        for file in {file for file, _ in self._unchanged.values()}:
+            try:
+                os.link(once / file, aside / file)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(once / file, aside / file)
+        return self._unchanged
+
+    def _write_unchanged(self, folder: Path) -> dict[str, tuple[str, int]]:
+        places, shard, names = {}, {}, list(self._tensors.unchanged)
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier start, perhaps with another model
+        if names:
+            folder.mkdir()
+        for name in names:
+            shard[name] = read(self._tensors.unchanged[name], name)
+            if name == names[-1] or sum(tensor.nbytes for tensor in shard.values()) >= self._tensors.bucket_bytes:
+                file = f"model-unchanged-{len(list(folder.iterdir())) + 1:05d}.safetensors"
+                save_file(shard, folder / file, metadata={"format": "pt"})
+                sync(folder / file)
+                places |= {name: (file, tensor.nbytes) for name, tensor in shard.items()}
+                shard = {}
+        return places
 
 
 def _write_shard(tensors: dict[str, torch.Tensor], folder: Path, number: int) -> None:

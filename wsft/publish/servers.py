@@ -5,6 +5,7 @@ A server is recognised by the routes in its openapi.json, not by its version. Kn
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ import requests
 from wsft.config import without_password
 from wsft.connections import cause_of, proxies_for
 from wsft.errors import UserError
+
+log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
 
@@ -33,30 +36,33 @@ class Server:
         url: "http://host:port".
         timeout: seconds in which each request must be answered.
         api_key: sent as a bearer token where it is set, for a proxy in front of the server.
+        pause_mode: requests in flight are paused and kept, aborted, or waited for ("keep", "abort", "wait").
     """
 
     url: str
     timeout: float
     api_key: str | None = None
+    pause_mode: str = "keep"
     kind = ""
     needs: tuple[str, ...] = ()  # routes
+    pause_modes: ClassVar = {mode: mode for mode in ("keep", "abort", "wait")}  # ours -> what it calls them
 
-    def load(self, folder: Path, version: str, pause: str) -> float:
+    def load(self, folder: Path, version: str) -> float:
         """Load the weights in the folder, which must be at this path on the server's host, too. Returns the seconds of the
         pause.
 
         Raises:
             ServerFailed: it is then unknown what the server serves; it stays paused where it can.
         """
-        self.pause(pause)
+        self.pause()
         self.load_paused(folder, version)
         self.finish(version)
         return self.paused_s
 
-    def pause(self, mode: str) -> None:
-        """Requests in flight are paused and kept, aborted, or waited for (`mode`: "keep", "abort", "wait"); new ones wait."""
+    def pause(self) -> None:
+        """What happens to requests in flight is `pause_mode`; new ones wait."""
         self._paused_at = time.monotonic()
-        self._pause(mode)
+        self._pause(self.pause_modes[self.pause_mode])
 
     def finish(self, version: str) -> None:
         """After weights were loaded: give them this version, clear caches, and continue."""
@@ -127,7 +133,10 @@ class Server:
             raise ServerFailed(f"{self} does not answer {method} {path} ({cause_of(error)})") from error
         if answer.status_code != 200:
             raise ServerFailed(f"{self} answers {method} {path} with {answer.status_code}: {answer.text[:300]}")
-        return answer.json() if answer.content else None
+        try:
+            return answer.json() if answer.content else None
+        except ValueError as error:
+            raise ServerFailed(f"{self} answers {method} {path} with no JSON: {answer.text[:300]}") from error
 
     def __str__(self) -> str:
         return f"the {self.kind or 'inference'} server at {without_password(self.url)}"
@@ -206,7 +215,7 @@ class VLLM(Server):
 class SGLang(Server):
     kind = "SGLang"
     needs = ("/pause_generation", "/continue_generation", "/update_weights_from_disk", "/model_info")
-    _PAUSES: ClassVar = {"keep": "retract", "abort": "abort"}
+    pause_modes: ClassVar = {"keep": "retract", "abort": "abort"}
 
     def version(self) -> str:
         return str(self.request("GET", "/model_info")["weight_version"])
@@ -263,9 +272,7 @@ class SGLang(Server):
             raise ServerFailed(f"{self} cannot load weights: {answer.get('message')}")
 
     def _pause(self, mode: str) -> None:
-        if mode not in self._PAUSES:
-            raise UserError(f"{self} cannot wait for requests in flight: set publish_pause to keep or abort")
-        self.request("POST", "/pause_generation", {"mode": self._PAUSES[mode]})
+        self.request("POST", "/pause_generation", {"mode": mode})
 
     def load_paused(self, folder: Path, version: str) -> None:
         self._succeed("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
@@ -297,11 +304,11 @@ class Each:
     def wait(self) -> None:
         for server, future in self._running.items():
             error = future.exception()
-            if isinstance(error, ServerFailed):
-                self._failures[server] = error
+            if error:  # whatever it is: raised on rank 0 alone, it would leave the other ranks waiting
+                log.debug("%s failed", server, exc_info=error)
+                failed = isinstance(error, ServerFailed)
+                self._failures[server] = error if failed else ServerFailed(f"{server} cannot be given weights: {error!r}")
                 self.left.remove(server)
-            elif error:
-                raise error
         self._running = {}
 
     def results(self, servers: list[Server]) -> list[float | ServerFailed]:
@@ -314,14 +321,18 @@ def group_name(port: int) -> str:
     return f"wsft_{port}"
 
 
-def connect(url: str, timeout: float, api_key: str | None = None) -> Server:
-    """The server at the URL. UserError if it is neither vLLM nor SGLang, or lacks the routes to load weights."""
+def connect(url: str, timeout: float, api_key: str | None = None, pause_mode: str = "keep") -> Server:
+    """The server at the URL. UserError if it is neither vLLM nor SGLang, lacks the routes to load weights, or cannot pause in
+    this way."""
     url = url.rstrip("/")
     found = Server(url, timeout, api_key).request("GET", "/openapi.json")
     routes = (found or {}).get("paths", {}).keys()
     for kind in (VLLM, SGLang):
         if routes >= set(kind.needs):
-            return kind(url, timeout, api_key)
+            server = kind(url, timeout, api_key, pause_mode)
+            if pause_mode not in kind.pause_modes:
+                raise UserError(f"{server} cannot pause by {pause_mode}: expected {' or '.join(kind.pause_modes)}")
+            return server
     shown = without_password(url)
     if "/v1/completions" in routes and "/pause_generation" not in routes:
         raise UserError(

@@ -31,7 +31,7 @@ class TrainedTensors:
     """
 
     def __init__(self, model: PreTrainedModel, empty: PreTrainedModel, name: str, gathered: Gathered, bucket_bytes: int):
-        self._empty, self._gathered = empty, gathered
+        self._empty, self._gathered, self.bucket_bytes = empty, gathered, bucket_bytes
         files = files_of(name)
         # of weights in other formats than safetensors nothing can be copied: all that the model has is published
         self._params = {key: param for key, param in model.named_parameters() if param.requires_grad or not files}
@@ -41,12 +41,12 @@ class TrainedTensors:
         changed = self._params.keys() | tied
         kept = [each for each in made if not changed & set(each.targets)]
         self.unchanged = {key: files[key] for key in (*others, *(key for each in kept for key in each.sources))}
-        self.buckets = list(self._fill(_joined(self._params, (each.targets for each in made)), bucket_bytes))
+        self.buckets = list(self._fill(_joined(self._params, (each.targets for each in made))))
 
-    def _fill(self, groups: list[list[str]], bucket_bytes: int) -> Iterator[list[str]]:
+    def _fill(self, groups: list[list[str]]) -> Iterator[list[str]]:
         bucket: list[str] = []
         for group in groups:
-            if bucket and self._bytes_of(bucket) + self._bytes_of(group) > bucket_bytes:
+            if bucket and self._bytes_of(bucket) + self._bytes_of(group) > self.bucket_bytes:
                 yield bucket
                 bucket = []
             bucket = bucket + group

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -21,19 +21,22 @@ MEANS = 100  # points of the mean drawn over a long curve
 
 @dataclass(frozen=True)
 class Panel:
-    """`lines`: label -> regular expression for names of metrics, whose groups may be used in the label."""
+    """`lines`: label -> name of a metric. `parts`: the same for lines drawn if there are several, with a regular expression
+    whose groups may be used in the label."""
 
     title: str
     lines: dict[str, str]
     log: bool = False
+    parts: dict[str, str] = field(default_factory=dict)
 
 
 PANELS = (
     Panel("loss", {"loss": "loss"}),
-    Panel("score", {"mean": "score/mean", r"env \1": r"score/env_(\d+)/mean"}),
+    Panel("score", {"mean": "score/mean"}, parts={r"env \1": r"score/env_(\d+)/mean"}),
     Panel("mean logp of tokens", {"favoured": "logp/positive", "disfavoured": "logp/negative"}),
     Panel("ratio to the sampler", {"mean": "ratio/mean", "highest": "ratio/max"}, log=True),
     Panel("share of ratios clipped", {"clipped": "ratio/clipped"}),
+    Panel("staleness in steps", {"mean": "data/staleness"}),
     Panel("KL", {"sampler k1": "kl/behavior_k1", "k3": "kl/behavior_k3", "reference": "kl/reference", "teacher": "kl/teacher"}),
     Panel("entropy", {"entropy": "entropy"}),
     Panel("gradient norm", {"norm": "grad_norm"}),
@@ -41,6 +44,10 @@ PANELS = (
     Panel("tokens per second", {"tokens/s": "tokens/per_second"}),
     Panel("shares lost", {"waiting": "time/waiting", "imbalance": "plan/imbalance", "padding": "plan/padding"}),
     Panel("peak memory", {"GiB": "memory/peak_gib"}),
+    Panel("seconds to publish weights", {"all": "publish/seconds", "server paused": "publish/pause_seconds"}),
+    Panel(
+        "difference of a server's logprobs", {"mean": "publish/difference_mean", "highest": "publish/difference_max"}, log=True
+    ),
 )
 
 
@@ -106,8 +113,10 @@ def colour(runs: Sequence[Run], run: int, line: int) -> str:
 
 def _curves(panel: Panel, runs: Sequence[Run]) -> list[Curve]:
     names = sorted(set().union(*(run.names for run in runs)), key=lambda name: (len(name), name))  # env_2 before env_10
-    pairs = [(label, re.fullmatch(pattern, name)) for label, pattern in panel.lines.items() for name in names]
-    lines = [(match.expand(label), match[0]) for label, match in pairs if match]
+    lines = [(label, name) for label, name in panel.lines.items() if name in names]
+    pairs = [(label, re.fullmatch(pattern, name)) for label, pattern in panel.parts.items() for name in names]
+    parts = [(match.expand(label), match[0]) for label, match in pairs if match]
+    lines += parts if len(parts) > 1 else []
     found = []
     for (i, (label, name)), (r, run) in itertools.product(enumerate(lines), enumerate(runs)):
         steps, values = run.curve(name)
