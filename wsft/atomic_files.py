@@ -1,8 +1,11 @@
-"""Files that are complete whenever the process dies."""
+"""Files and folders that are complete whenever the process dies."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -26,3 +29,23 @@ def atomic_write(path: Path, text: str) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder to write into, which replaces the one at the path once its files are durable; after an exception it is
+    deleted."""
+    aside = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -33,6 +33,12 @@ RESUME_MAY_CHANGE = {
 }
 
 RENAMED = {"skip_weightless": "skip_zero_weight"}
+NOT_SUPPORTED = {
+    "load_in_4bit": "is not supported: under ZeRO-3 each rank would hold the whole 4-bit model while it loads; take a base in "
+    "bf16",
+    "lora_dropout": "is not supported: with dropout the trained policy is not that of the sampler",
+    "use_rslora": "is not supported: SGLang ignores it; set lora_alpha",
+}
 
 # settings that may name a file or folder
 PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume", "publish_folder")
@@ -102,6 +108,17 @@ class WeightedSFTConfig(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False, description="Clip the global gradient norm; 0: no clipping.")
     seed: int = Field(42, ge=0, lt=2**32, description="Seed of every random generator.")
 
+    # LoRA
+    lora_rank: int | None = Field(
+        None, ge=1, description="Train adapters of this rank (LoRA) instead of all parameters; unset: all parameters."
+    )
+    lora_alpha: float = Field(32.0, gt=0, allow_inf_nan=False, description="Adapters count lora_alpha / lora_rank times.")
+    lora_target: str = Field(
+        "attention-mlp",
+        description="Modules with adapters: attention and MLP projections of each decoder layer, or ends of module names, "
+        "separated by commas.",
+    )
+
     # objective
     objective: str = Field(
         "weighted_sft", description=f"Weight of a token: {', '.join(OBJECTIVES)}, or your own as my_module:my_function."
@@ -139,7 +156,8 @@ class WeightedSFTConfig(BaseModel):
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Coefficient of the KL to a reference: ref_model_name, or the record's ref_logprobs.",
+        description="Coefficient of the KL to a reference: ref_model_name, or else the record's ref_logprobs; with LoRA, for "
+        "tokens that have none, the base model.",
     )
     ref_model_name: str | None = Field(None, description="Folder or hub name of a frozen reference model for kl_coef.")
     entropy_coef: float = Field(0.0, allow_inf_nan=False, description="Coefficient of an entropy bonus for each trained token.")
@@ -269,6 +287,11 @@ class WeightedSFTConfig(BaseModel):
         Objective(self.objective, self.objective_args)
         if self.ref_model_name and not self.kl_coef:
             raise ValueError("ref_model_name is set, but kl_coef is 0: set kl_coef, or drop the reference model")
+        of_lora = ("lora_alpha", "lora_target")
+        if self.lora_rank is None and any(getattr(self, name) != type(self).model_fields[name].default for name in of_lora):
+            raise ValueError("lora_alpha and lora_target are for LoRA, but lora_rank is not set: set it, or drop them")
+        if self.lora_rank and (self.publish_to or self.publish_folder):
+            raise ValueError("weights of a run with lora_rank cannot be published yet: drop publish_to and publish_folder")
         if self.warmup_steps >= self.training_steps and self.warmup_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below training_steps {self.training_steps}")
         return self
@@ -321,6 +344,8 @@ def without_password(url: str) -> str:
 def _unknown_setting(name: str, prefix: str = "") -> str:
     if name in RENAMED:
         return f"{prefix}{name} is called {prefix}{RENAMED[name]} now"
+    if name in NOT_SUPPORTED:
+        return f"{prefix}{name} {NOT_SUPPORTED[name]}"
     near = difflib.get_close_matches(name, WeightedSFTConfig.model_fields, n=1, cutoff=0.5)
     hint = f", did you mean {prefix}{near[0]}?" if near else "; --help lists all settings"
     return f"unknown setting {prefix}{name}{hint}"

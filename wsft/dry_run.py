@@ -38,6 +38,7 @@ from wsft.model.loading import (
     require_complete,
     require_trainable,
 )
+from wsft.model.lora import Adapters
 from wsft.model.memory import Needs, Work, needs, with_publishing, with_reference, work_of
 from wsft.model.meta_passes import STOPS
 from wsft.rollouts.sources import client_of, fetching_ranks, processor_of
@@ -105,7 +106,10 @@ class _Run:
         if any(Path(config.model_name).glob("*.safetensors*")):  # weights are not needed for the estimate
             require_complete(config.model_name, config, self.dtype)
         self.passes = passes_of(self.shape, config.trust_remote_code, config.max_token_len, self.dtype)
-        freeze_unreached(self.model, self.passes)
+        unreached, self.adapters = freeze_unreached(self.model, self.passes), None
+        if config.lora_rank:
+            self.adapters = Adapters.for_model(self.model, unreached, config)
+            self.adapters.put_into(self.model, config.seed)
         self.reference = None
         if config.ref_model_name:
             reference = load_model_config(config.ref_model_name, config)
@@ -123,6 +127,8 @@ class _Run:
 
     def _work_in(self, dtype: torch.dtype, tokens: int, checkpointing: bool) -> Work:
         model = WeightedSFTModel(empty_model(self.shape, self.config.trust_remote_code, dtype)).train()
+        if self.adapters:
+            self.adapters.put_into(model.model, self.config.seed)
         if checkpointing:
             model.recompute_activations()
         model.attend_by("eager" if self.config.attn_implementation == "eager" else self.passes.attention)
@@ -133,7 +139,7 @@ class _Run:
     def needs(self, config: WeightedSFTConfig, ds: dict[str, Any], machine: Machine) -> Needs:
         # a sequence longer than micro_batch_tokens is a micro-batch of its own
         work = self.work(max(config.micro_batch_tokens, config.max_token_len), config.gradient_checkpointing)
-        need = needs(self.model, ds, machine.num_ranks, work, machine.gpu_bytes is not None)
+        need = needs(self.model, ds, machine.num_ranks, work, machine.gpu_bytes is not None, self.adapters is not None)
         if config.publish_folder or config.publish_to:
             # with auto the servers, which are not asked here, may have it
             over_nccl = config.publish_transport == "nccl" or (config.publish_transport == "auto" and not config.publish_folder)
@@ -272,7 +278,8 @@ def _table(run: _Run, need: Needs) -> str:
     recomputed = "checkpointed" if config.gradient_checkpointing else "kept"
     billions = sum(p.numel() for p in run.model.parameters()) / 1e9
     lines = [
-        f"model       {config.model_name}: {billions:.2f} B parameters in {str(run.dtype).removeprefix('torch.')}",
+        f"model       {config.model_name}: {billions:.2f} B parameters in {str(run.dtype).removeprefix('torch.')}"
+        + (f"; {run.adapters.describe(run.model)}" if run.adapters else ""),
         f"ranks       {machine.num_ranks}, {machine.ranks_here} a host, each on a {place}; ZeRO stage {zero['stage']}",
         f"batch       micro-batches of {tokens} tokens, activations {recomputed}", "",
         f"{'GiB of a rank':<44}{'GPU' if machine.gpu_bytes else 'memory':>10}",

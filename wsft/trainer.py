@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from wsft.config import WeightedSFTConfig
 from wsft.device import has_native_matmul
 from wsft.distributed import deepspeed_config
-from wsft.distributed.engine import Engine, MicroBatch, Reference, StepResult
+from wsft.distributed.engine import BaseReference, Engine, MicroBatch, Reference, StepResult
 from wsft.distributed.load_balancing import Cost, Load, assign_rollouts
 from wsft.distributed.process_start import start_ranks
 from wsft.distributed.signals import Stop, name_of
@@ -34,6 +35,7 @@ from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients
 from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
+from wsft.model.lora import Adapters, as_if_trained
 from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
 from wsft.publish.publisher import Publisher
@@ -53,6 +55,7 @@ from wsft.run.output_folder import RunFolder
 log = logging.getLogger(__name__)
 
 BAD_STEPS_ALLOWED = 3
+LORA_RATE = 2e-5  # below it a warning
 CHECKPOINT_BYTES = 16  # per parameter, at most: weights, float32 masters and Adam's two moments
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
 
@@ -133,7 +136,11 @@ class WeightedSFTTrainer:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
         log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
         self.metadata = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
-        self.metadata |= {"contents": contents, "deepspeed": deepspeed_config.what_learns(ds)}
+        self.metadata |= {
+            "revision": getattr(model_config, "_commit_hash", None),
+            "contents": contents,
+            "deepspeed": deepspeed_config.what_learns(ds),
+        }
         dtype = "bfloat16" if precision == "bf16" else "float32"
         self.base_files = world.on_rank_0(
             lambda: read_files(start.folder / HUGGING_FACE) if start else base_files(self.config, dtype)
@@ -141,14 +148,20 @@ class WeightedSFTTrainer:
         self._stop_if_asked()
         self.model = load_model(self.config.model_name, self.config, ds)
         self.processor.decoder.vocab_size = self.model.vocab_size
+        if self.config.lora_rank:
+            self._add_adapters(empty)
         self.metadata |= {"untrained": sorted(self.model.untrained), "not_loaded": self.model.not_loaded}
         self._stop_if_asked()
         self.reference = self._load_reference(ds, self.model.vocab_size)
         with resumable(start, self.metadata, ds, world) as saved:
             self.engine = Engine(self.config, ds, self.model, world)
-            self.model.check_head(world.device)
+            with as_if_trained(self.model):
+                self.model.check_head(world.device)
             if saved:
                 self.engine.load(saved)
+        if self.config.lora_rank and self.config.kl_coef and not self.reference:
+            log.info("kl_coef: to ref_logprobs where records have them, else to the base model, with the adapters switched off")
+            self.reference = BaseReference(self.engine)
         self.packs, self.shares, self.micro_batch_tokens = self._choose_layout()
         self.flops = step_flops(empty, self.model.untrained)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
@@ -167,7 +180,7 @@ class WeightedSFTTrainer:
     def _choose_layout(self) -> tuple[bool, bool, int]:
         """Whether to pack sequences, whether to share prefixes, and the token budget of a micro-batch: what the model and the
         reference model support on all ranks."""
-        models = [self.model, *([self.reference.model] if self.reference else [])]
+        models = [self.model, *([self.reference.model] if isinstance(self.reference, Reference) else [])]
         look = functools.partial(
             find_row_layouts,
             device=self.world.device,
@@ -175,7 +188,8 @@ class WeightedSFTTrainer:
             packing=self.config.packing,
             all_true=self.world.all_true,
         )
-        layouts = [look(model) for model in models]
+        with as_if_trained(self.model):
+            layouts = [look(model) for model in models]
         packs, pads = all(layout.packs for layout in layouts), all(layout.pads for layout in layouts)
         self.shortest = max(model.shortest for model in models)
         shares = packs and self.config.share_prefixes and all(layout.shares for layout in layouts)
@@ -190,6 +204,18 @@ class WeightedSFTTrainer:
                 "the logits of %s depend on the other sequences of a micro-batch: each sequence is its own, which is slow", name
             )
         return packs, shares, self.config.micro_batch_tokens if packs or pads else 1
+
+    def _add_adapters(self, empty: PreTrainedModel) -> None:
+        adapters = Adapters.for_model(empty, self.model.untrained, self.config)
+        for model in (empty, self.model.model):
+            adapters.put_into(model, self.config.seed)
+        self.metadata["adapters"] = dataclasses.asdict(adapters)
+        log.info("%s", adapters.describe(empty))
+        if self.config.learning_rate < LORA_RATE:
+            log.warning(
+                "learning_rate %g is one for training all parameters: LoRA learns at about 10 times that, such as 2e-5 to 5e-4 "
+                '(Schulman et al. 2025, "LoRA Without Regret")', self.config.learning_rate,
+            )  # fmt: skip
 
     def _publisher(self, empty: PreTrainedModel, precision: str) -> Publisher | None:
         if self.config.publish_folder is None and self.config.publish_to is None:
@@ -336,7 +362,12 @@ class WeightedSFTTrainer:
         flops = (
             sum(load.of(rows) for of_rank in assignment for rows in of_rank) + self.flops.per_trained_token * batch.num_trained
         )
-        return self.engine.step(micro_batches, self.reference), values, flops
+        return self.engine.step(micro_batches, self._reference_for(batch)), values, flops
+
+    def _reference_for(self, batch: Batch) -> Reference | BaseReference | None:
+        """None if the records have the logprobs of all trained tokens, which take precedence over those of the base model."""
+        known = len(batch.ref_logp) and not np.isnan(batch.ref_logp[batch.loss_mask]).any()
+        return None if known else self.reference
 
     def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes) -> MicroBatch:
         terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
@@ -348,7 +379,7 @@ class WeightedSFTTrainer:
         return MicroBatch(padded["tokens"], trained_N, terms, None)
 
     def _require_what_the_loss_needs(self, batch: Batch) -> None:
-        for name, instead in missing(batch, self.objective.needs_behavior).items():
+        for name, instead in missing(batch, self.objective.needs_behavior, self.reference is not None).items():
             if self.config.strict:
                 raise UserError(
                     f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "

@@ -66,6 +66,15 @@ def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): value for name, value in state.items()}
 
 
+def saved_names(folder: Path) -> set[str]:
+    """Names of the parameters that `Engine.save` wrote, or that `convert` made of it."""
+    if (folder / "zero").is_dir():
+        return {path.name for path in (folder / "zero").iterdir() if path.is_dir()}
+    state = torch.load(min(folder.glob("*model_states.pt")), map_location="cpu", mmap=True)
+    shapes = state.get("param_shapes")  # of trained parameters, for each parameter group; None at stage 0
+    return set().union(*shapes) if shapes else set(state["module"])
+
+
 def quietly(action: Any, *args: Any, **kwargs: Any) -> Any:
     """Call a function of DeepSpeed without what it prints to stdout. (Not stderr, to which the watchdog logs.)"""
     with contextlib.redirect_stdout(io.StringIO()):

@@ -23,13 +23,14 @@ import torch.distributed as dist
 
 from wsft.config import WeightedSFTConfig
 from wsft.device import PeakMemory, to_device
-from wsft.distributed.deepspeed_files import quietly
+from wsft.distributed.deepspeed_files import quietly, saved_names
 from wsft.distributed.op_compilation import choose_adam, compiling_ops
 from wsft.distributed.process_start import collective_timeout
 from wsft.distributed.world import World
 from wsft.errors import UserError
 from wsft.loss.terms import TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
+from wsft.model.lora import switched_off
 from wsft.model.packing import Layout
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ class Engine:
         import deepspeed
         from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 
-        self.world, self.stage = world, ds["zero_optimization"]["stage"]
+        self.world, self.stage, self.model = world, ds["zero_optimization"]["stage"], model
+        self._saves_trained_only = config.lora_rank is not None
         self._peak = PeakMemory(world.device)
         choose_adam(ds, world)
         if self.stage == 3:
@@ -118,17 +120,20 @@ class Engine:
         """Whether the device runs asynchronously."""
         return self.world.device.type == "cuda"
 
-    def step(self, micro_batches: list[MicroBatch], reference: Reference | None = None) -> Callable[[], StepResult]:
+    def step(
+        self, micro_batches: list[MicroBatch], reference: Reference | BaseReference | None = None
+    ) -> Callable[[], StepResult]:
         """Forward and backward over this rank's micro-batches, then one optimizer step. All ranks pass equally many.
 
-        A reference scores the tokens for the KL term. Returns a function that returns the result. Calling it is a collective
-        and waits for the device, so call it after the next step was queued.
+        A reference scores the tokens for the KL term that have no ref_logp. Returns a function that returns the result. Calling
+        it is a collective and waits for the device, so call it after the next step was queued.
         """
         engine, found, signals = self._engine, [], []
         for i, mb in enumerate(micro_batches):
             tokens_BT, trained_N, terms = (to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
             if reference:
-                terms = replace(terms, ref_logp_N=reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.layout))
+                scored_N, known_N = reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.layout), terms.ref_logp_N
+                terms = replace(terms, ref_logp_N=scored_N if known_N is None else known_N.where(~known_N.isnan(), scored_N))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             out = engine(tokens_BT, trained_N, terms, mb.layout, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
@@ -188,10 +193,11 @@ class Engine:
             yield
 
     def save(self, folder: Path) -> tuple[int, Exception | None]:
-        """Save the sharded parameters, optimizer and schedule into a new folder. A collective, which completes also if writing
-        fails on a rank. Returns the bytes that this rank wrote, and its error, if any."""
-        self._written = 0
-        quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False)
+        """Save the sharded parameters (with LoRA those of the adapters), optimizer and schedule into a new folder. A
+        collective, which completes also if writing fails on a rank. Returns the bytes that this rank wrote, and its error, if
+        any."""
+        self._written, frozen = 0, {"exclude_frozen_parameters": self._saves_trained_only}
+        quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False, **frozen)
         failure, self._unwritten = self._unwritten, None
         return self._written, failure
 
@@ -207,10 +213,23 @@ class Engine:
             self._unwritten = self._unwritten or error
 
     def load(self, folder: Path) -> None:
-        """Load what `save` wrote, or `convert` made of it. A collective, called before the first step."""
+        """Load what `save` wrote, or `convert` made of it. A collective, called before the first step.
+
+        Raises:
+            UserError: it holds other trained parameters than the model.
+        """
+        strict = not self._saves_trained_only
+        if not strict:  # DeepSpeed would pass over a parameter that is missing, too
+            trained = {name for name, param in self._engine.module.named_parameters() if param.requires_grad}
+            different = sorted(trained ^ saved_names(folder))
+            if different:
+                raise UserError(
+                    f"{folder} holds other parameters than those that are trained ({len(different)} differ, such as "
+                    f"{different[0]}): resume with the lora_target of the run"
+                )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path, _ = quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name)
+            path, _ = quietly(self._engine.load_checkpoint, str(folder.parent), tag=folder.name, load_module_strict=strict)
         assert path is not None, folder
         optimizer = self._engine.basic_optimizer
         on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -218,6 +237,23 @@ class Engine:
             # from a converted checkpoint, DeepSpeed gives all parameters the same step tensor, which each would increment
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].to(param.device if on_device else "cpu", copy=True)
+
+
+class BaseReference:
+    """The base of a model with adapters, which are switched off while it scores tokens."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    @torch.no_grad()
+    def logp(
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, layout: Layout | None
+    ) -> torch.Tensor:
+        """As that of `Reference`."""
+        with switched_off(self._engine.model):
+            return self._engine.model.run(
+                tokens_BT, trained_N, torch.zeros_like(temperature_N), layout, temperature=temperature_N
+            ).logp_N
 
 
 class Reference:

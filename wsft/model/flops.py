@@ -34,10 +34,11 @@ class StepFlops(NamedTuple):
 
 
 def step_flops(model: PreTrainedModel, untrained: Collection[str] = ()) -> StepFlops:
-    """6 FLOPs per parameter and token (Chowdhery et al. 2022, "PaLM", appendix B).
+    """6 FLOPs per parameter and token (Chowdhery et al. 2022, "PaLM", appendix B), 4 if it is frozen.
 
-    2 of the 6 are the forward pass, 4 the backward pass; recomputing activations is not counted. Causal attention is half of a
-    square. Of the experts, only those that a token is routed to count; parameters that are not reached from text do not.
+    2 of the 6 are the forward pass, 2 each the gradients of inputs and of weights; recomputing activations is not counted.
+    Causal attention is half of a square. Of the experts, only those that a token is routed to count; parameters that are not
+    reached from text do not.
     """
     config, used = model.config.get_text_config(), 0.0
     named = config.to_dict()  # attributes that differ between layers raise if read from the config
@@ -46,11 +47,15 @@ def step_flops(model: PreTrainedModel, untrained: Collection[str] = ()) -> StepF
     passed_over = embeddings | {id(param) for name, param in model.named_parameters() if name in untrained}
     for param in body_of(model).parameters():
         if param.ndim > 1 and id(param) not in passed_over:
-            used += param.numel() * (experts / len(param) if experts and param.ndim == 3 else 1)
+            used += _flops(param) * (experts / len(param) if experts and param.ndim == 3 else 1)
     heads = named.get("num_attention_heads") or 0
     width = heads * (named.get("head_dim") or config.hidden_size // max(1, heads))
-    of_head = 6.0 * model.get_output_embeddings().weight.numel()
-    return StepFlops(6.0 * used, 6.0 * config.num_hidden_layers * width, of_head)
+    of_head = _flops(model.get_output_embeddings().weight)
+    return StepFlops(used, 6.0 * config.num_hidden_layers * width, of_head)
+
+
+def _flops(param: torch.nn.Parameter) -> float:
+    return (6.0 if param.requires_grad else 4.0) * param.numel()
 
 
 def rated_flops(device: torch.device) -> float | None:

@@ -123,8 +123,11 @@ class Needs:
         return sum(self.states.values()) + max(sum(x.values()) for x in (self.passes, self.update, self.publishing))
 
 
-def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work, on_gpu: bool) -> Needs:
-    """For DeepSpeed's resolved JSON and a model on the meta device, in the type in which it is trained."""
+def needs(
+    model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work, on_gpu: bool, only_trained: bool = False
+) -> Needs:
+    """For DeepSpeed's resolved JSON and a model on the meta device, in the type in which it is trained. `only_trained`: whether
+    checkpoints and the export hold trained parameters alone (LoRA)."""
     zero, sizes = ds["zero_optimization"], [p.numel() for p in model.parameters()]
     stage, width = zero["stage"], next(model.parameters()).element_size()
     whole, share = sum(sizes), sum(-(-n // num_ranks) for n in sizes)
@@ -136,9 +139,10 @@ def needs(model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, work: Work
     master = 4 if width == 2 or stage else 0  # DeepSpeed keeps a master copy of float32 parameters, too
     accumulated = 4 if stage and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width
     sent = 4 if ds.get("communication_data_type") == "fp32" else width
-    as_they_are = whole - (sum(trained) if stage == 3 else 0)  # at stage 3 only the masters are saved
+    kept = sum(trained) if only_trained else whole
+    as_they_are = kept - (sum(trained) if stage == 3 else 0)  # at stage 3 only the masters are saved
     saved = sum(trained) * (state + (4 if stage == 3 else master)) + as_they_are * width
-    out = Needs(checkpoint=saved, model=whole * width)
+    out = Needs(checkpoint=saved, model=kept * (4 if only_trained else width))
 
     out.states["parameters"] = (share if stage == 3 else whole) * width
     second = zero.get("zero_hpz_partition_size", 1) if stage == 3 else 1

@@ -258,13 +258,19 @@ def _looks_at_values(error: Exception) -> bool:
 
 def _share_of_experts(config: PretrainedConfig) -> float:
     """The share of the experts that a token is routed to; 1 if the config does not say."""
+    chosen, experts = (max(_numbers_named(pattern, config), default=0) for pattern in (_CHOSEN, _EXPERTS))
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
+
+
+def numbers_of_experts(config: PretrainedConfig) -> list[int]:
+    """All that the config names."""
+    return _numbers_named(_EXPERTS, config)
+
+
+def _numbers_named(pattern: re.Pattern, config: PretrainedConfig) -> list[int]:
     named = {**config.to_dict(), **config.get_text_config().to_dict()}
     named |= {name: value for within in list(named.values()) if isinstance(within, dict) for name, value in within.items()}
-    chosen, experts = (
-        max((value for name, value in named.items() if pattern.fullmatch(str(name)) and isinstance(value, int)), default=0)
-        for pattern in (_CHOSEN, _EXPERTS)
-    )
-    return min(1.0, chosen / experts) if chosen and experts else 1.0
+    return [value for name, value in named.items() if pattern.fullmatch(str(name)) and isinstance(value, int)]
 
 
 def _stand_in(module: torch.nn.Module, share: float, *args: object, **kwargs: object) -> torch.Tensor:

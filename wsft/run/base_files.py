@@ -45,6 +45,11 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def of_tokenizer(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Those of `base_files` that belong to the tokenizer."""
+    return {path: text for path, text in files.items() if _OF_TOKENIZER.fullmatch(Path(path).name)}
+
+
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
     for name, text in files.items():
         path = folder / name

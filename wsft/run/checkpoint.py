@@ -86,6 +86,9 @@ def require_same_run(was: dict[str, Any], config: WeightedSFTConfig, contents: d
     free = RESUME_MAY_CHANGE - ({"training_steps"} if config.lr_scheduler != "constant" else set())  # its schedule ends there
     free |= {name for name in contents if was_there.get(name) and was_there[name] == contents[name]}
     wrong = [f"{name} is {now[name]!r} and was {was[name]!r}" for name in changed if name not in free]
+    base = was_there.get("base_weights")
+    if base and base != contents["base_weights"]:
+        wrong.append(f"the weights in {now['model_name']!r}, to which the adapters belong, have changed")
     if wrong:
         raise UserError(
             f"this is not the run of {place}: {'; '.join(wrong)}. Resume with its settings (in its config.yaml"

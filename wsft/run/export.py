@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face folder, without a GPU:
 
     python -m wsft.export runs/first/checkpoints/step_1000 OUT
+    python -m wsft.export runs/first/checkpoints/step_1000 OUT --merge     # LoRA: the model, not the adapter (adapter.py)
 
 Parameters are assembled one at a time in a memory-mapped file, from which transformers writes shards of safetensors under the
 names that tensors have on disk. It needs the memory of about one shard, and temporarily twice the model's size on disk.
@@ -13,7 +14,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from wsft.atomic_files import sync
+from wsft.atomic_files import atomic_folder
 from wsft.distributed.deepspeed_files import saved_parameters
 from wsft.errors import UserError
 from wsft.logs import configure_logging
-from wsft.model.loading import empty_model
 from wsft.model.weight_files import files_of, made_of, read
+from wsft.run.adapter import empty_model_of, merge, write_adapter
 from wsft.run.base_files import read_files, write_files
 from wsft.run.checkpoint import DEEPSPEED, HUGGING_FACE, Checkpoint
 
@@ -39,39 +39,26 @@ SHARD_BYTES = 5 * 10**9
 
 
 def export(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the model of a checkpoint, in the precision it was trained in, with its tokenizer. Complete or absent: an existing
-    folder is replaced at the end. OSError if the disk is full."""
-    model = _empty_model(checkpoint)
-    aside = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        untrained, copied = _as_they_were(checkpoint, model)
-        with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), aside / "mapped") as state:
-            trained = {name: tensor for name, tensor in state.items() if name not in untrained}
-            model.save_pretrained(aside, state_dict=trained, max_shard_size=SHARD_BYTES)
-        if copied:
-            _add(copied, aside)
-        for name in ("config.json", "generation_config.json"):  # as written by this version of transformers
-            (aside / name).unlink(missing_ok=True)
-        write_files(aside, read_files(checkpoint.folder / HUGGING_FACE))
-        for path in aside.rglob("*"):
-            if path.is_file():
-                sync(path)
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
-        sync(out.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    """Write what was trained, with its tokenizer: the model, in the precision it was trained in, or with LoRA the adapter.
+    Complete or absent: an existing folder is replaced at the end. OSError if the disk is full."""
+    with atomic_folder(out) as aside:
+        if "adapters" in checkpoint.metadata:
+            write_adapter(checkpoint, aside)
+        else:
+            _write_model(checkpoint, aside)
 
 
-def _empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model on the meta device."""
-    folder, trusts = checkpoint.folder / HUGGING_FACE, checkpoint.metadata["config"]["trust_remote_code"]
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusts)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[checkpoint.metadata["precision"]]
-    return empty_model(config, trusts, dtype)
+def _write_model(checkpoint: Checkpoint, folder: Path) -> None:
+    model = empty_model_of(checkpoint)
+    untrained, copied = _as_they_were(checkpoint, model)
+    with _mapped_state(model, saved_parameters(checkpoint.folder / DEEPSPEED), folder / "mapped") as state:
+        trained = {name: tensor for name, tensor in state.items() if name not in untrained}
+        model.save_pretrained(folder, state_dict=trained, max_shard_size=SHARD_BYTES)
+    if copied:
+        _add(copied, folder)
+    for name in ("config.json", "generation_config.json"):  # as written by this version of transformers
+        (folder / name).unlink(missing_ok=True)
+    write_files(folder, read_files(checkpoint.folder / HUGGING_FACE))
 
 
 def _as_they_were(checkpoint: Checkpoint, model: PreTrainedModel) -> tuple[set[str], dict[str, Path]]:
@@ -143,6 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m wsft.export", description="Write a checkpoint as a Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path, help="a folder like output_dir/checkpoints/step_100")
     parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--merge", action="store_true", help="LoRA: write the model with its adapter added to the weights")
+    parser.add_argument("--merge_dtype", choices=("float32", "bfloat16"), help="type of the sums; as in the base if unset")
     args = parser.parse_args()
     configure_logging(0)
     if not sys.stderr.isatty():
@@ -150,7 +139,12 @@ def main() -> None:
     try:
         if args.out.exists():
             raise UserError(f"{args.out} exists: name a new folder")
-        export(Checkpoint.at(args.checkpoint), args.out)
+        checkpoint = Checkpoint.at(args.checkpoint)
+        if args.merge:
+            with atomic_folder(args.out) as aside:
+                print(merge(checkpoint, aside, args.merge_dtype))
+        else:
+            export(checkpoint, args.out)
     except (UserError, OSError) as error:
         sys.exit(f"export: error: {error}")
     print(f"the model of {args.checkpoint} is in {args.out}")

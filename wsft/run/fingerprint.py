@@ -11,8 +11,10 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from wsft.config import WeightedSFTConfig
+from wsft.model.weight_files import files_of
 
 SAMPLE_BYTES = 2**20  # bytes of each end of a weight file: its header, with names and shapes, and its last values
+SAMPLES = 16  # more in between, of 1/16 of that size; a change of a weight file elsewhere is not seen
 # keys of a model's config about where and by what it was loaded
 _OF_LOADING = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"}
 
@@ -22,11 +24,13 @@ def contents_of(
 ) -> dict[str, str | None]:
     """Setting -> digest of what it names; None if it is not set.
 
-    For the trained model only its config counts, since a resumed run loads weights from the checkpoint. For data it is only
+    For the trained model only its config counts, since a resumed run loads weights from the checkpoint, but with LoRA also its
+    weights, as "base_weights". For data it is only
     that it is a file: the part that was read is compared by the position of the source (sources.py).
     """
     shape = {name: value for name, value in model_config.to_dict().items() if name not in _OF_LOADING}
     return {
+        "base_weights": _digest_of_weights(config.model_name) if config.lora_rank else None,
         "model_name": _digest(json.dumps(shape, sort_keys=True, default=str).encode()),
         "tokenizer_name": _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()),
         "ref_model_name": config.ref_model_name and _digest_of_weights(config.ref_model_name),
@@ -39,12 +43,14 @@ def _digest(text: bytes) -> str:
 
 
 def _digest_of_weights(name: str) -> str:
-    """For a folder, from the sizes and both ends of its weight files; for a hub name, from the name."""
-    files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(name).glob(pattern))
+    """From the sizes, both ends and samples of the weight files of a folder, or of a hub name in the cache."""
+    files = sorted(set(files_of(name).values())) or sorted(Path(name).glob("*.bin"))
     found: list[Any] = [] if files else [name]
     for path in files:
         with path.open("rb") as file:
-            begin, size = file.read(SAMPLE_BYTES), path.stat().st_size
-            file.seek(max(0, size - SAMPLE_BYTES))
-            found.append([path.name, size, _digest(begin), _digest(file.read())])
+            size, digests = path.stat().st_size, []
+            for i in range(SAMPLES + 1):
+                file.seek(i * max(0, size - SAMPLE_BYTES) // SAMPLES)
+                digests.append(_digest(file.read(SAMPLE_BYTES if i in (0, SAMPLES) else SAMPLE_BYTES // 16)))
+            found.append([path.name, size, digests])
     return _digest(json.dumps(found).encode())

@@ -135,15 +135,16 @@ def of_speed(tokens: int, flops: float, spent: float, wait: float, num_ranks: in
     return values | ({"compute/mfu": per_rank / rated} if rated else {})
 
 
-def missing(batch: Batch, needs_behavior: bool) -> dict[str, str]:
-    """Fields that the loss needs and no trained token of the batch has: name -> what is done without it."""
+def missing(batch: Batch, needs_behavior: bool, has_reference: bool = False) -> dict[str, str]:
+    """Fields that the loss needs and no trained token of the batch has: name -> what is done without it. `has_reference`:
+    whether a model gives the logprobs that ref_logprobs lacks."""
     if not batch.num_trained:
         return {}
     free = batch.loss_mask & (np.repeat(batch.overrides, batch.lengths) == Override.NONE)
     absent = {}
     if needs_behavior and free.any() and np.isnan(batch.behavior_logp[free]).all():
         absent["inference_logprobs"] = "every ratio is 1"
-    if len(batch.ref_logp) and np.isnan(batch.ref_logp[batch.loss_mask]).all():
+    if not has_reference and len(batch.ref_logp) and np.isnan(batch.ref_logp[batch.loss_mask]).all():
         absent["ref_logprobs"] = "there is no KL term"
     if len(batch.teacher_sizes) and not len(batch.teacher_ids):
         absent["distill_token_ids"] = "there is no distillation term"
