@@ -25,6 +25,7 @@ RUNS = {
     "ppo_clip": ["--objective", "ppo_clip", "--objective_args", "{eps_low: 0.2, eps_high: 0.28}"],
     "gspo": ["--objective", "gspo"],
     "example_update": [],  # benchmarks/example_update.py
+    "lora_16": ["--lora_rank", "16", "--learning_rate", "5e-4"],
     "every_2": ["--publish_steps", "2"],
     "every_4": ["--publish_steps", "4"],
     "every_4_importance_sampling": ["--publish_steps", "4", *SAMPLING],

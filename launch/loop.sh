@@ -4,7 +4,7 @@
 # (wsft/environment/facts_env.py), trains on the rewards, and publishes the weights into vLLM after each step. Shows the reward on
 # held-out questions before and after, sampled from vLLM. Results are in runs/loop/; all processes are stopped at the end.
 # From the environment: STEPS, SEED, RUN (output folder), VLLM_ENV (an environment with vLLM), VLLM_PORT (a server that runs already),
-# TRAINER (a script instead of train.py).
+# TRAINER (a script instead of train.py), LORA (train adapters of this rank instead of all parameters).
 set -uo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 trap end_groups EXIT
@@ -21,7 +21,7 @@ choose_ranks 1 $((GPUS - 1))
 
 set -- --deepspeed "$DS" --model_name "$MODEL" --batch_size 32 --max_token_len 128 --prefetch_batches 0 --training_steps "$STEPS" \
   --learning_rate 5e-5 --warmup_steps 2 --gradient_checkpointing false --save_steps "$STEPS" --seed "$SEED" \
-  --output_dir "$RUN" --overwrite_output_dir "$@"
+  --output_dir "$RUN" --overwrite_output_dir ${LORA:+--lora_rank "$LORA" --learning_rate 5e-4} "$@"
 PUBLISH_STEPS=$(settings publish_steps "$@") || exit
 PORT=$(free_port)
 start_server 127.0.0.1 "$PORT" "$LOGS/server.log"

@@ -31,7 +31,7 @@ class Worker(vllm_plugin.WorkerExtension):
 
     def __init__(self, folder):
         self.folder, self.model = folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        self.model_config = types.SimpleNamespace(model=str(folder), revision=None)
+        self.model_config = types.SimpleNamespace(model=str(folder), revision=None, dtype=torch.float32)
         parallel = types.SimpleNamespace(data_parallel_index=0, world_size=1)
         self.vllm_config = types.SimpleNamespace(parallel_config=parallel)
         self.fault = lambda number: None  # called before each received tensor is loaded

@@ -170,7 +170,7 @@ def test_questions_are_no_part_of_the_run(tmp_path):
     assert config.public() == WeightedSFTConfig(model_name="m").public()
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("kept, lora", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(
     "shape, optimizer, ranks, tokens",
     [
@@ -178,7 +178,7 @@ def test_questions_are_no_part_of_the_run(tmp_path):
         pytest.param(LLAMA_1B, "SGD", 1, 512, id="1b", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_takes_the_memory_that_was_estimated(shape, optimizer, ranks, tokens, kept, tmp_path, monkeypatch):
+def test_a_run_takes_the_memory_that_was_estimated(shape, optimizer, ranks, tokens, kept, lora, tmp_path, monkeypatch):
     """Within 20 %. malloc is made to give back what is freed: what it keeps is not what the run holds."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     model = make_model(tmp_path / "model", **shape)
@@ -191,6 +191,7 @@ def test_a_run_takes_the_memory_that_was_estimated(shape, optimizer, ranks, toke
     command = ["train.py", f"--model_name={model}", f"--data={data}", f"--deepspeed={ds}", "--device=cpu"]
     command += [f"--batch_size={2 * ranks}", f"--micro_batch_tokens={tokens}", f"--max_token_len={tokens}"]
     command += [f"--gradient_checkpointing={not kept}", "--save_steps=9", f"--output_dir={tmp_path / 'run'}"]
+    command += ["--lora_rank=16"] if lora else []
     ((code, text),) = run_together([[sys.executable, *command, "--dry_run", f"--ranks={ranks}"]], [clean_environment()])
     if "It does not fit: this machine" in text:
         pytest.skip(f"too little memory is free here: {figure(text, 'of all its ranks')} GiB are needed")

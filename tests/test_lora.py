@@ -345,7 +345,6 @@ def test_a_model_without_such_projections_is_refused():
     "settings, message",
     [
         (dict(lora_alpha=8), "lora_rank is not set"),
-        (dict(lora_rank=4, publish_to="http://localhost:1"), "cannot be published yet"),
         (dict(load_in_4bit=True), "load_in_4bit is not supported: under ZeRO-3 each rank would hold the whole"),
         (dict(lora_rank=4, lora_dropout=0.1), "with dropout the trained policy is not that of the sampler"),
     ],

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_group, make_model, run_ranks, write_groups
+from conftest import make_group, make_model, run_ranks, run_script, write_groups
 from fed_run import flags
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,6 +77,21 @@ def test_names_are_those_of_the_files_and_what_is_not_trained_is_linked(name, tm
     first, last = (sorted((published / f"step_{step}").glob("model-unchanged-*")) for step in (0, STEPS))
     assert first and all(file.samefile(other) for file, other in zip(first, last, strict=True))
     assert any("mtp.layers.0.weight" in load_file(file) for file in first)
+
+
+def test_with_lora_a_version_is_the_whole_adapted_model(tmp_path, rng):
+    """What has no adapter is linked."""
+    model, published = make_model(tmp_path / "model", tied=False), tmp_path / "published"
+    publish(tmp_path, rng, model, 2, lora_rank=3, lora_alpha=6, learning_rate=0.5)
+    code, output = run_script(
+        "-m", "wsft.export", tmp_path / "run/checkpoints" / f"step_{STEPS}", tmp_path / "merged", "--merge"
+    )
+    assert code == 0, output
+    last, merged, base = tensors_of(published / f"step_{STEPS}"), tensors_of(tmp_path / "merged"), tensors_of(Path(model))
+    assert last.keys() == base.keys() and all(torch.equal(last[name], merged[name]) for name in base)
+    same = {name for name in base if torch.equal(last[name], base[name])}
+    assert "lm_head.weight" in same and not any("proj" in name for name in same)
+    AutoModelForCausalLM.from_pretrained(published / f"step_{STEPS}")
 
 
 def test_versions_are_pruned_and_later_ones_of_an_earlier_start_removed(tmp_path, rng):

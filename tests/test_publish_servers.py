@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from atropos_server import atropos_server, free_port
-from conftest import make_group, make_model, run_ranks, write_groups
+from conftest import make_group, make_model, run_ranks, run_script, write_groups
 from fed_run import flags, state_of, steps_of
 from safetensors.torch import load_file
 from small_server import SmallServer
@@ -36,7 +36,8 @@ def fed_to(servers, tmp_path, rng, model, ranks=1, stage=3, codes=(0,), **change
         learning_rate=0.1, max_token_len=64, publish_to=",".join(server.url for server in servers), publish_bucket_mib=1,
         publish_verify_steps=1, save_steps=99, publish_timeout=10,
     )  # fmt: skip
-    results = run_ranks(["train.py", *flags(settings | changes)], ranks)
+    settings = {name: value for name, value in (settings | changes).items() if value is not None}
+    results = run_ranks(["train.py", *flags(settings)], ranks)
     assert all(code in codes for code, _ in results), results[0][1]
     return results[0][1], steps_of(tmp_path / "run")
 
@@ -77,6 +78,34 @@ def test_servers_receive_exactly_the_trained_weights(ranks, stage, tied, tmp_pat
     assert max(line["publish/cache_difference"] for line in metrics) < 1e-5
     assert [line["publish/version"] for line in metrics] == [1, 2, 3] and metrics[0]["publish/gib"] > 2 / 1024
     assert not (tmp_path / "run" / "published").exists()
+
+
+def test_with_lora_servers_receive_the_adapted_weights(tmp_path, rng):
+    """In float32, which the server has, also from a trainer in bf16: rounded to bf16 the first small changes would be lost."""
+    model = make_model(tmp_path / "model", tied=True)
+    lora = dict(lora_rank=3, lora_alpha=6, learning_rate=0.5)
+    with SmallServer(model) as server:
+        _, metrics = fed_to([server], tmp_path, rng, model, 2, 3, **lora)
+        checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
+        code, output = run_script("-m", "wsft.export", checkpoint, tmp_path / "merged", "--merge")
+        assert code == 0 and server.version == "3" and serves(server, tmp_path / "merged") and not serves(server, model), output
+    assert max(line["publish/difference_max"] for line in metrics) < 1e-5
+    assert [line["publish/rounding_lost"] for line in metrics] == pytest.approx([0] * 3, abs=1e-3)
+    assert metrics[0]["publish/gib"] < sum(path.stat().st_size for path in Path(model).glob("*.safetensors")) / 2**30
+    bf16 = {
+        "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+    }
+    (tmp_path / "bf16.json").write_text(json.dumps(bf16))
+    changes = lora | dict(deepspeed=tmp_path / "bf16.json", overwrite_output_dir=True)
+    with SmallServer(model) as server:
+        _, metrics = fed_to([server], tmp_path, rng, model, **changes)
+        assert any((held.bfloat16() != held).any() for held in server.worker.model.parameters())
+    assert metrics[-1]["publish/rounding_lost"] < 1e-3
+    changes |= dict(publish_to=None, publish_folder=tmp_path / "published", learning_rate=1e-3)
+    output, metrics = fed_to([], tmp_path, rng, model, **changes)
+    assert 0.1 < metrics[0]["publish/rounding_lost"] < 1.1 and "of what the adapters add to the published weights" in output
 
 
 def test_servers_that_fail_or_restart_receive_all_weights_again(tmp_path, rng):

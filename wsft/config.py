@@ -290,8 +290,6 @@ class WeightedSFTConfig(BaseModel):
         of_lora = ("lora_alpha", "lora_target")
         if self.lora_rank is None and any(getattr(self, name) != type(self).model_fields[name].default for name in of_lora):
             raise ValueError("lora_alpha and lora_target are for LoRA, but lora_rank is not set: set it, or drop them")
-        if self.lora_rank and (self.publish_to or self.publish_folder):
-            raise ValueError("weights of a run with lora_rank cannot be published yet: drop publish_to and publish_folder")
         if self.warmup_steps >= self.training_steps and self.warmup_steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below training_steps {self.training_steps}")
         return self

@@ -188,9 +188,19 @@ def _initial(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
+def adapted_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _Adapted)}
+
+
+def change_of(module: torch.nn.Module) -> torch.Tensor:
+    """What an adapted module adds to its weight, in float32; its parameters must be gathered."""
+    change = module.scaling * (module.lora_B.float() @ module.lora_A.float())
+    return change.T if isinstance(module, Conv1D) else change
+
+
 @contextlib.contextmanager
 def _with(model: torch.nn.Module, name: str, value: bool) -> Iterator[None]:
-    adapted = [module for module in model.modules() if isinstance(module, _Adapted)]
+    adapted = adapted_modules(model).values()
     for module in adapted:
         setattr(module, name, value)
     try:

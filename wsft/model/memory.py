@@ -180,7 +180,9 @@ def with_publishing(
     out: Needs, model: torch.nn.Module, ds: dict[str, Any], num_ranks: int, bucket_bytes: int, on_gpu: bool
 ) -> None:
     """Add what publishing takes: a bucket that is gathered, and two that are written or sent, from the GPU over NCCL."""
-    sizes = [param.numel() * param.element_size() for param in model.parameters() if param.requires_grad]
+    published = [module.weight for module in model.modules() if hasattr(module, "lora_A")]  # with adapters added
+    published = published or [param for param in model.parameters() if param.requires_grad]
+    sizes = [param.numel() * param.element_size() for param in published]
     bucket = min(sum(sizes), max(bucket_bytes, *sizes))
     if ds["zero_optimization"]["stage"] == 3 and num_ranks > 1:
         out.publishing["gathered parameters"] = bucket

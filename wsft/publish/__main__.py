@@ -16,11 +16,13 @@ import os
 import sys
 from pathlib import Path
 
+from wsft.atomic_files import atomic_folder
 from wsft.errors import UserError
 from wsft.logs import configure_logging
 from wsft.publish.probe import TOLERANCE, Probe
 from wsft.publish.publisher import API_KEY
 from wsft.publish.servers import connect
+from wsft.run.adapter import merge
 from wsft.run.checkpoint import METADATA, Checkpoint
 from wsft.run.export import export
 
@@ -51,7 +53,11 @@ def publish(args: argparse.Namespace) -> bool:
     if (folder / METADATA).exists() and not args.check:
         checkpoint = Checkpoint.at(folder)
         folder = folder.parent.parent / "published" / folder.name
-        export(checkpoint, folder)
+        if "adapters" in checkpoint.metadata:
+            with atomic_folder(folder) as aside:
+                print(merge(checkpoint, aside, None))
+        else:
+            export(checkpoint, folder)
         print(f"exported to {folder}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{args.folder} is no Hugging Face folder: expected a published version, an export, or a checkpoint")

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.errors import UserError
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 API_KEY = "WSFT_PUBLISH_API_KEY"
 RETRY_S = 2.0
+ROUNDING_SAID = 0.1  # share from which a warning is logged
 
 
 class Publisher:
@@ -50,6 +53,9 @@ class Publisher:
         urls = [url.strip() for url in (config.publish_to or "").split(",") if url.strip()]
         self._to_servers = bool(urls)
         self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
+        self._tensors, self._warned_of_rounding = tensors, False
+        if world.broadcast_text("float32" if any(server.dtype() == "float32" for server in self._servers) else ""):
+            tensors.dtype = torch.float32  # in which sums with adapters lose nothing
         manifest = tensors.manifest
         backend = world.broadcast_text(world.on_rank_0(lambda: self._choose_transport(manifest)) or "")
         writes = config.publish_folder is not None or not backend
@@ -98,16 +104,31 @@ class Publisher:
         A collective."""
         values: dict[str, float] = {"publish/version": step}
         start = time.monotonic()
+        self._tensors.take_lost()
         if self._folder:
             values |= self._folder.publish(step)
         elif self._broadcast:
             values["publish/gib"] = self._broadcast.gib
         if not self._to_servers:
-            return values, ""
+            return values | self._rounding(), ""
         self._last = step
         self._verification.begin_version(self._servers)
         found, failures = self._send(self._servers, self._verification.verify)
-        return values | found | {"publish/seconds": time.monotonic() - start}, failures
+        return values | found | self._rounding() | {"publish/seconds": time.monotonic() - start}, failures
+
+    def _rounding(self) -> dict[str, float]:
+        """The share of the adapters' changes that is lost where they are added to weights. A collective with LoRA."""
+        if not self._tensors.adapted:
+            return {}
+        sums = self._world.reduce_sum(dict(zip(("lost", "wanted"), map(torch.tensor, self._tensors.take_lost()), strict=True)))
+        share = (sums["lost"] / sums["wanted"]) ** 0.5 if sums["wanted"] else 0.0
+        if share > ROUNDING_SAID and not self._warned_of_rounding:
+            log.warning(
+                "rounding loses %.0f %% of what the adapters add to the published weights (publish/rounding_lost): serve the "
+                "model in float32 if that stays so", 100 * share,
+            )  # fmt: skip
+            self._warned_of_rounding = True
+        return {"publish/rounding_lost": share}
 
     def reload_restarted(self, step: int) -> tuple[dict[str, float], str]:
         """Between two versions: servers that restarted have the weights that they were started with, and load the last

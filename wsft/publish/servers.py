@@ -101,6 +101,10 @@ class Server:
         """Of the tensors in the files that it serves, by name; empty if it cannot be asked."""
         return {}
 
+    def dtype(self) -> str:
+        """Of its weights, such as "float32"; empty if it cannot be asked."""
+        return ""
+
     def workers(self) -> int:
         """Its processes that hold weights."""
         raise NotImplementedError
@@ -181,6 +185,9 @@ class VLLM(Server):
     def shapes(self) -> dict[str, list[int]]:
         return self._on_workers("wsft_info")["shapes"] if self._has_plugin() else {}
 
+    def dtype(self) -> str:
+        return self._on_workers("wsft_info").get("dtype", "") if self._has_plugin() else ""
+
     def workers(self) -> int:
         return self.request("GET", "/get_world_size")["world_size"]
 
@@ -242,6 +249,9 @@ class SGLang(Server):
         if info.get("dp_size", 1) > 1:  # SGLang's group for updates has no ranks for them
             return set()
         return {"nccl"} if info.get("device", "cuda") == "cuda" else {"gloo"}
+
+    def dtype(self) -> str:
+        return self._info().get("dtype", "")
 
     def workers(self) -> int:
         return self._info()["tp_size"] * self._info().get("pp_size", 1)

@@ -1,4 +1,5 @@
-"""The trained parameters as tensors under the names of the model's files, gathered one bucket at a time.
+"""The trained parameters as tensors under the names of the model's files, gathered one bucket at a time. With LoRA these are
+the adapted weights, W + (alpha / r) B A, computed in float32 and rounded once.
 
 Knows nothing of Atropos, objectives or optimizers, nor of who receives the tensors.
 """
@@ -6,12 +7,14 @@ Knows nothing of Atropos, objectives or optimizers, nor of who receives the tens
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from wsft.model.lora import adapted_modules, change_of
 from wsft.model.weight_files import files_of, made_of
 
 _CPU = torch.device("cpu")
@@ -26,7 +29,9 @@ class TrainedTensors:
         empty: the same model on the meta device, not loaded from files: transformers gives its tensors the names of files.
         name: folder or hub name of the base model.
     Attributes:
-        buckets: names of the parameters of each bucket. The same on every rank.
+        adapted: whether the model has adapters. Then `dtype`, if it is set before the first use of `buckets`, is that of the
+            tensors instead of the weights'.
+        wanted, lost: sums of squares of what adapters change in the buckets taken so far, and of what rounding took from that.
         unchanged: tensor -> file of the base model, for those of its tensors that no trained parameter is saved as.
     """
 
@@ -34,14 +39,22 @@ class TrainedTensors:
         self._empty, self._gathered, self.bucket_bytes = empty, gathered, bucket_bytes
         files = files_of(name)
         # of weights in other formats than safetensors nothing can be copied: all that the model has is published
-        self._params = {key: param for key, param in model.named_parameters() if param.requires_grad or not files}
-        self._buffers = {} if files else {k: b for k, b in model.named_buffers() if k in model.state_dict()}
-        made, others = made_of(model, files)
-        tied = model.state_dict().keys() - dict(model.named_parameters()).keys() - dict(model.named_buffers()).keys()
-        changed = self._params.keys() | tied
-        kept = [each for each in made if not changed & set(each.targets)]
+        params, state, (made, others) = dict(model.named_parameters()), model.state_dict().keys(), made_of(model, files)
+        self._adapted = {f"{key}.weight": module for key, module in adapted_modules(model).items()}
+        self.adapted, self.dtype, self.lost, self.wanted = bool(self._adapted), None, 0.0, 0.0
+        trained = self._adapted.keys() or {key for key, param in params.items() if param.requires_grad}
+        together = [set(each.targets) for each in made if trained & set(each.targets)]
+        self._params = {key: param for key, param in params.items() if key in set().union(trained, *together) or not files}
+        self._buffers = {} if files else {k: b for k, b in model.named_buffers() if k in state}
+        tied = set() if self.adapted else state - params.keys() - dict(model.named_buffers()).keys()
+        kept = [each for each in made if not (self._params.keys() | tied) & set(each.targets)]
         self.unchanged = {key: files[key] for key in (*others, *(key for each in kept for key in each.sources))}
-        self.buckets = list(self._fill(_joined(self._params, (each.targets for each in made))))
+        self._groups = _joined(self._params, (each.targets for each in made))
+
+    @functools.cached_property
+    def buckets(self) -> list[list[str]]:
+        """Names of the parameters of each bucket. The same on every rank."""
+        return list(self._fill(self._groups))
 
     def _fill(self, groups: list[list[str]]) -> Iterator[list[str]]:
         bucket: list[str] = []
@@ -55,18 +68,38 @@ class TrainedTensors:
     def _bytes_of(self, names: list[str]) -> int:
         params = (self._params[name] for name in names)
         # under ZeRO-3 numel() is that of the partition, mostly 0
-        return sum(getattr(param, "ds_numel", param.numel()) * param.element_size() for param in params)
+        return sum(getattr(param, "ds_numel", param.numel()) * self._type_of(param).itemsize for param in params)
+
+    def _type_of(self, param: torch.Tensor) -> torch.dtype:
+        return self.dtype if self.adapted and self.dtype else param.dtype
 
     @torch.no_grad()
     def bucket(self, names: list[str], wanted: bool, device: torch.device = _CPU) -> dict[str, torch.Tensor]:
         """A copy of the tensors of a bucket, in the order of `manifest`; empty unless `wanted` on this rank. A collective under
         ZeRO-3."""
-        params = [self._params[name] for name in names]
-        with self._gathered(params):
+        adapted = [self._adapted[name] for name in names if name in self._adapted]
+        of_adapters = [param for module in adapted for param in (module.lora_A, module.lora_B)]
+        with self._gathered([*(self._params[name] for name in names), *of_adapters]):
             if not wanted:
                 return {}
-            whole = {name: param.detach().to(device, copy=True) for name, param in zip(names, params, strict=True)}
+            whole = {name: self._whole(name).to(device, copy=True) for name in names}
         return self._as_saved(names, whole | {name: buffer.to(device, copy=True) for name, buffer in self._first(names)})
+
+    def take_lost(self) -> tuple[float, float]:
+        """`lost` and `wanted` since the last call."""
+        found = self.lost, self.wanted
+        self.lost = self.wanted = 0.0
+        return found
+
+    def _whole(self, name: str) -> torch.Tensor:
+        weight = self._params[name].detach()
+        if name not in self._adapted:
+            return weight.to(self._type_of(weight))
+        change = change_of(self._adapted[name])
+        merged = (weight.float() + change).to(self._type_of(weight))
+        self.wanted += float(change.square().sum())
+        self.lost += float((merged.float() - weight.float() - change).square().sum())
+        return merged
 
     @property
     def manifest(self) -> list[list[tuple[str, str, list[int]]]]:
@@ -74,7 +107,7 @@ class TrainedTensors:
 
         def meta(tensor: torch.Tensor) -> torch.Tensor:
             # under ZeRO-3 a parameter that is not gathered has no elements
-            return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+            return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=self._type_of(tensor), device="meta")
 
         found = []
         for names in self.buckets:

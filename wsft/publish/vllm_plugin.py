@@ -27,12 +27,15 @@ class WorkerExtension:
     _wsft_group: Any = None
 
     def wsft_info(self) -> dict[str, Any]:
-        """Backends over which it receives, and shapes of the tensors in the files of the model that it serves."""
+        """Backends over which it receives, the type of its weights, and shapes of the tensors in the files of the model that
+        it serves."""
         backends = ["gloo", "nccl"] if self.device.type == "cuda" else ["gloo"]
+        found = {"backends": backends, "dtype": str(self.model_config.dtype).removeprefix("torch."), "shapes": {}}
         try:
-            return {"backends": backends, "shapes": _shapes(self.model_config.model, self.model_config.revision)}
-        except Exception:  # of a model in another format, or whose files are gone
-            return {"backends": backends, "shapes": {}}
+            found["shapes"] = _shapes(self.model_config.model, self.model_config.revision)
+        except Exception as error:  # of a model in another format, or whose files are gone
+            print(f"wsft: no shapes of the model's tensors: {_error(error)}", flush=True)
+        return found
 
     def wsft_join(self, host: str, port: int, size: int, backend: str, timeout_s: float) -> dict[str, Any]:
         """Join the process group of the trainer, whose store is at host:port."""
