@@ -10,6 +10,7 @@ a prompt of its own. A step is what each takes for all rollouts, waiting for dat
 All compute in `--dtype` (float32 where the device has no bf16), with or without activation checkpointing, the same for all.
 
     wsft         train.py as it is
+    wsft lora    the same with --lora_rank; `trl lora` and `trl lora packing` are TRL with peft's adapters of that rank
     trl          TRL's SFTTrainer at its defaults, 8 sequences a micro-batch. It has no advantages: it trains all tokens that
                  carry loss alike
     trl packing  the same with its packing, in rows of the longest rollout's length
@@ -84,7 +85,7 @@ def ds_config(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 3}, "bf16": {"enabled": args.dtype == "bfloat16"}, "optimizer": adam, **more}
 
 
-def wsft(args: argparse.Namespace, folder: Path) -> list[float]:
+def wsft(args: argparse.Namespace, folder: Path, lora: bool) -> list[float]:
     (folder / "ds.json").write_text(json.dumps(ds_config(args)))
     flags = {
         "model_name": args.model, "data": folder / "groups.jsonl", "deepspeed": folder / "ds.json",
@@ -92,6 +93,7 @@ def wsft(args: argparse.Namespace, folder: Path) -> list[float]:
         "batch_size": args.rollouts, "training_steps": args.steps + 1, "learning_rate": 1e-5, "max_grad_norm": 0,
         "micro_batch_tokens": args.micro_batch_tokens, "gradient_checkpointing": str(args.checkpointing).lower(),
     }  # fmt: skip
+    flags |= {"lora_rank": args.lora_rank} if lora else {}
     run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], args.ranks, folder / "wsft.log")
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
     shown = ("plan/micro_batches", "plan/shared", "plan/skipped", "memory/peak_gib", "compute/tflops_per_rank", "compute/mfu")
@@ -128,7 +130,7 @@ def start_gloo() -> bool:
 
 
 def train_with_trl(args: argparse.Namespace) -> list[float]:
-    cpu, packing = start_gloo(), args.peer == "trl packing"
+    cpu, packing, lora = start_gloo(), args.peer.endswith("packing"), " lora" in args.peer
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -157,7 +159,13 @@ def train_with_trl(args: argparse.Namespace) -> list[float]:
         report_to="none", save_strategy="no", max_grad_norm=0, learning_rate=1e-5, disable_tqdm=True,
         model_init_kwargs={"dtype": args.dtype},
     )  # fmt: skip
-    trainer = SFTTrainer(args.model, args=config, train_dataset=Dataset.from_list(rows * (args.steps + 1)), callbacks=[Clock()])
+    adapters = None
+    if lora:
+        from peft import LoraConfig
+
+        adapters = LoraConfig(r=args.lora_rank, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear")
+    dataset = Dataset.from_list(rows * (args.steps + 1))
+    trainer = SFTTrainer(args.model, args=config, train_dataset=dataset, callbacks=[Clock()], peft_config=adapters)
     trainer.train()
     return times
 
@@ -248,6 +256,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
+    parser.add_argument("--lora_rank", type=int, default=16, help="of the peers with lora in their names")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peers", default="wsft,trl,trl packing,example")
     parser.add_argument("--out", type=Path)
@@ -284,18 +293,18 @@ def main() -> None:
                 if name in failed:
                     continue
                 try:
-                    seconds += wsft(args, folder) if name == "wsft" else peer(args, folder, name)
+                    seconds += wsft(args, folder, "lora" in name) if name.startswith("wsft") else peer(args, folder, name)
                 except RuntimeError as error:
                     failed[name] = str(error)
                 print(f"{name}: {seconds or failed.get(name)}", file=sys.stderr)
     for name, seconds in found.items():
         if not seconds:
-            print(f"{name:12} left out: {failed[name]}")
+            print(f"{name:16} left out: {failed[name]}")
             continue
         median = statistics.median(seconds)
         ratio = f"  wsft is {median / statistics.median(found['wsft']):.2f} x as fast" if found.get("wsft") else ""
         spread = f"{median:7.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
-        print(f"{name:12} {spread}  {tokens / median:6.0f} tokens/s{ratio}")
+        print(f"{name:16} {spread}  {tokens / median:6.0f} tokens/s{ratio}")
     if out:
         out.write_text(json.dumps(found, indent=1))
 

@@ -97,6 +97,7 @@ install_vllm() { # ENVIRONMENT REQUIREMENT
 }
 
 # choose_ranks ON_CPU ON_GPUS: set RANKS, and DS to the DeepSpeed JSON, for this machine.
+# shellcheck disable=SC2034 # used by the scripts that source this one
 choose_ranks() {
   RANKS=$2 DS=ds_configs/zero3.json
   [ "$GPUS" -gt 1 ] || RANKS=1
