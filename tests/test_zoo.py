@@ -1,7 +1,7 @@
 """Every causal language model that transformers has: trained by two ranks under ZeRO-3 as a dense float64 reference trains it,
 or refused in a sentence, by run and dry run alike. CI has one model for each cause of past failures.
 
-    PYTHONPATH=. python tests/test_zoo.py TABLE.jsonl [NAMES...] [SETTING=VALUE...]     # one line for each: error, layout, message
+    PYTHONPATH=. python tests/test_zoo.py TABLE.jsonl [NAMES...] [SETTING=VALUE...]   # a line for each: error, layout, message
 """
 
 import contextlib
