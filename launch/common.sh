@@ -167,7 +167,8 @@ start_vllm() {
   local options=(--gpu-memory-utilization 0.8)
   [ "$GPUS" != 1 ] || options=(--gpu-memory-utilization 0.3) # shared with training
   [ "$GPUS" != 0 ] || options=(--dtype float32 --enforce-eager)
-  export VLLM_SERVER_DEV_MODE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+  [ -z "${LORA:-}" ] || options+=(--enable-lora --max-lora-rank "$LORA" --max-loras 4)
+  export VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_SERVER_DEV_MODE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
   # with several GPUs the last one is vLLM's, and training uses those before it
   local gpus=${CUDA_VISIBLE_DEVICES:-$((GPUS - 1))}
   CUDA_VISIBLE_DEVICES=${gpus##*,} PYTHONPATH=wsft/publish \

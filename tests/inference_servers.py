@@ -50,15 +50,16 @@ def sglang():
 
 
 @contextlib.contextmanager
-def serving(python, model, folder, plugin=True, port=None):
-    """A vLLM server of the model, in float32: its URL and processes."""
+def serving(python, model, folder, plugin=True, port=None, lora=False):
+    """A vLLM server of the model, in float32, that takes adapters if asked to: its URL and processes."""
     port = port or free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", port]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", 512, "--max-num-seqs", 8, "--enable-scale-out"]
     if plugin:
         command += ["--worker-extension-cls", "vllm_plugin.WorkerExtension", "--middleware", "vllm_plugin.Middleware"]
+    command += ["--enable-lora", "--max-lora-rank", 16, "--max-loras", 3] if lora else []
     variables = dict(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="True", VLLM_CPU_KVCACHE_SPACE="1", VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
         PYTHONPATH=str(ROOT / "wsft" / "publish"),
     )  # fmt: skip
     with running(command, port, folder, variables) as server:

@@ -16,12 +16,13 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from wsft.publish import vllm_plugin
 
 ROUTES = """/pause /resume /collective_rpc /update_weight_version /weight_info /reset_prefix_cache /get_world_size /wsft
-/v1/models /v1/completions /health""".split()  # noqa: SIM905
+/v1/models /v1/completions /v1/load_lora_adapter /v1/unload_lora_adapter /health""".split()  # noqa: SIM905
 
 
 class Worker(vllm_plugin.WorkerExtension):
@@ -29,11 +30,11 @@ class Worker(vllm_plugin.WorkerExtension):
 
     rank, device = 0, torch.device("cpu")
 
-    def __init__(self, folder):
+    def __init__(self, folder, lora=None):
         self.folder, self.model = folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.model_config = types.SimpleNamespace(model=str(folder), revision=None, dtype=torch.float32)
         parallel = types.SimpleNamespace(data_parallel_index=0, world_size=1)
-        self.vllm_config = types.SimpleNamespace(parallel_config=parallel)
+        self.vllm_config = types.SimpleNamespace(parallel_config=parallel, lora_config=lora)
         self.fault = lambda number: None  # called before each received tensor is loaded
 
     # of vLLM's layers
@@ -59,16 +60,19 @@ class SmallServer:
         keeps_cache: whether it samples on with the weights with which its prefix cache was filled.
     """
 
-    def __init__(self, folder, host="127.0.0.1", port=0):
-        self.worker, self.version, self.calls, self.answers = Worker(folder), "default", [], {}
+    def __init__(self, folder, host="127.0.0.1", port=0, max_lora_rank=0):
+        self._lora = types.SimpleNamespace(max_lora_rank=max_lora_rank, max_loras=2) if max_lora_rank else None
+        self.worker, self.version, self.calls, self.answers = Worker(folder, self._lora), "default", [], {}
         self.cached, self.keeps_cache = None, False  # weights of the prefix cache
+        self.adapters, self.current, self.running = {}, None, {}  # name -> model; what the middleware was told; in flight
+        self.ignores_adapters = False  # as vLLM does with names of no module
         handler = type("Handler", (_Handler,), {"server_of_test": self})
         self._http = ThreadingHTTPServer((host, port), handler)
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def restart(self):
         """It has the weights again with which it was started."""
-        self.worker, self.version = Worker(self.worker.folder), "default"
+        self.worker, self.version, self.adapters, self.current = Worker(self.worker.folder, self._lora), "default", {}, None
 
     def answer(self, path, body):
         name = body["method"] if path == "/collective_rpc" else path
@@ -83,18 +87,33 @@ class SmallServer:
         if path == "/update_weight_version":
             self.version = body["new_version"]
             print("version", self.version, flush=True)
+        if path == "/v1/load_lora_adapter":
+            adapted = PeftModel.from_pretrained(copy.deepcopy(self.worker.model), body["lora_path"])
+            self.adapters[body["lora_name"]] = self.worker.model if self.ignores_adapters else adapted
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+        if path == "/wsft/adapter":
+            self.current = body
+            self.version = body["version"]
         if path == "/v1/completions":
             return {"choices": [self._complete(body)]}
         return {
             "/openapi.json": {"paths": {route: {} for route in ROUTES}},
             "/weight_info": {"weight_version": self.version},
             "/get_world_size": {"world_size": 1},
-            "/wsft": {"worker_extension": True},
-            "/v1/models": {"data": [{"id": "small", "max_model_len": 64}]},
+            "/wsft": {"worker_extension": True, "adapter": self.current, "running": self.running},
+            "/v1/models": {
+                "data": [{"id": "small", "max_model_len": 64}, *({"id": x, "parent": "small"} for x in self.adapters)]
+            },
         }.get(path, {})
 
     def _complete(self, body):
-        tokens = body["prompt"]
+        tokens, adapter = body["prompt"], self.current and self.adapters[self.current["name"]]
+        if adapter:
+            sampled = list(range(1, 1 + body["max_tokens"]))
+            logprobs = self._logprobs(adapter, tokens + sampled)
+            found = [float(logprobs[len(tokens) + i - 1, token]) for i, token in enumerate(sampled)]
+            return {"token_ids": sampled, "logprobs": {"token_logprobs": found}}
         if "prompt_logprobs" in body:
             logprobs = self._logprobs(self.worker.model, tokens)
             found = [{str(token): {"logprob": float(logprobs[t - 1, token])}} for t, token in enumerate(tokens)]

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,9 +15,11 @@ import torch
 from conftest import ROOT, clean_environment, make_group, run_script, run_together
 from fed_run import fed, flags, state_of, steps_of, wait_until
 from inference_servers import serving, serving_sglang
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from wsft.publish.servers import connect
+from wsft.publish.servers import ServerFailed, connect
 
 pytestmark = pytest.mark.slow
 pytest_plugins = ["inference_servers"]
@@ -132,6 +136,95 @@ def test_requests_in_flight_are_all_answered(served, smollm2_model, tmp_path):
     spans = [choice["weight_versions"] for choice in choices]
     assert any(len(found) > 1 for found in spans)
     assert all(found[0]["start"] == 0 and found[-1]["end"] == 150 for found in spans)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks, stage", [(1, 0), (2, 3)])
+def test_vllm_samples_from_exactly_the_published_adapter(ranks, stage, adapted, smollm2_model, tmp_path):
+    """Of the last version of three; the ones before are unloaded, and their folders deleted."""
+    changes = dict(data=texts(tmp_path, smollm2_model), publish_to=adapted.url, learning_rate=1e-2, lora_rank=8)
+    code, output = train(settings_of(tmp_path, smollm2_model, stage, publish_lora="adapter", **changes), ranks)
+    assert code == 0, output
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert max(line["publish/difference_max"] for line in metrics) < 1e-4 < 0.01 < metrics[-1]["publish/difference_base"]
+    (folder,) = (tmp_path / "published").iterdir()
+    models = requests.get(f"{adapted.url}/v1/models").json()["data"]
+    assert [model["id"] for model in models if model.get("parent")] == [folder.name]
+    # by Atropos's route, at temperature 0: what transformers and peft give
+    body = {"prompt": {"prompt_token_ids": [1, 4093, 198]}, "max_tokens": 12, "temperature": 0.0, "weight_versions": True}
+    answer = requests.post(f"{adapted.url}/generate", json=body).json()
+    assert answer["finish_reasons"][0]["weight_versions"] == [{"version": str(STEPS), "start": 0, "end": 12}]
+    base = AutoModelForCausalLM.from_pretrained(smollm2_model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folder).eval()
+    tokens = torch.tensor([[1, 4093, 198, *answer["token_ids"][0]]])
+    logp = model(tokens).logits[0, 2:-1].log_softmax(-1).gather(1, tokens[0, 3:, None]).squeeze(1)
+    served = [next(iter(token[0].values())) for token in answer["logprobs"][0]]
+    assert (logp - torch.tensor(served)).abs().max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def adapted(vllm, smollm2_model, tmp_path_factory):
+    """A server that takes adapters, for several tests."""
+    with serving(vllm, smollm2_model, tmp_path_factory.mktemp("adapted"), lora=True) as server:
+        yield server
+
+
+@pytest.mark.timeout(900)
+def test_requests_in_flight_keep_their_adapter(adapted, smollm2_model, tmp_path):
+    """All are answered whole, each by one version, also while others are published, unloaded and deleted."""
+    over, answers = threading.Event(), []
+
+    def ask():
+        while not over.is_set():
+            body = {
+                "prompt": {"prompt_token_ids": [1, 4093, 198]},
+                "max_tokens": 60,
+                "ignore_eos": True,
+                "weight_versions": True,
+            }
+            answers.append(requests.post(f"{adapted.url}/generate", json=body))
+
+    changes = dict(data=texts(tmp_path, smollm2_model), publish_to=adapted.url, learning_rate=1e-3, lora_rank=8)
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    code, output = train(settings_of(tmp_path, smollm2_model, publish_lora="adapter", publish_timeout=300, **changes))
+    over.set()
+    for thread in asking:
+        thread.join()
+    assert code == 0, output
+    found = [answer.json() for answer in answers if answer.ok]
+    assert len(found) == len(answers) > 4 and all(len(each["token_ids"][0]) == 60 for each in found)
+    versions = {each["finish_reasons"][0]["weight_versions"][0]["version"] for each in found}
+    assert len(versions) > 1, versions
+
+
+@pytest.mark.timeout(900)
+def test_an_adapter_that_cannot_be_loaded_leaves_the_server_as_it_was(vllm, smollm2_model, tmp_path):
+    """A folder that is gone, a broken file, other names; the server is killed and gets its adapter again."""
+    with serving(vllm, smollm2_model, tmp_path, lora=True) as server:
+        changes = dict(data=texts(tmp_path, smollm2_model), publish_to=server.url, learning_rate=1e-2, lora_rank=8)
+        code, output = train(settings_of(tmp_path, smollm2_model, publish_lora="adapter", **changes))
+        assert code == 0, output
+        (folder,) = (tmp_path / "published").iterdir()
+        before, there = connect(server.url, 60).sample([1, 4093, 198], 4), connect(server.url, 60)
+        for name in ("gone", "truncated"):
+            broken = tmp_path / name
+            if name == "truncated":
+                shutil.copytree(folder, broken)
+                os.truncate(broken / "adapter_model.safetensors", 1000)
+            with pytest.raises(ServerFailed, match="/v1/load_lora_adapter with"):
+                there.load_adapter(broken, "9")
+            assert there.version() == str(STEPS) and len(there.sample([1, 4093, 198], 4)[0]) == len(before[0])
+        renamed = tmp_path / "wsft_renamed"
+        shutil.copytree(folder, renamed)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        other = {name.replace("self_attn", "attention"): tensor for name, tensor in tensors.items()}
+        save_file(other, renamed / "adapter_model.safetensors")
+        with contextlib.suppress(ServerFailed):  # some versions of vLLM answer 200
+            there.load_adapter(renamed, "9")
+        there.load_adapter(folder, str(STEPS))
+        assert there.version() == str(STEPS)
 
 
 def is_connected(process, port):

@@ -29,8 +29,8 @@ async def vllm_app(scope, receive, send):
     await send({"type": "http.response.body", "body": json.dumps({"choices": choices}).encode()})
 
 
-def generate(**asked):
-    sent, parts = [], [{"body": json.dumps({"prompt": {"prompt_token_ids": [1, 2]}, "n": 2, **asked}).encode()}]
+def ask(app, method, path, body=None):
+    sent, parts = [], [{"body": json.dumps(body).encode()}]
 
     async def receive():
         return {"type": "http.request", "more_body": False, **parts.pop()}
@@ -38,10 +38,15 @@ def generate(**asked):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    scope = {"type": "http", "method": method, "path": path, "headers": []}
     with ThreadPoolExecutor() as pool:  # a test before this one may have left a running event loop in this thread
-        pool.submit(asyncio.run, Middleware(vllm_app)(scope, receive, send)).result()
+        pool.submit(asyncio.run, app(scope, receive, send)).result()
     return json.loads(sent[1]["body"])
+
+
+def generate(app=None, **asked):
+    body = {"prompt": {"prompt_token_ids": [1, 2]}, "n": 2, **asked}
+    return ask(app or Middleware(vllm_app), "POST", "/generate", body)
 
 
 def test_atropos_samples_by_vllms_route_for_tokens():
@@ -71,3 +76,25 @@ def test_a_model_learns_from_its_own_samples(vllm, tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "loop" / "metrics.jsonl").open()]
     assert all(line["data/staleness"] == 0 and abs(line["ratio/mean"] - 1) < 0.02 for line in metrics)
     assert (tmp_path / "loop" / "report.html").exists()
+
+
+def test_requests_run_on_the_adapter_that_was_published_last():
+    """For the served model or for none, by all routes; the plugin counts them, since a running one needs its adapter."""
+
+    async def vllm(scope, receive, send):
+        running.append(app._running.copy())
+        await vllm_app(scope, receive, send)
+
+    app, running = Middleware(vllm), []
+    generate(app)
+    assert "model" not in vllm_app.asked[1] and not running[-1]
+    ask(app, "POST", "/wsft/adapter", {"name": "wsft_1_7", "version": "7", "base": ["small"]})
+    assert ask(app, "GET", "/weight_info") == {"weight_version": "7"}
+    answer = generate(app, weight_versions=True)
+    assert vllm_app.asked[1]["model"] == "wsft_1_7" and running[-1] == {"wsft_1_7": 1}
+    assert answer["finish_reasons"] == [{"type": "stop", "weight_versions": [{"version": "7", "start": 0, "end": 2}]}] * 2
+    for path in ("/v1/completions", "/v1/chat/completions", "/inference/v1/generate"):
+        for model, served in (("small", "wsft_1_7"), (None, "wsft_1_7"), ("another", "another")):
+            ask(app, "POST", path, {"model": model} if model else {})
+            assert vllm_app.asked == (path, {"model": served}) and (running[-1]["wsft_1_7"] == 1) == (served != "another")
+    assert ask(app, "GET", "/wsft")["running"] == {}

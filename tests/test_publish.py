@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_group, make_model, run_ranks, run_script, write_groups
 from fed_run import flags
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import make
@@ -82,7 +83,7 @@ def test_names_are_those_of_the_files_and_what_is_not_trained_is_linked(name, tm
 def test_with_lora_a_version_is_the_whole_adapted_model(tmp_path, rng):
     """What has no adapter is linked."""
     model, published = make_model(tmp_path / "model", tied=False), tmp_path / "published"
-    publish(tmp_path, rng, model, 2, lora_rank=3, lora_alpha=6, learning_rate=0.5)
+    publish(tmp_path, rng, model, 2, lora_rank=3, lora_alpha=6, learning_rate=0.5, publish_lora="merged")
     code, output = run_script(
         "-m", "wsft.export", tmp_path / "run/checkpoints" / f"step_{STEPS}", tmp_path / "merged", "--merge"
     )
@@ -92,6 +93,18 @@ def test_with_lora_a_version_is_the_whole_adapted_model(tmp_path, rng):
     same = {name for name in base if torch.equal(last[name], base[name])}
     assert "lm_head.weight" in same and not any("proj" in name for name in same)
     AutoModelForCausalLM.from_pretrained(published / f"step_{STEPS}")
+
+
+def test_adapters_are_folders_that_peft_loads(tmp_path, rng):
+    """Of bf16 copies, as they are in the forward pass; the newest of them stay."""
+    model, published = make_model(tmp_path / "model"), tmp_path / "published"
+    publish(tmp_path, rng, model, 2, lora_rank=3, lora_alpha=6, learning_rate=0.5, publish_keep=2)
+    newest, other = sorted(published.iterdir(), key=lambda path: int(path.name.split("_")[-1]), reverse=True)
+    assert newest.name.endswith(f"_{STEPS}") and other.name.endswith(f"_{STEPS - 1}")
+    final = tensors_of(tmp_path / "run" / "final")
+    assert final.keys() == tensors_of(newest).keys()
+    assert all(torch.equal(tensor, final[name]) for name, tensor in tensors_of(newest).items())
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), newest)
 
 
 def test_versions_are_pruned_and_later_ones_of_an_earlier_start_removed(tmp_path, rng):

@@ -17,6 +17,7 @@ from small_server import SmallServer
 from wsft import WeightedSFTConfig
 from wsft.errors import UserError
 from wsft.publish import broadcast
+from wsft.publish.adapters import AdapterFolder
 from wsft.publish.probe import Probe
 from wsft.publish.servers import VLLM, Server, ServerFailed, SGLang, connect
 from wsft.publish.verification import Verification, WeightsDiffer
@@ -85,7 +86,8 @@ def test_with_lora_servers_receive_the_adapted_weights(tmp_path, rng):
     model = make_model(tmp_path / "model", tied=True)
     lora = dict(lora_rank=3, lora_alpha=6, learning_rate=0.5)
     with SmallServer(model) as server:
-        _, metrics = fed_to([server], tmp_path, rng, model, 2, 3, **lora)
+        output, metrics = fed_to([server], tmp_path, rng, model, 2, 3, **lora)
+        assert "adapters are added to the published weights: the vLLM server at" in output
         checkpoint = tmp_path / "run" / "checkpoints" / "step_3"
         code, output = run_script("-m", "wsft.export", checkpoint, tmp_path / "merged", "--merge")
         assert code == 0 and server.version == "3" and serves(server, tmp_path / "merged") and not serves(server, model), output
@@ -103,9 +105,65 @@ def test_with_lora_servers_receive_the_adapted_weights(tmp_path, rng):
         _, metrics = fed_to([server], tmp_path, rng, model, **changes)
         assert any((held.bfloat16() != held).any() for held in server.worker.model.parameters())
     assert metrics[-1]["publish/rounding_lost"] < 1e-3
-    changes |= dict(publish_to=None, publish_folder=tmp_path / "published", learning_rate=1e-3)
+    changes |= dict(publish_to=None, publish_folder=tmp_path / "published", publish_lora="merged", learning_rate=1e-3)
     output, metrics = fed_to([], tmp_path, rng, model, **changes)
     assert 0.1 < metrics[0]["publish/rounding_lost"] < 1.1 and "of what the adapters add to the published weights" in output
+
+
+LORA = dict(lora_rank=3, lora_alpha=6, learning_rate=0.5)
+
+
+def test_adapters_get_a_name_for_each_version_and_stay_while_requests_run_on_them(tmp_path, rng):
+    """One server is new between two versions, and gets the last one again."""
+    model, published = make_model(tmp_path / "model"), tmp_path / "run" / "published"
+    with SmallServer(model, max_lora_rank=4) as server, SmallServer(model, max_lora_rank=4) as other:
+        restarts = [other.restart]
+
+        def restart_after_2():
+            if other.version == "2" and restarts:
+                restarts.pop()()
+            return {"weight_version": other.version}
+
+        other.answers["/weight_info"] = restart_after_2
+        first = lambda: next((name for name in server.adapters if name.endswith("_0")), None)  # noqa: E731
+        server.answers["/wsft"] = lambda: {"worker_extension": True, "running": {first(): 1} if first() else {}}
+        output, metrics = fed_to([server, other], tmp_path, rng, model, 2, 3, publish_steps=2, **LORA)
+        assert "adapters are published under a name of its own for each version" in output
+        assert "did it restart?" in output
+        assert [name.split("_")[-1] for name in server.adapters] == ["0", "2"] and first() in server.adapters
+        assert [name.split("_")[-1] for name in other.adapters] == ["2"] and other.version == server.version == "2"
+        assert sorted(path.name for path in published.iterdir()) == sorted(server.adapters)
+        assert not any(call in server.calls for call in ("/pause", "wsft_receive"))
+        del server.answers["/wsft"]
+        again = np.random.default_rng(0)  # the same data
+        fed_to([server, other], tmp_path, again, model, 2, 3, resume=True, training_steps=3, **LORA)
+        assert len(server.adapters) == len(other.adapters) == 1 == len([*published.iterdir()])
+    (verified,) = (line for line in metrics if "publish/difference_max" in line)
+    assert verified["publish/difference_max"] < 1e-5 < 1e-3 < verified["publish/difference_base"]
+
+
+def test_a_server_that_applies_no_adapter_is_noticed(tmp_path, rng):
+    model = make_model(tmp_path / "model")
+    with SmallServer(model, max_lora_rank=4) as server:
+        server.ignores_adapters = True
+        output, metrics = fed_to([server], tmp_path, rng, model, codes=(1,), **LORA)
+    assert "samples from its base model instead of the adapter of version 1" in output and "Traceback" not in output
+    assert [line["step"] for line in metrics] == [1] == [state_of(tmp_path / "run")["step"]]
+
+
+@pytest.mark.parametrize("limit, message", [(0, "needs wsft's plugin and --enable-lora"), (2, "--max-lora-rank 3 or more")])
+def test_a_server_that_takes_no_such_adapters_is_refused(limit, message, tmp_path, rng):
+    model = make_model(tmp_path / "model")
+    with SmallServer(model, max_lora_rank=limit) as server:
+        output, _ = fed_to([server], tmp_path, rng, model, codes=(1,), publish_lora="adapter", **LORA)
+    assert message in output and "or set publish_lora merged" in output and "Traceback" not in output
+
+
+def test_an_adapter_that_is_not_finite_is_not_published(tmp_path):
+    folder = AdapterFolder(tmp_path, "run", "start", {}, None, None)
+    with pytest.raises(UserError, match="the adapter after step 7 is not finite"):
+        folder._write(7, {"a": torch.tensor([1.0, float("nan")])})
+    assert not list(tmp_path.iterdir())
 
 
 def test_servers_that_fail_or_restart_receive_all_weights_again(tmp_path, rng):

@@ -27,7 +27,15 @@ RESUME_MAY_CHANGE = {
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
-    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
+    *(
+        "publish_folder",
+        "publish_steps",
+        "publish_keep",
+        "publish_bucket_mib",
+        "publish_to",
+        "publish_transport",
+        "publish_lora",
+    ),
     *("publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
@@ -207,6 +215,11 @@ class WeightedSFTConfig(BaseModel):
         "auto",
         description="How weights reach the servers: broadcast from rank 0 over nccl or gloo, or by a folder that they load "
         "(disk). auto: disk if publish_folder is set, else the first of nccl, gloo and disk that trainer and servers have.",
+    )
+    publish_lora: Literal["auto", "adapter", "merged"] = Field(
+        "auto",
+        description="With lora_rank: publish adapters under names of their own, or added to the weights (merged). auto: "
+        "adapters if all servers take them.",
     )
     publish_pause: Literal["keep", "abort", "wait"] = Field(
         "keep",

@@ -38,12 +38,15 @@ from wsft.model.loading import empty_model, load_model, load_model_config, load_
 from wsft.model.lora import Adapters, as_if_trained
 from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
+from wsft.publish.adapters import AdapterFolder
+from wsft.publish.folder import PublishFolder
 from wsft.publish.publisher import Publisher
 from wsft.publish.tensors import TrainedTensors
 from wsft.publish.verification import Verification
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 from wsft.rollouts.feed import Feed
 from wsft.rollouts.sources import open_source, processor_of
+from wsft.run.adapter import peft_config
 from wsft.run.base_files import base_files, read_files
 from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
 from wsft.run.export import export
@@ -223,10 +226,15 @@ class WeightedSFTTrainer:
         bucket_bytes, name = self.config.publish_bucket_mib * 2**20, self.config.model_name
         tensors = TrainedTensors(self.model.model, empty, name, self.engine.gathered, bucket_bytes)
         path = Path(self.config.publish_folder or self.folder.path / "published")
+        folder, adapters = PublishFolder(path, self.config.publish_keep, tensors, self.base_files, self.world), None
+        if self.config.lora_rank:
+            contents = peft_config(self.metadata | {"config": self.config.public()}, empty)
+            run, start = str(self.folder.path.absolute()), self.folder.token or ""
+            adapters = AdapterFolder(path, run, start, contents, tensors, self.world)
         stopping = lambda: bool(self.stop.code)  # noqa: E731
         verification = Verification(self.config, self.model, self.tokenizer, precision, self.world)
         try:
-            return Publisher(self.config, tensors, path, self.base_files, verification, stopping, self.world)
+            return Publisher(self.config, tensors, folder, adapters, verification, stopping, self.world)
         except (UserError, PeerFailed):
             self._stop_if_asked()
             raise

@@ -34,24 +34,32 @@ class Probe:
     logprobs: list[list[float]]
 
     @classmethod
-    @torch.no_grad()
     def of(cls, model: WeightedSFTModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Probe:
         """A collective under ZeRO-3: all ranks run the same sequences."""
-        sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+        sequences = cls.texts(tokenizer)
+        return cls(sequences, cls.score(model, sequences, device))
+
+    @staticmethod
+    def texts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+
+    @staticmethod
+    @torch.no_grad()
+    def score(model: WeightedSFTModel, sequences: list[list[int]], device: torch.device) -> list[list[float]]:
+        """Logprobs of each sequence from its second token. A collective under ZeRO-3."""
         logprobs = []
         for tokens in sequences:
             row = torch.tensor([tokens], device=device)
             trained = torch.arange(1, len(tokens), device=device)
             logprobs.append(model.run(row, trained, torch.zeros(len(trained), device=device)).logp_N.tolist())
-        return cls(sequences, logprobs)
+        return logprobs
 
     @classmethod
     @torch.no_grad()
     def of_folder(cls, folder: Path) -> Probe:
         """With the model of a Hugging Face folder, in float32 on the CPU."""
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = class_for(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32).eval()
-        sequences = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+        sequences = cls.texts(AutoTokenizer.from_pretrained(folder))
         logprobs = []
         for tokens in sequences:
             logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, :-1]
@@ -81,6 +89,10 @@ class Probe:
 
     def differences(self, other: Probe) -> tuple[float, float]:
         """Mean and maximum of |self - other| over the tokens, in nats."""
-        ours, theirs = (torch.tensor([logprob for row in x.logprobs for logprob in row]) for x in (self, other))
-        found = (theirs - ours).abs()
-        return float(found.mean()), float(found.max())
+        return differences(*([logprob for row in x.logprobs for logprob in row] for x in (self, other)))
+
+
+def differences(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean and maximum of the absolute difference."""
+    found = (torch.tensor(theirs) - torch.tensor(ours)).abs()
+    return float(found.mean()), float(found.max())

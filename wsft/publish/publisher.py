@@ -11,13 +11,13 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.errors import UserError
+from wsft.publish.adapters import AdapterFolder
 from wsft.publish.broadcast import Broadcast
 from wsft.publish.folder import PublishFolder
 from wsft.publish.servers import Each, Server, ServerFailed, connect
@@ -34,7 +34,8 @@ ROUNDING_SAID = 0.1  # share from which a warning is logged
 class Publisher:
     """
     Args:
-        path: of the folder of versions, if any is written.
+        folder: writes versions, if any are to be written.
+        adapters: the same for LoRA adapters, where servers take them.
         stopping: whether the run was asked to end; then nothing is tried again.
     """
 
@@ -42,25 +43,32 @@ class Publisher:
         self,
         config: WeightedSFTConfig,
         tensors: TrainedTensors,
-        path: Path,
-        base_files: dict[str, bytes] | None,
+        folder: PublishFolder,
+        adapters: AdapterFolder | None,
         verification: Verification,
         stopping: Callable[[], bool],
         world: World,
     ):
         self._config, self._verification, self._stopping, self._world = config, verification, stopping, world
-        self._last = 0  # version
+        self._last, self._names = 0, []  # version; names of adapters
         urls = [url.strip() for url in (config.publish_to or "").split(",") if url.strip()]
         self._to_servers = bool(urls)
         self._servers: list[Server] = world.on_rank_0(lambda: [self._connect(url) for url in urls]) or []
         self._tensors, self._warned_of_rounding = tensors, False
+        self._folder = self._broadcast = None
+        as_adapters = adapters and world.broadcast_text(world.on_rank_0(self._choose_adapters) or "")
+        self._adapters = adapters if as_adapters else None
+        if self._adapters:
+            verification.samples = True
+            return
         if world.broadcast_text("float32" if any(server.dtype() == "float32" for server in self._servers) else ""):
             tensors.dtype = torch.float32  # in which sums with adapters lose nothing
         manifest = tensors.manifest
         backend = world.broadcast_text(world.on_rank_0(lambda: self._choose_transport(manifest)) or "")
-        writes = config.publish_folder is not None or not backend
-        self._folder = PublishFolder(path, config.publish_keep, tensors, base_files, world) if writes else None
-        self._broadcast = Broadcast(tensors, world, backend, config.publish_timeout) if backend else None
+        if config.publish_folder is not None or not backend:
+            self._folder = folder
+        if backend:
+            self._broadcast = Broadcast(tensors, world, backend, config.publish_timeout)
 
     def _connect(self, url: str) -> Server:
         deadline, waits = time.monotonic() + self._config.publish_timeout, False
@@ -74,6 +82,20 @@ class Publisher:
                     log.info("waiting up to %g s: %s", self._config.publish_timeout, error)
                 waits = True
                 time.sleep(RETRY_S)
+
+    def _choose_adapters(self) -> str:
+        """ "adapter" if adapters are published under names of their own; else they are added to the weights, and it is empty.
+        UserError if a server cannot take them, and must."""
+        asked = self._config.publish_lora
+        refusals = [server.refuses_adapters(self._config.lora_rank) for server in self._servers] if asked != "merged" else []
+        why_not = next(filter(None, refusals), "")
+        if why_not and asked == "adapter":
+            raise UserError(f"publish_lora is adapter, and {why_not}; or set publish_lora merged")
+        if asked == "merged" or why_not:
+            log.info("adapters are added to the published weights%s", f": {why_not}" if why_not else "")
+            return ""
+        log.info("adapters are published under a name of its own for each version")
+        return "adapter"
 
     def _choose_transport(self, manifest: list[list[tuple[str, str, list[int]]]]) -> str:
         """Backend of the broadcasts; empty if the servers load a folder. UserError if a server has other tensors, or cannot
@@ -105,20 +127,38 @@ class Publisher:
         values: dict[str, float] = {"publish/version": step}
         start = time.monotonic()
         self._tensors.take_lost()
-        if self._folder:
+        if self._adapters:
+            values |= self._adapters.publish(step)
+        elif self._folder:
             values |= self._folder.publish(step)
         elif self._broadcast:
             values["publish/gib"] = self._broadcast.gib
-        if not self._to_servers:
-            return values | self._rounding(), ""
         self._last = step
+        if not self._to_servers:
+            self._world.on_rank_0(self._retire_adapters)
+            return values | self._rounding(), ""
         self._verification.begin_version(self._servers)
-        found, failures = self._send(self._servers, self._verification.verify)
+        found, failures = self._send(self._servers, verifies=True)
+        self._world.on_rank_0(self._retire_adapters)
         return values | found | self._rounding() | {"publish/seconds": time.monotonic() - start}, failures
+
+    def _retire_adapters(self) -> None:
+        """Unload and delete those that no request runs on; without servers all but the newest."""
+        if not self._adapters:
+            return
+        self._names = [*self._names, self._adapters.name(self._last)][-self._config.publish_keep :]
+        kept = {self._names[-1]} if self._to_servers else set(self._names)
+        try:
+            for server in self._servers:
+                kept |= server.unload_adapters(self._adapters.prefix, self._names[-1])
+        except ServerFailed as error:  # it is noticed at the next version, if it stays so
+            log.warning("old adapters are kept: %s", error)
+        else:
+            self._adapters.delete_all_but(kept)
 
     def _rounding(self) -> dict[str, float]:
         """The share of the adapters' changes that is lost where they are added to weights. A collective with LoRA."""
-        if not self._tensors.adapted:
+        if not self._tensors.adapted or self._adapters:
             return {}
         sums = self._world.reduce_sum(dict(zip(("lost", "wanted"), map(torch.tensor, self._tensors.take_lost()), strict=True)))
         share = (sums["lost"] / sums["wanted"]) ** 0.5 if sums["wanted"] else 0.0
@@ -139,7 +179,7 @@ class Publisher:
         restarted = self._world.on_rank_0(self._restarted) or []
         if not self._world.broadcast_text("; ".join(map(str, restarted))):
             return {}, ""
-        return self.publish(step) if self._broadcast else self._send(restarted, lambda server, version: {})
+        return self.publish(step) if self._broadcast else self._send(restarted, verifies=False)
 
     def _restarted(self) -> list[Server]:
         restarted = [server for server in self._servers if not self._serves_last(server)]
@@ -153,15 +193,19 @@ class Publisher:
         except ServerFailed:
             return False
 
-    def _send(self, servers: list[Server], verify: Callable[[Server, str], dict[str, float]]) -> tuple[dict[str, float], str]:
-        """Have the servers load the last version, all at the same time, and those that fail again until the timeout. Returns
-        metrics, and why the run must end. A collective."""
+    def _send(self, servers: list[Server], verifies: bool) -> tuple[dict[str, float], str]:
+        """Have the servers load the last version, all at the same time, and those that fail again until the timeout. Verifies
+        them if the model still has those weights. Returns metrics, and why the run must end. A collective."""
+        verify = self._verification.verify if verifies else lambda server, version: {}
         attempts, version = _Attempts(servers, self._config.publish_timeout), str(self._last)
         while True:
             if self._broadcast:
                 results = self._broadcast.send(attempts.left, version)
             else:
                 results = self._world.on_rank_0(lambda: self._have_loaded(attempts.left)) or []
+            if verifies:
+                pairs = zip(attempts.left, results, strict=True)
+                self._verification.collect([server for server, result in pairs if not isinstance(result, ServerFailed)])
             again = self._world.on_rank_0(lambda results=results: attempts.judge(results, version, verify))
             if not self._world.broadcast_text("again" if again and not self._stopping() else ""):
                 break
@@ -169,10 +213,15 @@ class Publisher:
         return attempts.values, self._world.broadcast_text(self._world.on_rank_0(lambda: self._failure(attempts)) or "")
 
     def _have_loaded(self, servers: list[Server]) -> list[float | ServerFailed]:
-        folder, version = self._folder.path.absolute() / f"step_{self._last}", str(self._last)
+        version = str(self._last)
         with ThreadPoolExecutor(max_workers=len(servers) or 1) as pool:
             each = Each(servers, pool)
-            each.run(lambda server: server.load(folder, version))
+            if self._adapters:
+                folder = self._adapters.path.absolute() / self._adapters.name(self._last)
+                each.run(lambda server: server.load_adapter(folder, version))
+            else:
+                folder = self._folder.path.absolute() / f"step_{self._last}"
+                each.run(lambda server: server.load(folder, version))
         return each.results(servers)
 
     def _failure(self, attempts: _Attempts) -> str:

@@ -22,6 +22,7 @@ from wsft.errors import UserError
 log = logging.getLogger(__name__)
 
 CONNECT_S = 10.0
+LEAST_ADAPTERS = 2  # that a server must run at a time
 
 
 class ServerFailed(UserError):
@@ -119,14 +120,30 @@ class Server:
         these. Returns once all are loaded."""
         raise NotImplementedError
 
+    # to load adapters: see adapters.py
+
+    def refuses_adapters(self, rank: int) -> str:
+        """Why adapters of this rank cannot be published to it; empty if they can."""
+        return f"{self} cannot be given adapters by wsft"
+
+    def load_adapter(self, folder: Path, version: str) -> None:
+        """Load the adapter in the folder under the folder's name, and run requests on it from now on; those in flight continue
+        with theirs. ServerFailed: it runs on as before."""
+        raise NotImplementedError
+
+    def unload_adapters(self, prefix: str, keep: str) -> set[str]:
+        """Unload adapters whose names begin with the prefix, except the one to keep and those that requests run on. Returns the
+        names of those that it still has."""
+        raise NotImplementedError
+
     def _pause(self, mode: str) -> None:
         raise NotImplementedError
 
     def _finish(self, version: str) -> None:
         raise NotImplementedError
 
-    def request(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON of an answer of 200; ServerFailed for anything else."""
+    def request(self, method: str, path: str, body: Any = None, parses: bool = True) -> Any:
+        """The JSON of an answer of 200 (None if it is not to be parsed); ServerFailed for anything else."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         try:
             answer = requests.request(
@@ -138,7 +155,7 @@ class Server:
         if answer.status_code != 200:
             raise ServerFailed(f"{self} answers {method} {path} with {answer.status_code}: {answer.text[:300]}")
         try:
-            return answer.json() if answer.content else None
+            return answer.json() if answer.content and parses else None
         except ValueError as error:
             raise ServerFailed(f"{self} answers {method} {path} with no JSON: {answer.text[:300]}") from error
 
@@ -161,7 +178,7 @@ class VLLM(Server):
         return [found[i][str(token)]["logprob"] for i, token in enumerate(tokens) if i]
 
     def sample(self, tokens: list[int], n: int) -> tuple[list[int], list[float]]:
-        body = {"prompt": tokens, "max_tokens": n, "min_tokens": n, "temperature": 1, "logprobs": 0, "model": self._model()}
+        body = {"prompt": tokens, "max_tokens": n, "ignore_eos": True, "temperature": 1, "logprobs": 0, "model": self._model()}
         choice = self.request("POST", "/v1/completions", body | {"return_token_ids": True})["choices"][0]
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
@@ -196,6 +213,38 @@ class VLLM(Server):
 
     def receive(self, buckets: list[list[tuple[str, str, list[int]]]]) -> None:
         self._on_workers("wsft_receive", buckets=buckets)
+
+    def refuses_adapters(self, rank: int) -> str:
+        limits = self._on_workers("wsft_info").get("lora") if self._has_plugin() else None
+        if not limits:
+            return f"{self} needs wsft's plugin and --enable-lora to be given adapters"
+        if limits["max_lora_rank"] < rank:
+            return f"{self} takes adapters up to rank {limits['max_lora_rank']}: start it with --max-lora-rank {rank} or more"
+        if limits["max_loras"] < LEAST_ADAPTERS:
+            return (
+                f"{self} runs {limits['max_loras']} adapter at a time, and a new one is loaded before requests on the old one "
+                f"end: start it with --max-loras {LEAST_ADAPTERS}, or more for longer requests"
+            )
+        routes = self.request("GET", "/openapi.json")["paths"]
+        if "/v1/load_lora_adapter" not in routes:
+            return f"{self} loads no adapters while it runs: start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+        return ""
+
+    def load_adapter(self, folder: Path, version: str) -> None:
+        models = self.request("GET", "/v1/models")["data"]
+        if folder.name not in {model["id"] for model in models}:  # else loaded by an attempt whose answer did not arrive
+            body = {"lora_name": folder.name, "lora_path": str(folder)}
+            self.request("POST", "/v1/load_lora_adapter", body, parses=False)
+        base = [model["id"] for model in models if not model.get("parent")]
+        self.request("POST", "/wsft/adapter", {"name": folder.name, "version": version, "base": base})
+        self.paused_s = 0.0
+
+    def unload_adapters(self, prefix: str, keep: str) -> set[str]:
+        names = {model["id"] for model in self.request("GET", "/v1/models")["data"] if model["id"].startswith(prefix)}
+        unused = names - {keep} - self.request("GET", "/wsft")["running"].keys()
+        for name in unused:
+            self.request("POST", "/v1/unload_lora_adapter", {"lora_name": name}, parses=False)
+        return names - unused
 
     def _has_plugin(self) -> bool:
         try:
@@ -236,7 +285,7 @@ class SGLang(Server):
         return [logprob for logprob, *_ in found[1:]]
 
     def sample(self, tokens: list[int], n: int) -> tuple[list[int], list[float]]:
-        sampling = {"max_new_tokens": n, "min_new_tokens": n, "temperature": 1}
+        sampling = {"max_new_tokens": n, "ignore_eos": True, "temperature": 1}  # min_new_tokens would change the logprobs
         body = {"input_ids": tokens, "return_logprob": True, "sampling_params": sampling}
         found = self.request("POST", "/generate", body)["meta_info"]["output_token_logprobs"]
         return [token for _, token, *_ in found], [logprob for logprob, *_ in found]

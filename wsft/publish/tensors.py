@@ -85,6 +85,16 @@ class TrainedTensors:
             whole = {name: self._whole(name).to(device, copy=True) for name in names}
         return self._as_saved(names, whole | {name: buffer.to(device, copy=True) for name, buffer in self._first(names)})
 
+    def adapters(self, wanted: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names of the adapters' matrices, such as "model.layers.0.self_attn.q_proj.lora_A", and copies on the CPU; nothing
+        unless `wanted` on this rank. Those of the weights of a bucket are gathered together. A collective under ZeRO-3."""
+        for names in self.buckets:
+            found = {name.removesuffix(".weight"): self._adapted[name] for name in names if name in self._adapted}
+            matrices = {f"{name}.{end}": getattr(module, end) for name, module in found.items() for end in ("lora_A", "lora_B")}
+            with self._gathered([*matrices.values()]):
+                copies = {name: matrix.detach().to("cpu", copy=True) for name, matrix in matrices.items() if wanted}
+            yield from copies.items()
+
     def take_lost(self) -> tuple[float, float]:
         """`lost` and `wanted` since the last call."""
         found = self.lost, self.wanted

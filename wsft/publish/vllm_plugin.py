@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from math import prod
@@ -27,10 +28,16 @@ class WorkerExtension:
     _wsft_group: Any = None
 
     def wsft_info(self) -> dict[str, Any]:
-        """Backends over which it receives, the type of its weights, and shapes of the tensors in the files of the model that
-        it serves."""
+        """Backends over which it receives, the type of its weights, shapes of the tensors in the files of the model that it
+        serves, and its limits for adapters (None: it was started without --enable-lora)."""
         backends = ["gloo", "nccl"] if self.device.type == "cuda" else ["gloo"]
-        found = {"backends": backends, "dtype": str(self.model_config.dtype).removeprefix("torch."), "shapes": {}}
+        lora = self.vllm_config.lora_config
+        found = {
+            "backends": backends,
+            "dtype": str(self.model_config.dtype).removeprefix("torch."),
+            "shapes": {},
+            "lora": {"max_lora_rank": lora.max_lora_rank, "max_loras": lora.max_loras} if lora else None,
+        }
         try:
             found["shapes"] = _shapes(self.model_config.model, self.model_config.revision)
         except Exception as error:  # of a model in another format, or whose files are gone
@@ -142,41 +149,77 @@ def _error(error: Exception) -> dict[str, str]:
     return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
+_GENERATE = "/inference/v1/generate"
+_OF_A_MODEL = {("POST", path) for path in ("/v1/completions", "/v1/chat/completions", _GENERATE)}
+
+
 class Middleware:
-    """ASGI middleware: `GET /wsft` tells the trainer that the extension is there, `POST /generate` is Atropos's route."""
+    """ASGI middleware. `GET /wsft` tells the trainer that the extension is there, `POST /generate` is Atropos's route.
+
+    After `POST /wsft/adapter {"name", "version", "base"}` requests for the models in `base`, or for none, run on that adapter,
+    and their version is the adapter's. `GET /wsft` counts the running requests of each adapter, which must not be unloaded.
+    """
 
     def __init__(self, app: Any):
         self._app = app
+        self._adapter: dict[str, Any] | None = None
+        self._running: Counter[str] = Counter()
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
         route = (scope.get("method"), scope.get("path")) if scope["type"] == "http" else None
         if route == ("GET", "/wsft"):
-            await _answer(send, 200, {"worker_extension": True})
+            await _answer(send, 200, {"worker_extension": True, "adapter": self._adapter, "running": dict(+self._running)})
+        elif route == ("POST", "/wsft/adapter"):
+            self._adapter = json.loads(await _read(receive))
+            await _answer(send, 200, {})
+        elif route == ("GET", "/weight_info") and self._adapter:
+            await _answer(send, 200, {"weight_version": self._adapter["version"]})
         elif route == ("POST", "/generate"):
             await self._generate(scope, receive, send)
+        elif route in _OF_A_MODEL and self._adapter:
+            await self._run(scope, json.loads(await _read(receive)), receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _generate(self, scope: dict, receive: Any, send: Any) -> None:
-        asked = json.loads(await _read(receive))
-        body = json.dumps(_to_vllm(asked)).encode()
+    async def _run(self, scope: dict, body: dict, receive: Any, send: Any) -> str | None:
+        """Run a request. Returns the version of the adapter that it ran on, if any."""
+        adapter = self._adapter
+        if adapter and body.get("model") in (None, *adapter["base"]):
+            body = body | {"model": adapter["name"]}
+        else:
+            adapter = None
+        content = json.dumps(body).encode()
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        path = "/inference/v1/generate"
-        inner = scope | {"path": path, "raw_path": path.encode(), "headers": headers}
-        messages = [{"type": "http.request", "body": body, "more_body": False}]
-        status, answer = 500, b""
+        headers.append((b"content-length", str(len(content)).encode()))
+        messages = [{"type": "http.request", "body": content, "more_body": False}]
 
         async def give() -> dict:
             return messages.pop() if messages else await receive()
+
+        if not adapter:
+            await self._app(scope | {"headers": headers}, give, send)
+            return None
+        self._running[adapter["name"]] += 1
+        try:
+            await self._app(scope | {"headers": headers}, give, send)
+        finally:
+            self._running[adapter["name"]] -= 1
+        return adapter["version"]
+
+    async def _generate(self, scope: dict, receive: Any, send: Any) -> None:
+        asked = json.loads(await _read(receive))
+        status, answer = 500, b""
 
         async def take(message: dict) -> None:
             nonlocal status, answer
             status = message.get("status", status)
             answer += message.get("body", b"")
 
-        await self._app(inner, give, take)
-        await _answer(send, status, _from_vllm(json.loads(answer), asked.get("weight_versions")) if status == 200 else answer)
+        inner = scope | {"path": _GENERATE, "raw_path": _GENERATE.encode()}
+        version = await self._run(inner, _to_vllm(asked), receive, take)
+        if status == 200:
+            answer = _from_vllm(json.loads(answer), asked.get("weight_versions"), version)
+        await _answer(send, status, answer)
 
 
 def _to_vllm(asked: dict) -> dict:
@@ -190,13 +233,18 @@ def _to_vllm(asked: dict) -> dict:
     return {"token_ids": asked["prompt"]["prompt_token_ids"], "sampling_params": sampling}
 
 
-def _from_vllm(found: dict, with_versions: bool | None) -> dict:
+def _from_vllm(found: dict, with_versions: bool | None, version: str | None = None) -> dict:
     """Its answer in the form that Atropos reads. `with_versions`: each finish reason is a dict, as of SGLang, that also has the
-    versions of the weights that sampled the tokens: atroposlib passes nothing else on to environments."""
+    versions of the weights that sampled the tokens: atroposlib passes nothing else on to environments. `version`: that of the
+    adapter."""
     choices = sorted(found["choices"], key=lambda choice: choice["index"])
     reasons = [choice["finish_reason"] for choice in choices]
     if with_versions:
-        reasons = [{"type": why, "weight_versions": c["weight_versions"]} for why, c in zip(reasons, choices, strict=True)]
+        spans = [
+            [{"version": version, "start": 0, "end": len(choice["token_ids"])}] if version else choice["weight_versions"]
+            for choice in choices
+        ]
+        reasons = [{"type": why, "weight_versions": each} for why, each in zip(reasons, spans, strict=True)]
     return {
         "text": [""] * len(choices),
         "token_ids": [choice["token_ids"] for choice in choices],

@@ -29,7 +29,7 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     """In peft's format, in float32, with the tokenizer."""
     saved = saved_parameters(checkpoint.folder / DEEPSPEED)
     tensors = {
-        f"base_model.model.{module}.{matrix}.weight": saved[f"{module}.{matrix}"].contiguous().float()
+        name_in_file(f"{module}.{matrix}"): saved[f"{module}.{matrix}"].contiguous().float()
         for module in checkpoint.metadata["adapters"]["modules"]
         for matrix in ("lora_A", "lora_B")
     }
@@ -37,6 +37,11 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     config = peft_config(checkpoint.metadata, empty_model_of(checkpoint))
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     write_files(folder, of_tokenizer(read_files(checkpoint.folder / HUGGING_FACE)))
+
+
+def name_in_file(name: str) -> str:
+    """Of a parameter "model.layers.0.self_attn.q_proj.lora_A"."""
+    return f"base_model.model.{name}.weight"
 
 
 def peft_config(metadata: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

@@ -58,6 +58,7 @@ METRICS = {
     "publish/pause_seconds": "time for which a server was paused, the longest",
     "publish/difference_mean publish/difference_max": "|server - trainer| of logprobs of fixed texts, in nats",
     "publish/rounding_lost": "with LoRA: share of what adapters add to the published weights that rounding takes away",
+    "publish/difference_base": "with adapters: mean |server - trainer without its adapter|, of sampled tokens",
     "publish/cache_difference": "mean |sampled - in a prompt| of a server's logprobs behind a repeated prompt, in nats",
 }
 
