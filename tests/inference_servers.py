@@ -59,7 +59,8 @@ def serving(python, model, folder, plugin=True, port=None, lora=False):
         command += ["--worker-extension-cls", "vllm_plugin.WorkerExtension", "--middleware", "vllm_plugin.Middleware"]
     command += ["--enable-lora", "--max-lora-rank", 16, "--max-loras", 3] if lora else []
     variables = dict(
-        VLLM_ALLOW_RUNTIME_LORA_UPDATING="True", VLLM_CPU_KVCACHE_SPACE="1", VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
+        VLLM_ALLOW_RUNTIME_LORA_UPDATING="True",
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_SERVER_DEV_MODE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
         PYTHONPATH=str(ROOT / "wsft" / "publish"),
     )  # fmt: skip
     with running(command, port, folder, variables) as server:
