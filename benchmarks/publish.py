@@ -1,6 +1,7 @@
 """Publishing a model into a running vLLM server, by each transport, beside a plain copy of the same bytes; growth of memory.
 
     python -m benchmarks.publish runs/models/SmolLM2-135M-Instruct http://127.0.0.1:8001 [--times 10] [--transports gloo disk]
+    ... --transports gloo adapter --lora_rank 16      # the whole model, and adapters alone
 
 One rank, without training. "all" is from the start until the server continues, "pause" the part in which it is paused; with
 `disk` "all" includes writing the folder, which comes before the pause. Memory is that of this process and of vLLM's processes.
@@ -12,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -19,13 +21,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+from wsft import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.model.loading import class_for, empty_model
+from wsft.model.lora import Adapters
+from wsft.publish.adapters import AdapterFolder
 from wsft.publish.broadcast import Broadcast
 from wsft.publish.folder import PublishFolder
 from wsft.publish.probe import Probe
 from wsft.publish.servers import connect
 from wsft.publish.tensors import TrainedTensors
+from wsft.run.adapter import peft_config
 
 
 def memory_gib() -> float:
@@ -42,7 +48,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("url")
     parser.add_argument("--times", type=int, default=10)
-    parser.add_argument("--transports", nargs="+", default=["gloo", "disk"], choices=["nccl", "gloo", "disk"])
+    parser.add_argument("--transports", nargs="+", default=["gloo", "disk"], choices=["nccl", "gloo", "disk", "adapter"])
+    parser.add_argument("--lora_rank", type=int, default=16)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--bucket_mib", type=int, default=256)
     parser.add_argument("--discarded", action="store_true", help="the server is benchmarks.receiver, which loads nothing")
@@ -60,10 +67,19 @@ def main() -> None:
     bucket_bytes = args.bucket_mib * 2**20
     tensors = TrainedTensors(model, empty_model(config, False), args.model, lambda _: contextlib.nullcontext(), bucket_bytes)
     server = connect(args.url, 600.0)
+    if "adapter" in args.transports:
+        empty, lora = empty_model(config, False), WeightedSFTConfig(model_name=args.model, lora_rank=args.lora_rank)
+        adapters = Adapters.for_model(empty, (), lora)
+        for each in (empty, model):
+            adapters.put_into(each, lora.seed)
+        metadata = {"adapters": asdict(adapters), "config": lora.public()}
+        of_adapters = TrainedTensors(model, empty, args.model, lambda _: contextlib.nullcontext(), bucket_bytes)
     with tempfile.TemporaryDirectory() as temporary:
         path = args.folder or Path(temporary) / "published"
         folder = PublishFolder(path, 1, tensors, {}, world)
-        ways = {name: Broadcast(tensors, world, name, 600.0) for name in args.transports if name != "disk"}
+        ways = {name: Broadcast(tensors, world, name, 600.0) for name in args.transports if name in ("nccl", "gloo")}
+        if "adapter" in args.transports:
+            named = AdapterFolder(path.absolute(), args.model, "benchmark", peft_config(metadata, empty), of_adapters, world)
         spent, memory, version = {name: [] for name in args.transports}, [], 0
         for _ in range(args.times):
             for name in args.transports:
@@ -72,6 +88,11 @@ def main() -> None:
                 if name == "disk":
                     folder.publish(version)
                     pause = server.load((path / f"step_{version}").absolute(), str(version))
+                elif name == "adapter":
+                    named.publish(version)
+                    server.load_adapter(named.path / named.name(version), str(version))
+                    named.delete_all_but(server.unload_adapters(named.prefix, named.name(version)))
+                    pause = server.paused_s
                 else:
                     (pause,) = ways[name].send([server], str(version))
                     if not isinstance(pause, float):
@@ -87,12 +108,12 @@ def main() -> None:
     gib = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**30
     print(f"{gib:.2f} GiB, {args.times} times each; median (minimum to maximum)")
     for name, found in {name: list(zip(*values, strict=True)) for name, values in spent.items()}.items():
-        print(f"{name:<5} all {shown(found[0])}  pause {shown(found[1])}  {gib / statistics.median(found[0]):.2f} GiB/s")
+        print(f"{name:<7} all {shown(found[0])}  pause {shown(found[1])}  {gib / statistics.median(found[0]):.2f} GiB/s")
     if copy:
         print(f"plain copy of the folder's files {shown(copy)}")
     tenth = memory[max(len(memory) // 10 - 1, 0)]
     print(f"memory after {max(len(memory) // 10, 1)} versions {tenth:.2f} GiB, after {len(memory)}: {memory[-1]:.2f} GiB")
-    if args.discarded:
+    if args.discarded or "adapter" in args.transports:
         return
     check = Probe.of_folder(Path(args.model))
     print(
