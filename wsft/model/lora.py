@@ -46,8 +46,9 @@ class Adapters:
         """Choose projections of a model on the meta device, as the settings say. `unreached`: names of parameters that are not
         reached from text. UserError if there are none to adapt, or lora_target names what cannot be adapted."""
         rank, target = config.lora_rank, config.lora_target
+        choice = _Choice(empty, unreached, rank)
         candidates = {
-            name: _why_not(name, module, empty, unreached, rank)
+            name: choice.why_not(name, module)
             for name, module in empty.named_modules()
             if isinstance(module, torch.nn.Linear | Conv1D)
         }
@@ -57,8 +58,7 @@ class Adapters:
             for name, why_not in candidates.items():
                 if why_not and why_not not in (_NO_LAYER, _NO_TEXT):
                     sizes[why_not] += empty.get_submodule(name).weight.numel()
-            numbers = numbers_of_experts(empty.config)
-            sizes[_EXPERT] += sum(p.numel() for p in empty.parameters() if p.ndim == 3 and len(p) in numbers)
+            sizes[_EXPERT] += sum(p.numel() for p in empty.parameters() if p.ndim == 3 and len(p) in choice.experts)
         else:
             chosen, sizes = _named(candidates, target), Counter()
         if not chosen:
@@ -121,32 +121,38 @@ def _adapt(module: torch.nn.Module, name: str, rank: int, scaling: float, seed: 
 _NO_TEXT, _NO_LAYER, _EXPERT = "what no text reaches", "outside of the decoder layers", "experts"
 
 
-def _why_not(name: str, module: torch.nn.Module, model: PreTrainedModel, unreached: Collection[str], rank: int) -> str:
-    """Why a module is not one of the attention and MLP projections; empty if it is."""
-    parts = name.split(".")
-    places = [i for i, part in enumerate(parts) if part.isdigit()]
-    if f"{name}.weight" in unreached:
-        return _NO_TEXT
-    if not places or module not in set(body_of(model).modules()):
-        return _NO_LAYER
-    inner = parts[places[0] + 1 :]
-    if len(places) > 1 or any("expert" in part and "shared" not in part for part in inner):
-        return _EXPERT
-    gates = any("router" in part or part.endswith("gate") for part in inner)
-    if gates and len(module.weight) in {1, *numbers_of_experts(model.config)}:
-        return "routers"
-    for i in range(places[0] + 2, len(parts)):  # modules within the layer
-        within = model.get_submodule(".".join(parts[:i]))
-        if "att" not in parts[i - 1] and any(isinstance(each, torch.nn.Conv1d) for each in within.children()):
-            return "state-space and convolution blocks"
-    if any(part.startswith("per_layer") for part in inner):
-        return "per-layer inputs"
-    inputs, outputs = sizes_of(module)
-    if min(inputs, outputs) <= rank:
-        return f"matrices of at most {rank} rows or columns"
-    if type(module) not in (torch.nn.Linear, Conv1D) and not _is_linear(module):
-        return "modules that are no plain projections"
-    return ""
+class _Choice:
+    """Tells attention and MLP projections from other linear modules, by structure where possible."""
+
+    def __init__(self, model: PreTrainedModel, unreached: Collection[str], rank: int):
+        self._model, self._unreached, self._rank = model, unreached, rank
+        self._decoder, self.experts = set(body_of(model).modules()), set(numbers_of_experts(model.config))
+
+    def why_not(self, name: str, module: torch.nn.Module) -> str:
+        """Why a module is no attention or MLP projection to adapt; empty if it is."""
+        parts = name.split(".")
+        places = [i for i, part in enumerate(parts) if part.isdigit()]
+        if f"{name}.weight" in self._unreached:
+            return _NO_TEXT
+        if not places or module not in self._decoder:
+            return _NO_LAYER
+        inner = parts[places[0] + 1 :]
+        if len(places) > 1 or any("expert" in part and "shared" not in part for part in inner):
+            return _EXPERT
+        gates = any("router" in part or part.endswith("gate") for part in inner)
+        if gates and len(module.weight) in {1, *self.experts}:
+            return "routers"
+        for i in range(places[0] + 2, len(parts)):  # modules within the layer
+            within = self._model.get_submodule(".".join(parts[:i]))
+            if "att" not in parts[i - 1] and any(isinstance(each, torch.nn.Conv1d) for each in within.children()):
+                return "state-space and convolution blocks"
+        if any(part.startswith("per_layer") for part in inner):
+            return "per-layer inputs"
+        if min(sizes_of(module)) <= self._rank:
+            return f"matrices of at most {self._rank} rows or columns"
+        if type(module) not in (torch.nn.Linear, Conv1D) and not _is_linear(module):
+            return "modules that are no plain projections"
+        return ""
 
 
 def sizes_of(module: torch.nn.Module) -> tuple[int, int]:
