@@ -105,6 +105,17 @@ def test_with_lora_servers_receive_the_adapted_weights(tmp_path, rng):
         _, metrics = fed_to([server], tmp_path, rng, model, **changes)
         assert any((held.bfloat16() != held).any() for held in server.worker.model.parameters())
     assert metrics[-1]["publish/rounding_lost"] < 1e-3
+
+
+def test_what_rounding_takes_from_adapters_is_said(tmp_path, rng):
+    model = make_model(tmp_path / "model")
+    bf16 = {
+        "optimizer": {"type": "SGD", "params": {"lr": "auto"}},
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3},
+    }
+    (tmp_path / "bf16.json").write_text(json.dumps(bf16))
+    changes = dict(lora_rank=3, lora_alpha=6, deepspeed=tmp_path / "bf16.json")
     changes |= dict(publish_to=None, publish_folder=tmp_path / "published", publish_lora="merged", learning_rate=1e-3)
     output, metrics = fed_to([], tmp_path, rng, model, **changes)
     assert 0.1 < metrics[0]["publish/rounding_lost"] < 1.1 and "of what the adapters add to the published weights" in output
