@@ -99,11 +99,14 @@ class _Adapted(torch.nn.Module):
         out = super().forward(x)
         if not self.on:
             return out
-        low = torch.nn.functional.linear(x, self.lora_A)
-        change = torch.nn.functional.linear(low, self.lora_B)
-        if self.as_if_trained:
-            change = change + low.mean(-1, keepdim=True)
-        return out + change * self.scaling
+        up = self._some_B() if self.as_if_trained else self.lora_B
+        return out + torch.nn.functional.linear(torch.nn.functional.linear(x, self.lora_A), up) * self.scaling
+
+    def _some_B(self) -> torch.Tensor:
+        """The same at each call; adapters change outputs by some percent then."""
+        outputs, rank = self.lora_B.shape
+        waves = torch.arange(outputs * rank, device=self.lora_B.device, dtype=torch.float32).sin().view(outputs, rank)
+        return (waves * (0.1 / self.scaling / math.sqrt(rank))).to(self.lora_B.dtype)
 
 
 def _adapt(module: torch.nn.Module, name: str, rank: int, scaling: float, seed: int) -> None:
