@@ -64,7 +64,7 @@ class SmallServer:
         self._lora = types.SimpleNamespace(max_lora_rank=max_lora_rank, max_loras=2) if max_lora_rank else None
         self.worker, self.version, self.calls, self.answers = Worker(folder, self._lora), "default", [], {}
         self.cached, self.keeps_cache = None, False  # weights of the prefix cache
-        self.adapters, self.current, self.running = {}, None, {}  # name -> model; what the middleware was told; in flight
+        self.adapters, self.current, self.running = {}, None, {}  # name -> model; what the middleware got; in flight
         self.ignores_adapters = False  # as vLLM does with names of no module
         handler = type("Handler", (_Handler,), {"server_of_test": self})
         self._http = ThreadingHTTPServer((host, port), handler)

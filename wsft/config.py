@@ -27,16 +27,8 @@ RESUME_MAY_CHANGE = {
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
     *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
-    *(
-        "publish_folder",
-        "publish_steps",
-        "publish_keep",
-        "publish_bucket_mib",
-        "publish_to",
-        "publish_transport",
-        "publish_lora",
-    ),
-    *("publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
+    *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
+    *("publish_lora", "publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
 }
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 from pathlib import Path
@@ -26,8 +25,6 @@ from wsft.distributed.world import World
 from wsft.errors import UserError
 from wsft.publish.tensors import TrainedTensors
 from wsft.run.adapter import CONFIG, WEIGHTS, name_in_file
-
-log = logging.getLogger(__name__)
 
 
 class AdapterFolder:

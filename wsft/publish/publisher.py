@@ -61,8 +61,8 @@ class Publisher:
         if self._adapters:
             verification.samples = True
             return
-        if world.broadcast_text("float32" if any(server.dtype() == "float32" for server in self._servers) else ""):
-            tensors.dtype = torch.float32  # in which sums with adapters lose nothing
+        if tensors.adapted and world.broadcast_text(world.on_rank_0(self._dtype_of_sums) or ""):
+            tensors.dtype = torch.float32
         manifest = tensors.manifest
         backend = world.broadcast_text(world.on_rank_0(lambda: self._choose_transport(manifest)) or "")
         if config.publish_folder is not None or not backend:
@@ -83,8 +83,12 @@ class Publisher:
                 waits = True
                 time.sleep(RETRY_S)
 
+    def _dtype_of_sums(self) -> str:
+        """Returns "float32" if a server has it, in which sums of weights and adapters lose nothing; else empty."""
+        return "float32" if any(server.dtype() == "float32" for server in self._servers) else ""
+
     def _choose_adapters(self) -> str:
-        """ "adapter" if adapters are published under names of their own; else they are added to the weights, and it is empty.
+        """Returns "adapter" if adapters are published under names of their own; empty if they are added to the weights.
         UserError if a server cannot take them, and must."""
         asked = self._config.publish_lora
         refusals = [server.refuses_adapters(self._config.lora_rank) for server in self._servers] if asked != "merged" else []
