@@ -42,7 +42,9 @@ class Watchdog:
         """Start the thread. When the run hangs, the stacks are logged and `end` is called. Ranks of this host (`peers`, their
         pids) that are stopped and so cannot check the time are continued, to log their own stacks and end.
         """
-        faulthandler.register(signal.SIGUSR2, all_threads=True)  # in C, before the continued process does anything else
+        # in C, before the continued process does anything else; of the main thread alone, since reading the frames of threads
+        # that run may crash
+        faulthandler.register(signal.SIGUSR2, all_threads=False)
 
         def look() -> None:
             while not self._off.wait(min(1.0, self._timeout / 4)):
