@@ -18,6 +18,7 @@ from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.model.loading import empty_model, load_model_config, passes_of, require_trainable
 from wsft.model.row_layouts import RowLayouts, find_row_layouts
+from wsft.model.small import small_copies
 
 pytestmark = pytest.mark.usefixtures("alone")
 CPU = torch.device("cpu")
@@ -115,6 +116,34 @@ def test_what_restricts_attention_holds_in_every_layout(kind, tmp_path, rng):
         found = find_row_layouts(model, CPU, 64, packing)
         assert (found.packs, found.pads) == (packs and packing, pads)
         assert (model.model.config._attn_implementation == PACKED) == found.packs
+
+
+@pytest.mark.parametrize("kind, config, packs, pads", [
+    ("lfm2", SHAPE | {"num_hidden_layers": 6, "full_attn_idxs": [0, 1, 2, 3, 5]}, False, True),
+    ("phi3", MASKED["phi3"][0], False, False),
+    ("llama", SHAPE, True, True),
+])  # fmt: skip
+def test_rounding_in_bf16_hides_nothing_of_a_layout(kind, config, packs, pads, tmp_path):
+    """A convolution over the end of the sequence before, or factors of the longest, move logprobs by less than bf16 rounds."""
+    register()
+    folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **config))
+    model = WeightedSFTModel(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+    found = find_row_layouts(model, CPU, 64)
+    assert (found.packs, found.shares, found.pads) == (packs, packs, pads)
+    assert (model.model.config._attn_implementation == PACKED) == packs
+
+
+def test_a_small_copy_has_each_kind_of_layer():
+    settings = {"hidden_size": 512, "intermediate_size": 14336, "vocab_size": 128_000, "num_hidden_layers": 12}
+    settings |= {"num_attention_heads": 4, "pad_token_id": 127_999}
+    layer_types = ["full_attention"] * 4 + ["sliding_attention"] * 2 + ["full_attention"] * 6
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("olmo3", **settings, layer_types=layer_types))
+    copy = next(small_copies(model, CPU, "sdpa"))
+    assert copy.config.layer_types == layer_types[:5] and len(copy.model.layers) == 5
+    assert sum(param.numel() for param in copy.parameters()) < 2**23 and model.config.num_hidden_layers == 12
+    with torch.no_grad():
+        assert copy(torch.arange(8).unsqueeze(0)).logits.std() > 0.1
 
 
 def test_a_window_that_no_sequence_reaches_restricts_nothing(tmp_path):

@@ -191,9 +191,7 @@ class WeightedSFTTrainer:
             packing=self.config.packing,
             all_true=self.world.all_true,
         )
-        # in bf16 what rounding moves is near the tolerance already, and a further product may bring it above
-        exact = self.metadata["precision"] == "fp32"
-        with as_if_trained(self.model) if exact else contextlib.nullcontext():
+        with as_if_trained(self.model):
             layouts = [look(model) for model in models]
         packs, pads = all(layout.packs for layout in layouts), all(layout.pads for layout in layouts)
         self.shortest = max(model.shortest for model in models)

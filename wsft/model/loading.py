@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import itertools
 import logging
 import re
@@ -30,12 +30,11 @@ from wsft.model.causal_lm import WeightedSFTModel, noise_in
 from wsft.model.meta_passes import FEW, STOPS, Passes
 from wsft.model.packing import Layout
 from wsft.model.row_layouts import not_causal, position_reaches
+from wsft.model.small import small_copies
 from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
 
 # tables of learned position embeddings
 _POSITION_TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)(\.|$)")
-
-SMALL, SMALL_VOCAB = 2**28, 64  # parameters (at most) and tokens of a model that is created to test its attention
 
 log = logging.getLogger(__name__)
 # its table of missing, mismatched or unexpected parameters: `require_complete` reports them
@@ -181,7 +180,7 @@ def _passes_in(
         return passes
 
     # on the meta device only attention that goes through transformers' interface is seen
-    if not type(empty)._can_set_attn_implementation() and not _is_causal_in_small(config, trust_remote_code):
+    if not type(empty)._can_set_attn_implementation() and not _is_causal_in_small(empty):
         raise not_causal(empty)
     for attention in (PACKED, given, "eager"):
         if model.attend_by(attention) and (passes := look(attention == PACKED)).whole:
@@ -190,23 +189,15 @@ def _passes_in(
     return look(packed=False)
 
 
-def _is_causal_in_small(config: PretrainedConfig, trust_remote_code: bool) -> bool:
-    """Whether a model of two layers with random weights gives the same logits whatever the later tokens are. True if no such
-    model can be created."""
-    small = copy.deepcopy(config)
+def _is_causal_in_small(empty: PreTrainedModel) -> bool:
+    """Whether a small copy of the model gives the same logits whatever the later tokens are. True if none runs."""
     tokens = torch.arange(FEW, 2 * FEW).unsqueeze(0)
     other = torch.cat([tokens[:, :-1], tokens[:, -1:] + 1], dim=1)
-    try:
-        small.num_hidden_layers, small.vocab_size = 2, SMALL_VOCAB
-        if sum(param.numel() for param in empty_model(small, trust_remote_code).parameters()) > SMALL:
-            return True
-        with torch.random.fork_rng(devices=[]):
-            model = class_for(small).from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
-        with torch.no_grad():
-            found, wanted = (model(input_ids=row, use_cache=False).logits[:, :-1] for row in (other, tokens))
-    except (UserError, ArithmeticError, *STOPS):  # it cannot be made that small, or needs other inputs
-        return True
-    return torch.allclose(found, wanted, atol=1e-3 * wanted.std())
+    for small in small_copies(empty, torch.device("cpu"), empty.config._attn_implementation):
+        with contextlib.suppress(*STOPS), torch.no_grad():
+            found, wanted = (small(input_ids=row, use_cache=False).logits[:, :-1] for row in (other, tokens))
+            return torch.allclose(found, wanted, atol=1e-3 * wanted.std())
+    return True
 
 
 def freeze_unreached(model: PreTrainedModel, passes: Passes) -> set[str]:

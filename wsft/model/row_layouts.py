@@ -7,10 +7,11 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -18,11 +19,27 @@ from transformers import PretrainedConfig, PreTrainedModel
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, learn_masks
 from wsft.model.causal_lm import WeightedSFTModel, body_of
+from wsft.model.meta_passes import STOPS
 from wsft.model.packing import Layout
+from wsft.model.small import small_copies
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they support packed sequences themselves
 
+
+class Tolerance(NamedTuple):
+    """By how much logprobs of the same tokens may differ: of each sequence the largest or the median difference, as a share of
+    their spread over tokens. What one sequence does to another is often below what bf16 rounds; where rounding changes the
+    experts of a token, its logprob is another."""
+
+    share: float
+    of: Callable[[torch.Tensor], torch.Tensor]
+
+
+EXACT, IN_BF16, ROUGHLY_IN_BF16 = Tolerance(1e-3, torch.amax), Tolerance(0.1, torch.amax), Tolerance(0.1, torch.median)
+
 _SPAN = re.compile(r"window|chunk|block|budget|top_?k")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -50,6 +67,9 @@ def find_row_layouts(
 ) -> RowLayouts:
     """Try the layouts. Afterwards the model uses packed attention if it packs, else its own. A collective under ZeRO-3.
 
+    In bf16, rounding may be larger than what one sequence does to another. What the model's code does is then found with a
+    small copy in float32; the model itself must agree roughly.
+
     Args:
         max_token_len: length of the longest sequence in training.
         packing: whether to try packed rows.
@@ -57,6 +77,44 @@ def find_row_layouts(
     Raises:
         UserError: the logprobs of a sequence depend on sequences that were run before it, or on later tokens.
     """
+    if next(model.parameters()).dtype == torch.float32:
+        return _find(model, device, max_token_len, packing, all_true, EXACT)
+    of_copy = _of_small_copy(model, device, max_token_len, packing)
+    if not all_true(of_copy is not None):
+        return _find(model, device, max_token_len, packing, all_true, IN_BF16)
+    found = _find(model, device, max_token_len, all_true(packing and of_copy.packs), all_true, ROUGHLY_IN_BF16)
+    if of_copy.packs > found.packs or of_copy.pads > found.pads:
+        log.warning(
+            "the code of %s keeps sequences of a micro-batch apart in float32, but with its weights in bf16 their logprobs "
+            "change: a kernel may be wrong, or rounding unusually large",
+            type(model.model).__name__,
+        )
+    return RowLayouts(found.packs, found.shares and of_copy.shares, found.pads and of_copy.pads)
+
+
+def _of_small_copy(model: WeightedSFTModel, device: torch.device, max_token_len: int, packing: bool) -> RowLayouts | None:
+    """What small copies of the model can do; None if there is none that runs. Not a collective."""
+    own = model.model.config._attn_implementation
+    for made in small_copies(model.model, device, "eager" if own in FLASH else own):
+        copied = WeightedSFTModel(made)
+        copied.takes_packed_rows, copied.scored_by_text_model = model.takes_packed_rows, model.scored_by_text_model
+        try:
+            return _find(copied, device, max_token_len, packing, bool, EXACT)
+        except UserError:
+            raise
+        except STOPS as error:
+            log.debug("a copy of %s does not run: %s", type(made).__name__, error)
+    return None
+
+
+def _find(
+    model: WeightedSFTModel,
+    device: torch.device,
+    max_token_len: int,
+    packing: bool,
+    all_true: Callable[[bool], bool],
+    tolerance: Tolerance,
+) -> RowLayouts:
     own, mode, config = model.model.config._attn_implementation, model.training, model.model.config.get_text_config()
     model.eval()
     packed, masks_reach = PACKED if own not in FLASH else own, []
@@ -70,7 +128,9 @@ def find_row_layouts(
         model.attend_by(own)
     elif own in FLASH and getattr(config, "sliding_window", None):
         masks_reach = [min(config.sliding_window, max_token_len)]
-    probe = _Probe(model, device, max_token_len, [*growing, *masks_reach, *_spans_in(config.to_dict(), max_token_len)])
+    probe = _Probe(
+        model, device, max_token_len, [*growing, *masks_reach, *_spans_in(config.to_dict(), max_token_len)], tolerance
+    )
     probe.run_alone([*growing, *masks_reach], all_true)
     found = RowLayouts()
     if tries_packed:
@@ -89,8 +149,10 @@ class _Probe:
     """Three sequences, of which the first and the last have a common prefix. The first is longer than all `reaches`: windows of
     the model's masks, and lengths from which its position encodings change."""
 
-    def __init__(self, model: WeightedSFTModel, device: torch.device, max_token_len: int, reaches: list[int]):
-        self._model, self._max_token_len = model, max_token_len
+    def __init__(
+        self, model: WeightedSFTModel, device: torch.device, max_token_len: int, reaches: list[int], tolerance: Tolerance
+    ):
+        self._model, self._max_token_len, self._tolerance = model, max_token_len, tolerance
         longest = max(11, min(max([*reaches, 31]) + 9, max_token_len))
         self._lengths = [6, longest - 6, 8, 3]
         tokens = torch.arange(sum(self._lengths), device=device) * 7919 % model.vocab_size
@@ -103,9 +165,7 @@ class _Probe:
         shorter, other = self._sequences[0][:-4], self._sequences[1]
         at_first = self._logps([shorter]) if reaches else None
         self._alone = [self._logps([sequence]) for sequence in reversed(self._sequences)][::-1]  # the longest last
-        # relative to the spread over tokens: rounding is far below it, attending to another sequence is not
-        share = 1e-3 if next(self._model.parameters()).dtype == torch.float32 else 0.1
-        self._tolerance = torch.cat(self._alone).std() * share
+        self._spread = torch.cat(self._alone).std()
         if reaches and not all_true(self._agree(self._logps([shorter]), [at_first])):
             raise UserError(
                 f"the logits of {type(self._model.model).__name__} depend on sequences that were run before, as with rotary "
@@ -140,7 +200,9 @@ class _Probe:
         return self._model.run(torch.cat(row).unsqueeze(0), at, torch.zeros(len(at), device=at.device), layout).logp_N
 
     def _agree(self, found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
-        return bool((found - torch.cat(wanted)).abs().max() < self._tolerance)  # False for NaN
+        found = found.split([len(sequence) for sequence in wanted])
+        differences = [self._tolerance.of((one - other).abs()) for one, other in zip(found, wanted, strict=True)]
+        return bool(torch.stack(differences).max() < self._tolerance.share * self._spread)  # False for NaN
 
 
 def _takes_positions(model: WeightedSFTModel) -> bool:
