@@ -80,6 +80,70 @@ def gspo_token(logp_T, mu_T, A_T, eps_low, eps_high):
     return torch.minimum(s_T * A_T, clip(s_T, eps_low, eps_high) * A_T)
 
 
+def gspo_of_means(logp_T, mu_T, A_T, eps_low, eps_high):
+    """GSPO of a sequence whose tokens differ in their advantages: with their mean."""
+    return gspo(logp_T, mu_T, A_T.mean().expand(len(A_T)), eps_low, eps_high)
+
+
+def gmpo(logp_T, mu_T, A_T, bound):
+    """Zhao et al. 2025 (GMPO), as its code has it: exp(mean of the log ratios, clipped on the side that pays) * A; T times."""
+    h_T = ratio(logp_T, mu_T).log()
+    A = A_T.mean()
+    h_T = h_T.clamp(max=bound) if A > 0 else h_T.clamp(min=-bound)
+    return (h_T.mean().exp() * A).expand(len(logp_T))
+
+
+def gmpo_sum(logp_T, mu_T, A_T, bound):
+    """Its ablation: the sum of the log ratios is clipped."""
+    h, A = ratio(logp_T, mu_T).log().sum(), A_T.mean()
+    h = h.clamp(max=bound) if A > 0 else h.clamp(min=-bound)
+    return ((h / len(logp_T)).exp() * A).expand(len(logp_T))
+
+
+def sapo(logp_T, mu_T, A_T, tau_pos, tau_neg):
+    """Gao et al. 2025 (SAPO): 4 / tau * sigmoid(tau * (r - 1)) * A."""
+    tau_T = torch.where(A_T > 0, torch.full_like(A_T, tau_pos), tau_neg)
+    return 4 / tau_T * torch.sigmoid(tau_T * (ratio(logp_T, mu_T) - 1)) * A_T
+
+
+def sapo_sequence(logp_T, mu_T, A_T, tau_pos, tau_neg):
+    s, A = ratio(logp_T, mu_T).log().mean().exp(), A_T.mean()
+    tau = tau_pos if A > 0 else tau_neg
+    return (4 / tau * torch.sigmoid(tau * (s - 1)) * A).expand(len(logp_T))
+
+
+def dppo(logp_T, mu_T, A_T, divergence, low, high, tau=0.0, cap=math.inf):
+    """Qi et al. 2026 (DPPO): r * A where the step does not lead away beyond delta, - tau * (log r)^2 everywhere."""
+    r_T, away_T = ratio(logp_T, mu_T), dppo_away(logp_T, mu_T, A_T, divergence, low, high)
+    gain_T = r_T * A_T if cap == math.inf else sg(r_T.clamp(max=cap)) * A_T * logp_T
+    return torch.where(away_T, 0, gain_T) - tau * r_T.log() ** 2
+
+
+def dppo_away(logp_T, mu_T, A_T, divergence, low, high):
+    p, q = (x.detach().exp() for x in (logp_T, torch.where(mu_T.isnan(), logp_T, mu_T)))
+    if divergence == "tv":
+        return ((A_T > 0) & (p - q > high)) | ((A_T < 0) & (p - q < -low))
+    kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    return ((A_T > 0) & (p > q) & (kl > high)) | ((A_T < 0) & (p < q) & (kl > low))
+
+
+def ipo(logp_T, mu_T, A_T, eps, tau=0.0):
+    """prime-rl's: r * A where the probability is within eps of the sampler's, - tau * (log r)^2 everywhere."""
+    r_T = ratio(logp_T, mu_T)
+    return torch.where(ipo_away(logp_T, mu_T, A_T, eps), 0, r_T * A_T) - tau * r_T.log() ** 2
+
+
+def ipo_away(logp_T, mu_T, A_T, eps):
+    p, q = (x.detach().exp() for x in (logp_T, torch.where(mu_T.isnan(), logp_T, mu_T)))
+    return (p - q).abs() > eps
+
+
+def gmpo_beyond(logp_T, mu_T, A_T, bound, of_sum):
+    h_T = ratio(logp_T, mu_T).log()
+    h_T = h_T.sum().expand(len(h_T)) if of_sum else h_T
+    return h_T > bound if A_T.mean() > 0 else h_T < -bound if A_T.mean() < 0 else h_T != h_T
+
+
 # -- which objective, with which arguments, is to have the gradient of which surrogate -------------------------------------
 
 
@@ -112,6 +176,34 @@ CASES = {
     "gspo": clipped("gspo", gspo, 3e-4, 4e-4, per_sequence=True),
     "gspo_wide": clipped("gspo", gspo, **SIDES, args=SIDES, per_sequence=True),
     "gspo_token": clipped("gspo", gspo_token, **SIDES, args=SIDES),
+    "gspo_sequence": Case("gspo", SIDES | {"form": "sequence"}, partial(gspo_of_means, **SIDES)),
+    "gmpo": Case("gmpo", {}, partial(gmpo, bound=0.4)),
+    "gmpo_sum": Case("gmpo", {"clip": "sum"}, partial(gmpo_sum, bound=0.4)),
+    "sapo": Case("sapo", {}, partial(sapo, tau_pos=1.0, tau_neg=1.05)),
+    "sapo_sequence": Case("sapo_sequence", {"tau_neg": 2.0}, partial(sapo_sequence, tau_pos=1.0, tau_neg=2.0)),
+    "dppo": Case("dppo", {}, partial(dppo, divergence="tv", low=0.2, high=0.2)),
+    "dppo_kl": Case("dppo", {"divergence": "kl"}, partial(dppo, divergence="kl", low=0.05, high=0.05)),
+    "dppo_near": Case(
+        "dppo",
+        {"delta_low": 0.02, "delta_high": 0.03, "tau": 0.3},
+        partial(dppo, divergence="tv", low=0.02, high=0.03, tau=0.3),
+    ),
+    "dppo_kl_near": Case(
+        "dppo",
+        {"divergence": "kl", "delta_low": 0.005, "delta_high": 0.01, "cap": 1.2},
+        partial(dppo, divergence="kl", low=0.005, high=0.01, cap=1.2),
+    ),
+    "ipo": Case("ipo", {}, partial(ipo, eps=0.3)),
+    "ipo_near": Case("ipo", {"eps": 0.02, "tau": 0.3}, partial(ipo, eps=0.02, tau=0.3)),
+}
+
+# which tokens of a sequence have weight 0, or that of the penalty alone
+MASKS = {
+    "dppo_near": partial(dppo_away, divergence="tv", low=0.02, high=0.03),
+    "dppo_kl_near": lambda *rows: dppo_away(*rows, "kl", 0.005, 0.01) | (ratio(*rows[:2]) > 1.2),
+    "ipo_near": partial(ipo_away, eps=0.02),
+    "gmpo": partial(gmpo_beyond, bound=0.4, of_sum=False),
+    "gmpo_sum": partial(gmpo_beyond, bound=0.4, of_sum=True),
 }
 
 # -- how the losses of sequences, [T] each, become one --------------------------------------------------------------------

@@ -2,16 +2,28 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
+import surrogates as papers
 import torch
 from conftest import VOCAB, make_group, run_ranks, write_groups
 from safetensors.torch import load_file
 
-LEARNING_RATE, BATCH_SIZE, MAX_TOKEN_LEN = 3.0, 6, 40
+LEARNING_RATE, BATCH_SIZE, MAX_TOKEN_LEN = 0.5, 6, 40
+PAPERS = {  # what is maximised, see surrogates.py
+    "ppo_clip": partial(papers.ppo, eps_low=0.1, eps_high=0.2),
+    "gspo": partial(papers.gspo, eps_low=0.02, eps_high=0.03),
+    "dppo": partial(papers.dppo, divergence="tv", low=0.001, high=0.002, tau=0.3),
+    "gmpo": partial(papers.gmpo, bound=0.2),
+    "sapo_sequence": partial(papers.sapo_sequence, tau_pos=1.0, tau_neg=1.05),
+}
 CASES = {
     "ppo_clip": dict(objective="ppo_clip", objective_args={"eps_low": 0.1, "eps_high": 0.2}),
     "gspo": dict(objective="gspo", objective_args={"eps_low": 0.02, "eps_high": 0.03}, reduction="sequence_mean"),
+    "dppo": dict(objective="dppo", objective_args={"delta_low": 0.001, "delta_high": 0.002, "tau": 0.3}),
+    "gmpo": dict(objective="gmpo", objective_args={"eps_low": 0.2, "eps_high": 0.2}, reduction="sequence_mean"),
+    "sapo_sequence": dict(objective="sapo_sequence", reduction="constant"),
     "kl_and_teacher": dict(kl_coef=0.3, distill_coef=0.7, entropy_coef=0.05, reduction="constant"),
     "reference_model": dict(objective="importance_sampling", kl_coef=0.5, distill_coef=0.4, distill_renormalize=True),
 }
@@ -32,10 +44,10 @@ def rows_of(group):
 def make_records(model, rng):
     """Two batches of uneven sequences: sampled by a policy near the model's, here and there without a logp or a teacher."""
     groups = [make_group(rng, lengths) for lengths in ([3, 40, 7], [25, 11, 4], [9, 30, 5], [17, 6, 21])]
-    for group in groups:
+    for group, third in zip(groups, [0.0, 0.4, 0.4, 0.4], strict=True):
         n = len(group["tokens"])
         group["advantages"] = [
-            [0.0 if label == -100 else a for label in row] for row, a in zip(group["masks"], [1.3, -0.8, 0.4], strict=True)
+            [0.0 if label == -100 else a for label in row] for row, a in zip(group["masks"], [1.3, -0.8, third], strict=True)
         ]
         group["generation_params"] = {"temperature": 0.8}
         group["overrides"] = [{}, {"temperature": 1.25}, {}]
@@ -67,28 +79,24 @@ def scores(model, row):
 
 def surrogate(case, model, reference, rows):
     """The loss of a batch as the papers write it."""
-    total, num_trained, S = 0.0, sum(len(row["trained"]) for row in rows), len(rows)
+    losses = []
     for row in rows:
         at = row["trained"]
         log_p = logits_of(model, row)[at].log_softmax(-1)
         logp = log_p.gather(1, torch.tensor(row["tokens"])[at, None]).squeeze(1)
         A = torch.tensor(row["advantages"], dtype=torch.float64)[at]
         sampled = torch.tensor(row["inference_logprobs"], dtype=torch.float64)[at]
-        ratio = (logp - torch.where(sampled == 1.0, logp.detach(), sampled)).exp()
-        if case == "ppo_clip":
-            total -= torch.minimum(ratio * A, ratio.clamp(0.9, 1.2) * A).sum() / num_trained
-        elif case == "gspo":
-            s = ratio.log().mean().exp()
-            total -= torch.minimum(s * A[0], s.clamp(0.98, 1.03) * A[0]) / S
+        sampled = sampled.masked_fill(sampled == 1.0, math.nan)
+        if case in PAPERS:
+            losses.append(-PAPERS[case](logp, sampled, A))
         elif case == "kl_and_teacher":
             ref = torch.tensor(row["ref_logprobs"], dtype=torch.float64)[at]
             entropy = -(log_p.exp() * log_p).sum(-1)
-            terms = -A * logp + 0.3 * k3(ref - logp) - 0.05 * entropy + 0.7 * forward_kl(row, log_p, False)
-            total += terms.sum() / MAX_TOKEN_LEN / S
+            losses.append(-A * logp + 0.3 * k3(ref - logp) - 0.05 * entropy + 0.7 * forward_kl(row, log_p, False))
         else:
             ref = scores(reference, row)[at]
-            total += (-A * ratio + 0.5 * k3(ref - logp) + 0.4 * forward_kl(row, log_p, True)).sum() / num_trained
-    return total
+            losses.append(-A * papers.ratio(logp, sampled) + 0.5 * k3(ref - logp) + 0.4 * forward_kl(row, log_p, True))
+    return papers.REDUCTIONS[CASES[case].get("reduction", "mean")](losses, MAX_TOKEN_LEN)
 
 
 def k3(log_ratio):
@@ -129,7 +137,7 @@ def test_objectives_and_terms_move_the_parameters_as_their_papers_say(num_ranks,
     data = write_groups(tmp_path / "data.jsonl", [group for groups in batches for group in groups])
     runs, start = {}, load_file(f"{tiny_model}/model.safetensors")
     for case, settings in CASES.items():
-        for stage, micro_batch_tokens in ((3, 24), (3, 1000), (2, 24)):
+        for stage, micro_batch_tokens in [(3, 24), (3, 1000), (2, 24)][: 3 if case in ("ppo_clip", "gspo") else 2]:
             ds = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, "gradient_clipping": "auto"}
             ds["optimizer"] = {"type": "SGD", "params": {"lr": "auto"}}
             out = tmp_path / f"{case}_{stage}_{micro_batch_tokens}"
@@ -149,7 +157,7 @@ def test_objectives_and_terms_move_the_parameters_as_their_papers_say(num_ranks,
         for name, value in wanted[case].items():
             error = ((got[name].double() - value).norm() / value.norm()).item()
             moved = ((value - start[name].double()).norm() / value.norm()).item()
-            assert moved > 1e-4, f"{name} hardly moved under {case}: this would show nothing"
-            assert error < 1e-5, f"{name}: {error} in {out.name}"
+            assert moved > 1e-5, f"{name} hardly moved under {case}: this would show nothing"
+            assert error < 2e-6, f"{name}: {error} in {out.name}"
     clipped = [json.loads(line)["ratio/clipped"] for line in (tmp_path / "ppo_clip_3_24" / "metrics.jsonl").open()]
     assert all(0 < share < 1 and math.isfinite(share) for share in clipped)

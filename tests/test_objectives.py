@@ -72,7 +72,7 @@ def make(seed=0, per_sequence=False):
     unknown = (uniform(N) < 0.15) | (sequence == 4)  # placeholders; one sequence of nothing else
     advantages = normal(S)[sequence] if per_sequence else normal(N)
     tensors |= dict(
-        behavior_logp_N=(data.logp() + far).masked_fill(unknown, math.nan),
+        behavior_logp_N=(data.logp() + far).clamp(max=-1e-3).masked_fill(unknown, math.nan),
         advantages_N=advantages.masked_fill(sequence == 3, 0.0),
         fixed_weights_N=torch.full((N,), math.nan),
     )
@@ -171,6 +171,19 @@ def test_the_data_cover_every_branch_and_clipped_tokens_are_counted(name):
     assert met >= {(sign, side) for sign in (-1, 1) for side in sides} and 0 in {sign for sign, _ in met}
 
 
+@pytest.mark.parametrize("name", papers.MASKS)
+def test_masked_tokens_are_counted_as_clipped_and_occur_for_each_sign(name):
+    met = set()
+    for seed in SEEDS:
+        data = make(seed)
+        rows = [data.logp(), *(data.tensors[x] for x in ("behavior_logp_N", "advantages_N"))]
+        wanted = torch.cat([papers.MASKS[name](*row) for row in zip(*(x.split(LENGTHS) for x in rows), strict=True)])
+        _, clipped = data.terms(CASES[name]).weigh(data.logp())
+        assert clipped.tolist() == wanted.tolist()
+        met |= set(zip(data.tensors["advantages_N"].sign().int().tolist(), wanted.tolist(), strict=True))
+    assert met >= {(sign, masked) for sign in (-1, 1) for masked in (True, False)} | {(0, False)}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_a_record_fixes_is_the_weight_under_every_objective_and_kl_still_counts(name):
     case = CASES[name]
@@ -192,7 +205,7 @@ def test_what_a_record_fixes_is_the_weight_under_every_objective_and_kl_still_co
 @pytest.mark.parametrize("name", CASES)
 def test_an_absurd_logp_of_the_sampler_gives_a_finite_weight(name, gap):
     case, logp = CASES[name], torch.tensor([-2.0, -0.1, -40.0, -1e4])
-    more = [torch.tensor([0, 0, 1, 2])] if case.objective == "gspo" else []
+    more = [torch.tensor([0, 0, 1, 2])] if Objective(case.objective).of_sequences else []
     found = OBJECTIVES[case.objective](logp, logp + gap, torch.tensor([1.0, -1.0, 0.0, 2.0]), *more, **case.args)
     weights = found[0] if isinstance(found, tuple) else found
     assert weights.shape == (4,) and weights.isfinite().all() and weights.abs().max() <= 2 * math.exp(20.001)
@@ -222,7 +235,7 @@ def test_tokens_cost_three_products_sequences_four_and_no_tensor_holds_all_logit
     leaves = data.leaves(torch.bfloat16)  # in float32 torch does not count addmm_
     with FlopCounterMode(display=False) as counter, LargestTensor() as largest:
         head_loss(*leaves, data.targets, terms, chunk_tokens=48, **terms.head_options()).loss.backward()
-    assert counter.get_total_flops() == (4 if name == "gspo" else 3) * 2 * N * H * V
+    assert counter.get_total_flops() == (4 if terms.of_sequences else 3) * 2 * N * H * V
     assert largest.entries == 48 * V
 
 
@@ -523,11 +536,40 @@ RANGES = {  # what is let in, what is not
     ("ppo_clip", "eps_low"): ([0, 1, "0.5"], [-0.1, 1.1, math.nan, None]),
     ("ppo_clip", "eps_high"): ([0, 5], [-0.1, math.inf, math.nan, "x"]),
     ("ppo_clip", "dual_clip"): ([1.1, 3, None], [1, 0.5, -3, math.inf, math.nan]),
+    ("dppo", "delta_low"): ([0, 0.15, None], [-0.1, math.inf, math.nan, "x"]),
+    ("dppo", "delta_high"): ([0, 0.15, None], [-0.1, math.inf, math.nan, "x"]),
+    ("dppo", "tau"): ([0, 1e-3], [-0.1, math.inf, math.nan, None]),
+    ("dppo", "cap"): ([0.1, 20, None], [0, -1, math.nan, math.inf]),
+    ("ipo", "eps"): ([0, 0.1], [-0.1, math.inf, math.nan, None]),
+    ("ipo", "tau"): ([0, 1e-3], [-0.1, math.inf, math.nan, None]),
+    ("sapo", "tau_pos"): ([0.1, 2], [0, -1, math.inf, math.nan]),
+    ("sapo", "tau_neg"): ([0.1, 2], [0, -1, math.inf, math.nan]),
+    ("sapo_sequence", "tau_pos"): ([0.1, 2], [0, -1, math.inf, math.nan]),
+    ("sapo_sequence", "tau_neg"): ([0.1, 2], [0, -1, math.inf, math.nan]),
     ("cispo", "eps_low"): ([0, 1], [-0.1, 1.1, math.nan]),
     ("cispo", "eps_high"): ([0, 5], [-0.1, math.inf, math.nan, [1]]),
     ("gspo", "eps_low"): ([0, 3e-4, 1], [-1e-9, 1.1, math.nan]),
     ("gspo", "eps_high"): ([0, 4e-4], [-1e-9, math.inf, math.nan]),
+    ("gmpo", "eps_low"): ([0, 0.4, 2], [-0.1, math.inf, math.nan]),
+    ("gmpo", "eps_high"): ([0, 0.4, 2], [-0.1, math.inf, math.nan]),
 }
+CHOICES = {  # of the arguments that are words; the first is the default
+    ("dppo", "divergence"): ["tv", "kl"],
+    ("gspo", "form"): ["token", "sequence"],
+    ("gmpo", "clip"): ["token", "sum"],
+}
+
+
+def arguments_of(objective):
+    return [argument for name, argument in [*CHOICES, *RANGES] if name == objective]
+
+
+@pytest.mark.parametrize("name, argument", CHOICES)
+def test_arguments_that_are_words_are_refused_unless_known(name, argument):
+    for value in CHOICES[name, argument]:
+        assert Objective(name, {argument: value}).args == {argument: value}
+    with pytest.raises(ValueError, match=f"{argument} of objective {name} is 'none': Input should be '"):
+        Objective(name, {argument: "none"})
 
 
 @pytest.mark.parametrize("name, argument", RANGES)
@@ -539,7 +581,7 @@ def test_arguments_outside_their_range_are_refused_by_name_and_value(name, argum
         with pytest.raises(ValueError) as error:
             Objective(name, {argument: value})
         assert str(error.value).startswith(f"{argument} of objective {name} is {value!r}: Input should be ")
-        assert str(error.value).endswith(f"it takes {', '.join(a for o, a in RANGES if o == name)}")
+        assert str(error.value).endswith(f"it takes {', '.join(arguments_of(name))}")
 
 
 def test_defaults_are_those_of_the_papers():
@@ -548,17 +590,22 @@ def test_defaults_are_those_of_the_papers():
         "sft": {},
         "importance_sampling": {"cap": None},
         "ppo_clip": {"eps_low": 0.2, "eps_high": 0.2, "dual_clip": None},
+        "dppo": {"divergence": "tv", "delta_low": None, "delta_high": None, "tau": 0.0, "cap": None},
+        "ipo": {"eps": 0.3, "tau": 0.0},
+        "sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+        "sapo_sequence": {"tau_pos": 1.0, "tau_neg": 1.05},
         "cispo": {"eps_low": 1.0, "eps_high": 4.0},
-        "gspo": {"eps_low": 3e-4, "eps_high": 4e-4},
+        "gspo": {"form": "token", "eps_low": 3e-4, "eps_high": 4e-4},
+        "gmpo": {"clip": "token", "eps_low": 0.4, "eps_high": 0.4},
         "dft": {},
     }
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_argument_of_another_objective_is_refused(name):
-    takes = ", ".join(argument for objective, argument in RANGES if objective == name) or "none"
-    with pytest.raises(ValueError, match=f"clip of objective {name} is not one of its arguments; it takes {takes}$"):
-        Objective(name, {"clip": 1.0})
+    takes = ", ".join(arguments_of(name)) or "none"
+    with pytest.raises(ValueError, match=f"margin of objective {name} is not one of its arguments; it takes {takes}$"):
+        Objective(name, {"margin": 1.0})
 
 
 # -- advantages ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
 
@@ -38,7 +38,11 @@ Above1 = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 def ratio(logp_N: "Tensor", behavior_logp_N: "Tensor") -> "Tensor":
     """exp(logp - behavior_logp), with the exponent clamped to [-20, 20]."""
-    return (logp_N - behavior_logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    return log_ratio_of(logp_N, behavior_logp_N).exp()
+
+
+def log_ratio_of(logp_N: "Tensor", behavior_logp_N: "Tensor") -> "Tensor":
+    return (logp_N - behavior_logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def weighted_sft(logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor") -> "Tensor":
@@ -64,9 +68,8 @@ def importance_sampling(
     With `cap` truncated importance sampling (Ionides 2008; as TIS in Yao et al. 2025, "Your efficient RL framework secretly
     brings you off-policy RL training"); None does not truncate.
     """
-    r = ratio(logp_N, behavior_logp_N)
-    truncated = r > (float("inf") if cap is None else cap)
-    return advantages_N * r.clamp(max=cap) if cap is not None else advantages_N * r, truncated
+    r, truncated = _capped(ratio(logp_N, behavior_logp_N), cap)
+    return advantages_N * r, truncated
 
 
 def ppo_clip(
@@ -85,6 +88,71 @@ def ppo_clip(
     """
     r = ratio(logp_N, behavior_logp_N)
     return _clipped(r, advantages_N, eps_low, eps_high, dual_clip)
+
+
+def dppo(
+    logp_N: "Tensor",
+    behavior_logp_N: "Tensor",
+    advantages_N: "Tensor",
+    *,
+    divergence: Literal["tv", "kl"] = "tv",
+    delta_low: NotNegative | None = None,
+    delta_high: NotNegative | None = None,
+    tau: NotNegative = 0.0,
+    cap: Above0 | None = None,
+) -> tuple["Tensor", "Tensor"]:
+    """A * min(ratio, cap); 0 where a step would move the token's probability further from the sampler's than delta. Of both,
+    minus 2 * tau * log ratio, from a penalty tau * (log ratio)^2 on every trained token.
+
+    DPPO (arXiv:2602.04879), with the penalty of Kimi K2.5 (arXiv:2602.02276). p is the token's probability, q that under the
+    sampler: the divergence is |p - q| (tv), or the KL divergence between the two Bernoulli distributions (kl). delta_high is
+    for p > q and A > 0, delta_low for p < q and A < 0; 0.2 (tv) or 0.05 (kl) if unset.
+    """
+    log_ratio = log_ratio_of(logp_N, behavior_logp_N)
+    default = 0.2 if divergence == "tv" else 0.05
+    low, high = (default if delta is None else delta for delta in (delta_low, delta_high))
+    p, q = logp_N.exp(), behavior_logp_N.exp()
+    distance = (p - q).abs() if divergence == "tv" else _bernoulli_kl(logp_N, behavior_logp_N)
+    away = ((advantages_N > 0) & (p > q) & (distance > high)) | ((advantages_N < 0) & (p < q) & (distance > low))
+    r, capped = _capped(log_ratio.exp(), cap)
+    return (advantages_N * r).masked_fill(away, 0) - 2 * tau * log_ratio, away | capped
+
+
+def ipo(
+    logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor", *, eps: NotNegative = 0.3, tau: NotNegative = 0.0
+) -> tuple["Tensor", "Tensor"]:
+    """A * ratio; 0 where the token's probability differs from the sampler's by more than eps, whatever the sign of A. Of both,
+    minus 2 * tau * log ratio.
+
+    The default of prime-rl (its pull requests 3418 and 3586).
+    """
+    log_ratio = log_ratio_of(logp_N, behavior_logp_N)
+    away = (logp_N.exp() - behavior_logp_N.exp()).abs() > eps
+    return (advantages_N * log_ratio.exp()).masked_fill(away, 0) - 2 * tau * log_ratio, away
+
+
+def sapo(
+    logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor", *, tau_pos: Above0 = 1.0, tau_neg: Above0 = 1.05
+) -> "Tensor":
+    """A * ratio * 4 * s * (1 - s), with s = sigmoid(tau * (ratio - 1)), tau_pos where A > 0, else tau_neg.
+
+    SAPO (arXiv:2511.20347), a smooth trust region: A at ratio 1, less away from it, never 0.
+    """
+    return _soft(ratio(logp_N, behavior_logp_N), advantages_N, tau_pos, tau_neg)
+
+
+def sapo_sequence(
+    logp_N: "Tensor",
+    behavior_logp_N: "Tensor",
+    advantages_N: "Tensor",
+    sequence_N: "Tensor",
+    *,
+    tau_pos: Above0 = 1.0,
+    tau_neg: Above0 = 1.05,
+) -> "Tensor":
+    """As `sapo`, with the geometric mean of the sequence's ratios, and the mean of its advantages."""
+    r = _mean(log_ratio_of(logp_N, behavior_logp_N), sequence_N).exp()
+    return _soft(r, _mean(advantages_N, sequence_N), tau_pos, tau_neg)
 
 
 def cispo(
@@ -109,17 +177,49 @@ def gspo(
     advantages_N: "Tensor",
     sequence_N: "Tensor",
     *,
+    form: Literal["token", "sequence"] = "token",
     eps_low: Below1 = 3e-4,
     eps_high: NotNegative = 4e-4,
 ) -> tuple["Tensor", "Tensor"]:
     """A * s, with s = exp(mean of log ratio over the sequence's trained tokens), 0 where PPO's rule clips s.
 
-    GSPO-token (Zheng et al. 2025, arXiv:2507.18071), which is GSPO where a sequence has one advantage. The paper's loss has
-    `reduction sequence_mean`.
+    GSPO (Zheng et al. 2025, arXiv:2507.18071); the paper's loss has `reduction sequence_mean`. A is the token's own (form
+    token, GSPO-token), or the mean over the sequence (form sequence): the same where a sequence has one advantage.
     """
-    log_ratio_N = (logp_N - behavior_logp_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    sums, counts = (logp_N.new_zeros(len(logp_N)).index_add(0, sequence_N, x) for x in (log_ratio_N, log_ratio_N * 0 + 1))
-    return _clipped((sums / counts.clamp(min=1))[sequence_N].exp(), advantages_N, eps_low, eps_high)
+    s = _mean(log_ratio_of(logp_N, behavior_logp_N), sequence_N).exp()
+    return _clipped(s, _mean(advantages_N, sequence_N) if form == "sequence" else advantages_N, eps_low, eps_high)
+
+
+def gmpo(
+    logp_N: "Tensor",
+    behavior_logp_N: "Tensor",
+    advantages_N: "Tensor",
+    sequence_N: "Tensor",
+    *,
+    clip: Literal["token", "sum"] = "token",
+    eps_low: NotNegative = 0.4,
+    eps_high: NotNegative = 0.4,
+) -> tuple["Tensor", "Tensor"]:
+    """B * exp(mean of clipped log ratios), B the mean advantage of the sequence; 0 where the log ratio is clipped: at eps_high
+    where B > 0, at -eps_low where B < 0.
+
+    GMPO (arXiv:2507.20673), whose loss has `reduction sequence_mean`. With clip `sum` the sum of the sequence's log ratios is
+    clipped at these bounds, then divided by its length: the paper's ablation.
+    """
+    log_ratio, mean_N = log_ratio_of(logp_N, behavior_logp_N), _mean(advantages_N, sequence_N)
+    if clip == "sum":
+        log_ratio = _sum(log_ratio, sequence_N)
+    clipped = ((mean_N > 0) & (log_ratio > eps_high)) | ((mean_N < 0) & (log_ratio < -eps_low))
+    bounded = log_ratio.clamp(max=eps_high).where(mean_N > 0, log_ratio.clamp(min=-eps_low))
+    if clip == "sum":
+        bounded = bounded / _sum(bounded.new_ones(len(bounded)), sequence_N)
+    geometric = (bounded if clip == "sum" else _mean(bounded, sequence_N)).exp()
+    return (mean_N * geometric).masked_fill(clipped, 0), clipped
+
+
+def _capped(r: "Tensor", cap: float | None) -> tuple["Tensor", "Tensor"]:
+    cap = float("inf") if cap is None else cap
+    return r.clamp(max=cap), r > cap
 
 
 def _clipped(
@@ -132,7 +232,32 @@ def _clipped(
     return (advantages_N * r).masked_fill(clipped, 0), clipped
 
 
-OBJECTIVES = {f.__name__: f for f in (weighted_sft, sft, importance_sampling, ppo_clip, cispo, gspo, dft)}
+def _soft(r: "Tensor", advantages_N: "Tensor", tau_pos: float, tau_neg: float) -> "Tensor":
+    scaled = (r - 1) * (advantages_N > 0).to(r.dtype).mul(tau_pos - tau_neg).add(tau_neg)
+    return advantages_N * r * 4 * scaled.sigmoid() * (-scaled).sigmoid()  # 1 - sigmoid would cancel
+
+
+def _bernoulli_kl(logp_N: "Tensor", behavior_logp_N: "Tensor") -> "Tensor":
+    """KL(q || p) of the events that the token is drawn; infinite where p is 1 and q is not."""
+    p_of_others, q_of_others = (-x.clamp(max=0).expm1() for x in (logp_N, behavior_logp_N))
+    of_others = q_of_others.xlogy(q_of_others) - q_of_others.xlogy(p_of_others)
+    q = behavior_logp_N.exp()
+    return (q * (behavior_logp_N - logp_N)).masked_fill(q == 0, 0) + of_others
+
+
+def _sum(values_N: "Tensor", sequence_N: "Tensor") -> "Tensor":
+    """For each token the sum over its sequence, [N]."""
+    return values_N.new_zeros(len(values_N)).index_add(0, sequence_N, values_N)[sequence_N]
+
+
+def _mean(values_N: "Tensor", sequence_N: "Tensor") -> "Tensor":
+    return _sum(values_N, sequence_N) / _sum(values_N.new_ones(len(values_N)), sequence_N)
+
+
+OBJECTIVES = {
+    f.__name__: f
+    for f in (weighted_sft, sft, importance_sampling, ppo_clip, dppo, ipo, sapo, sapo_sequence, cispo, gspo, gmpo, dft)
+}
 _WITHOUT_BEHAVIOR = {weighted_sft, sft, dft}
 _WITHOUT_ADVANTAGE = {sft, dft}
 
@@ -161,8 +286,8 @@ class Objective:
 
     @property
     def zero_weight_without_advantage(self) -> bool:
-        """Whether the weight of a token of advantage 0 is always 0."""
-        return self.function in OBJECTIVES.values() and self.function not in _WITHOUT_ADVANTAGE
+        """Whether the weight is always 0 of a token, or, with `of_sequences`, of all tokens of a sequence, of advantage 0."""
+        return self.function in set(OBJECTIVES.values()) - _WITHOUT_ADVANTAGE and not self.args.get("tau")
 
     def __call__(
         self, logp_N: "Tensor", behavior_logp_N: "Tensor", advantages_N: "Tensor", sequence_N: "Tensor"
