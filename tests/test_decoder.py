@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsft.loss.advantages import Override
-from wsft.rollouts.decoder import REASONS, Decoder
+from wsft.rollouts.decoder import NO_MEAN_ABOVE_0, REASONS, Decoder
 
 TOKENS = [5, 6, 7, 8]
 LABELS = [-100, -100, 7, 8]
@@ -119,6 +119,7 @@ def advantages_in(records, size=None, **rules):
         ("group_center", [-3, -2, 0, 5]),  # the mean is 3
         ("group_norm", np.array([-3, -2, 0, 5]) / np.sqrt((9 + 4 + 0 + 25) / 4)),
         ("rloo", [-4, -8 / 3, 0, 20 / 3]),  # less the mean of the other three: 0 - 12 / 3, 1 - 11 / 3, 3 - 9 / 3, 8 - 4 / 3
+        ("maxrl", [-1, -2 / 3, 0, 5 / 3]),
         ("raw", [0, 1, 3, 8]),
     ],
 )
@@ -126,6 +127,23 @@ def test_parts_of_one_group_are_scored_as_the_group(method, wanted):
     for split in ([[0, 1, 3, 8]], [[0, 1], [3, 8]], [[0], [1, 3], [8]], [[0], [1], [3], [8]], [[], [0, 1, 3], [8]]):
         whole = [part for part in parts(*split) if part["tokens"]]  # what holds no sequence has no prompt
         assert np.allclose(advantages_in(whole, size=4, score_advantages=method), wanted)
+
+
+def test_maxrl_gives_nothing_to_a_group_without_a_success_and_says_so_once(caplog):
+    decoder = Decoder(score_advantages="maxrl")
+    own = {"advantages": [[0, 0, 2.0, 2.0]] * 2}
+    groups = [*parts([0, 0], [-1, 0.5]), *parts([0, 0], **own), *parts([1, 0])]
+    groups += parts([1], [None, 0, 0])
+    found = decoder.batch([group | {"env_id": 10 * i} for i, group in enumerate(groups)])
+    assert [rollout.advantages[3] for rollout in found] == [0, 0, 0, 0, 2, 2, 1, -1, 0, 0, 0]
+    counts = decoder.take_counts()
+    assert counts[REASONS.index(NO_MEAN_ABOVE_0)] == 2 + 2 + 1 + 2
+    assert counts[REASONS.index("no finite score and no advantages")] == 1
+    assert "made for scores of 0 and 1" in caplog.text and "found -1 in group 1, sequence 0" in caplog.text
+    assert f"7 sequence(s) {NO_MEAN_ABOVE_0}; further ones are only counted (first: group 0, sequence 0" in caplog.text
+    caplog.clear()
+    decoder.batch(parts([0, 0], [2, 5]))
+    assert decoder.take_counts().sum() == 2 and not caplog.text
 
 
 def test_what_is_no_part_of_the_group_is_scored_alone():

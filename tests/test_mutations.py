@@ -30,14 +30,15 @@ from wsft.loss.terms import Coefficients
 from wsft.rollouts import json_parser as parser
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, token_terms
-from wsft.rollouts.decoder import REASONS
+from wsft.rollouts.decoder import NO_MEAN_ABOVE_0, REASONS
 
 SECONDS = 5.0  # for one body
 LONG = (1, 2048)  # characters from which on a row is parsed apart, by turns: nearly all rows, and those of the rare bodies
 BODIES = [path.read_bytes() for path in sorted((Path(__file__).parent / "bodies").glob("*.json"))]
 RECORDED = [json.dumps(group) for body in BODIES for group in json.loads(body)["batch"]]
 NONE, ZERO, SFT = range(3)
-NEVER_MET = {"line is not JSON", "no token is trained"}  # of a file; of a batch
+# of a file; of a batch; of a setting that is not tried here
+NEVER_MET = {"line is not JSON", "no token is trained", NO_MEAN_ABOVE_0}
 
 # -- the mutator: of Python values; some words become JSON that `json.dumps` does not write ---------------------------
 

@@ -621,12 +621,14 @@ def test_scores_become_advantages_by_their_formulas_and_those_not_counted_move_n
         "rloo": {i: scores[i] - sum(scores[j] for j in kept if j != i) / (len(kept) - 1) for i in kept},
         "group_center": {i: scores[i] - mean for i in kept},
         "group_norm": {i: (scores[i] - mean) / deviation for i in kept},
+        "maxrl": {i: (scores[i] - mean) / mean for i in kept},
         "raw": {i: scores[i] for i in kept},
     }
     assert wanted.keys() == set(FROM_SCORES)
     for method, values in wanted.items():
         assert dict(zip(kept, from_scores(scores, counted, method)[kept], strict=True)) == pytest.approx(values), method
-        assert from_scores(np.array([2.5]), np.array([True]), method).tolist() == [2.5]  # a lone one keeps its score
+        alone = 0.0 if method == "maxrl" else 2.5  # a lone one keeps its score
+        assert from_scores(np.array([2.5]), np.array([True]), method).tolist() == [alone]
     assert from_scores(np.array([4.0, 9.0]), np.array([True, False]), "rloo")[0] == 0  # the only one that counts
 
 

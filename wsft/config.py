@@ -129,7 +129,7 @@ class WeightedSFTConfig(BaseModel):
         description="Over the global batch. mean: over trained tokens. sequence_mean: of sequences' means. constant: of "
         "sequences' sums over max_token_len. sum: not divided.",
     )
-    score_advantages: Literal["group_norm", "group_center", "rloo", "raw"] = Field(
+    score_advantages: Literal["group_norm", "group_center", "rloo", "maxrl", "raw"] = Field(
         "group_norm", description="How to compute advantages from scores, for groups without token-level advantages."
     )
     advantage_normalization: Literal["none", "batch", "batch_center"] = Field(

@@ -15,7 +15,7 @@ EPS = 1e-8
 # A standard deviation up to this share of the largest magnitude is rounding: rewards are mostly computed in float32, whose
 # rounding error (6e-8) grows to about 1e-6 over a few operations. Dividing by it would give noise the weight of a preference.
 RELATIVE_EPS = 1e-5
-FROM_SCORES = ("group_norm", "group_center", "rloo", "raw")
+FROM_SCORES = ("group_norm", "group_center", "rloo", "maxrl", "raw")
 NORMALIZATIONS = ("none", "batch", "batch_center")
 
 
@@ -32,8 +32,9 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
 
     group_norm is (s - mean) / max(population std, 1e-8), as in GRPO (Shao et al. 2024, arXiv:2402.03300), and 0 where the std
     is rounding (`RELATIVE_EPS`); group_center is s - mean, as in Dr. GRPO (Liu et al. 2025, arXiv:2503.20783); rloo is s - mean
-    of the others, which is s - mean times n / (n - 1) (Ahmadian et al. 2024, arXiv:2402.14740); raw is s. An item of one
-    sequence keeps its score.
+    of the others, which is s - mean times n / (n - 1) (Ahmadian et al. 2024, arXiv:2402.14740); maxrl is (s - mean) / mean, for
+    scores of 0 and 1, and 0 where the mean is not above 0 (arXiv:2602.02710); raw is s. An item of one sequence keeps its
+    score, but with maxrl its advantage is 0.
 
     The score of a sequence that is rejected, truncated or fully masked still counts: it was sampled for the same prompt, and a
     baseline over trained sequences only would depend on why the others are not trained.
@@ -44,6 +45,8 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
     Returns:
         [S] float64; undefined where the score is not finite.
     """
+    if method == "maxrl" and not has_mean_above_0(scores, counted):
+        return 0.0 * scores  # NaN stays
     if method == "raw" or len(scores) == 1 or not counted.any():
         return scores
     centred, n = _centred(scores, counted), int(counted.sum())
@@ -54,7 +57,16 @@ def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndar
             return centred * n / max(n - 1, 1)
         case "group_center":
             return centred
+        case "maxrl":
+            return centred / scores[counted].mean()
     raise ValueError(f"score_advantages is {method!r}; expected one of {', '.join(FROM_SCORES)}")
+
+
+def has_mean_above_0(scores: np.ndarray, counted: np.ndarray) -> bool:
+    """Whether maxrl gives an item advantages: more than one sequence, and a mean score above 0 by more than rounding."""
+    if len(scores) == 1 or not counted.any():
+        return False
+    return bool(scores[counted].mean() > RELATIVE_EPS * np.abs(scores[counted]).max())
 
 
 @dataclass(frozen=True)

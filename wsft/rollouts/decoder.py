@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from wsft.loss.advantages import FROM_SCORES, Override, from_scores
+from wsft.loss.advantages import FROM_SCORES, Override, from_scores, has_mean_above_0
 from wsft.rollouts import records
 from wsft.rollouts.records import Malformed, is_group
 
@@ -47,7 +47,10 @@ REPAIRED = (
     "trained at the run's temperature: its own is not a number above 0",
     "trained without weight_versions: they do not fit the tokens",
 )
-REASONS = REJECTED + REPAIRED
+# Sequences that are as they should be, but have weight 0; said at the first.
+NO_MEAN_ABOVE_0 = "of weight 0 with maxrl: alone in their group, or its mean score is not above 0"
+WITHOUT_WEIGHT = (NO_MEAN_ABOVE_0,)
+REASONS = REJECTED + REPAIRED + WITHOUT_WEIGHT
 FAULTS_KEPT = 1000  # per reason and batch: a file may be nothing but faults
 
 
@@ -97,7 +100,7 @@ class Decoder:
     Args:
         max_token_len: longest sequence; None for any.
         overlong: "drop" or "truncate" longer ones.
-        score_advantages: "group_norm", "group_center", "rloo" or "raw" (see `advantages.from_scores`).
+        score_advantages: "group_norm", "group_center", "rloo", "maxrl" or "raw" (see `advantages.from_scores`).
         vocab_size: token ids must be below it; None for no limit.
         record_temperature: take a record's own temperature.
         reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
@@ -114,6 +117,7 @@ class Decoder:
     group_sizes: dict[int, int] = field(default_factory=dict)  # env_id -> sequences of its largest record so far
     rejected: Counter = field(default_factory=Counter, init=False)  # reason -> sequences, since it was last taken
     faults: dict[str, list[Fault]] = field(default_factory=dict, init=False)  # reason -> the first of them
+    said: set[str] = field(default_factory=set, init=False)  # what is logged once
 
     def __post_init__(self):
         for name, known in {"overlong": ("drop", "truncate"), "score_advantages": FROM_SCORES}.items():
@@ -125,9 +129,10 @@ class Decoder:
     def batch(self, found: list[Any], names: Sequence[str] | None = None) -> list[Rollout]:
         """The valid sequences of a batch of records, several of which may be parts of one group. `names` are for messages."""
         advantages = {}
-        for numbers in self._groups(found):
-            advantages |= zip(numbers, self._score_advantages([found[n] for n in numbers]), strict=True)
         names = names or [f"group {n}" for n in range(len(found))]
+        for numbers in self._groups(found):
+            of_group = self._score_advantages([found[n] for n in numbers], [names[n] for n in numbers])
+            advantages |= zip(numbers, of_group, strict=True)
         return [r for n, record in enumerate(found) for r in self._record(record, advantages[n], names[n])]
 
     def reject(self, reason: str, origin: Origin, detail: str) -> None:
@@ -142,6 +147,11 @@ class Decoder:
         for reason, count in self.rejected.items():
             what = f"left out: {reason}" if reason in REJECTED else reason
             first = self.faults[reason][0]
+            if reason in WITHOUT_WEIGHT:
+                if reason in self.said:
+                    continue
+                self.said.add(reason)
+                what += "; further ones are only counted"
             log.warning("%d sequence(s) %s (first: %s: %s)", count, what, first.origin, first.detail)
         counts = np.array([self.rejected[reason] for reason in REASONS], dtype=np.int64)
         self.forget()
@@ -185,13 +195,30 @@ class Decoder:
         stated, largest = records.group_size(record), self.group_sizes[records.env_id(record)]
         return stated or (largest if largest > 1 else math.inf)
 
-    def _score_advantages(self, parts: list[Any]) -> list[np.ndarray]:
+    def _score_advantages(self, parts: list[Any], names: Sequence[str]) -> list[np.ndarray]:
         """For each record of one group, the advantages of its sequences, from the scores of the whole group."""
         sizes = [len(part["tokens"]) if is_group(part) else 0 for part in parts]
-        places = [(part, i) for part, size in zip(parts, sizes, strict=True) for i in range(size)]
-        scores = np.array([records.score(*place) for place in places])
-        free = np.array([records.override(*place) is Override.NONE for place in places], dtype=bool)
-        return np.split(from_scores(scores, np.isfinite(scores) & free, self.score_advantages), np.cumsum(sizes)[:-1])
+        places = [Origin(part, name, i) for part, name, size in zip(parts, names, sizes, strict=True) for i in range(size)]
+        scores = np.array([records.score(record, i) for record, _, i in places])
+        free = np.array([records.override(record, i) is Override.NONE for record, _, i in places], dtype=bool)
+        counted = np.isfinite(scores) & free
+        if self.score_advantages == "maxrl":
+            self._look_at_maxrl(places, scores, counted)
+        return np.split(from_scores(scores, counted, self.score_advantages), np.cumsum(sizes)[:-1])
+
+    def _look_at_maxrl(self, places: list[Origin], scores: np.ndarray, counted: np.ndarray) -> None:
+        """Count the sequences that get advantage 0 from their scores, and say which scores maxrl is not made for."""
+        by_score = counted & [records.without_advantages(record, i) for record, _, i in places]
+        if not has_mean_above_0(scores, counted):
+            for n in np.flatnonzero(by_score):
+                self.reject(NO_MEAN_ABOVE_0, places[n], f"found scores {records.short(scores[counted])}")
+        strange = np.flatnonzero(by_score & ~np.isin(scores, (0, 1)))
+        if len(strange) and "scores" not in self.said:
+            self.said.add("scores")
+            origin, found = places[strange[0]], scores[strange[0]]
+            log.warning(
+                "score_advantages maxrl is made for scores of 0 and 1 (arXiv:2602.02710), found %g in %s", found, origin
+            )
 
     def _record(self, record: Any, score_advantages: np.ndarray, name: str) -> list[Rollout]:
         if not is_group(record):

@@ -130,6 +130,11 @@ def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> n
     return np.where(trained, values, 0.0)
 
 
+def without_advantages(group: dict, i: int) -> bool:
+    """Whether it has none of its own, so that its score gives them."""
+    return _absent(_row(group, "advantages", i))
+
+
 def has_images(group: dict, i: int) -> bool:
     """Entry i, or a value that is not a list and applies to all sequences."""
     images = group.get("images")

@@ -10,7 +10,7 @@ import numpy as np
 from wsft.distributed.load_balancing import Load, imbalance
 from wsft.loss.advantages import Override
 from wsft.rollouts.batch import Batch
-from wsft.rollouts.decoder import REJECTED, REPAIRED
+from wsft.rollouts.decoder import NO_MEAN_ABOVE_0, REJECTED, REPAIRED
 
 # name of a metric, or several -> description; `env_N`: one per environment
 METRICS = {
@@ -29,6 +29,7 @@ METRICS = {
     "data/rejected": "sequences left out as malformed",
     "data/repaired": "sequences trained without an invalid optional field",
     "data/truncated": "sequences truncated to max_token_len",
+    "data/zero_weight_groups": "sequences of weight 0 with maxrl: alone in their group, or its mean score is not above 0",
     "data/staleness": "mean optimizer steps since the weights that sampled, over trained tokens whose version is known",
     "data/no_behavior_logp data/no_ref_logp data/no_teacher": "trained tokens without this field",
     "data/possibly_lost_batches": "batches of the run that may have been lost between server and trainer",
@@ -76,6 +77,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/rejected": sum(n for reason, n in rejected.items() if reason in REJECTED),
         "data/truncated": rejected.get("truncated to max_token_len", 0),
         "data/repaired": sum(n for reason, n in rejected.items() if reason in REPAIRED[1:]),
+        "data/zero_weight_groups": rejected.get(NO_MEAN_ABOVE_0, 0),
         "data/staleness": _mean(step - versions[~np.isnan(versions)]),
         "data/no_behavior_logp": int(np.isnan(batch.behavior_logp[batch.loss_mask]).sum()),
     }
