@@ -24,6 +24,7 @@ CASES = {
     "dppo": dict(objective="dppo", objective_args={"delta_low": 0.001, "delta_high": 0.002, "tau": 0.3}),
     "gmpo": dict(objective="gmpo", objective_args={"eps_low": 0.2, "eps_high": 0.2}, reduction="sequence_mean"),
     "sapo_sequence": dict(objective="sapo_sequence", reduction="constant"),
+    "corrected": dict(mismatch_cap=1.1, sequence_mask={"geometric": [0.9, 1.1]}, max_staleness=0),
     "kl_and_teacher": dict(kl_coef=0.3, distill_coef=0.7, entropy_coef=0.05, reduction="constant"),
     "reference_model": dict(objective="importance_sampling", kl_coef=0.5, distill_coef=0.4, distill_renormalize=True),
 }
@@ -36,6 +37,7 @@ def rows_of(group):
             "tokens": tokens,
             "trained": [t for t, label in enumerate(group["masks"][i]) if label != -100],
             "temperature": group["overrides"][i].get("temperature", group["generation_params"]["temperature"]),
+            "version": group["overrides"][i].get("weight_version", math.nan),
             **{name: group[name][i] for name in ("advantages", "inference_logprobs", "ref_logprobs")},
             "teacher": list(zip(group["distill_token_ids"][i], group["distill_logprobs"][i], strict=True)),
         }
@@ -50,7 +52,7 @@ def make_records(model, rng):
             [0.0 if label == -100 else a for label in row] for row, a in zip(group["masks"], [1.3, -0.8, third], strict=True)
         ]
         group["generation_params"] = {"temperature": 0.8}
-        group["overrides"] = [{}, {"temperature": 1.25}, {}]
+        group["overrides"] = [{}, {"temperature": 1.25, "weight_version": 0}, {}]
         group["distill_token_ids"] = [
             [rng.integers(0, VOCAB, rng.integers(0, 4)).tolist() for _ in row] for row in group["tokens"]
         ]
@@ -77,9 +79,9 @@ def scores(model, row):
     return logits_of(model, row).log_softmax(-1).gather(1, torch.tensor(row["tokens"])[:, None]).squeeze(1).detach()
 
 
-def surrogate(case, model, reference, rows):
-    """The loss of a batch as the papers write it."""
-    losses = []
+def surrogate(case, model, reference, rows, step):
+    """The loss of the batch of a step as the papers write it."""
+    losses, masked = [], []
     for row in rows:
         at = row["trained"]
         log_p = logits_of(model, row)[at].log_softmax(-1)
@@ -89,6 +91,12 @@ def surrogate(case, model, reference, rows):
         sampled = sampled.masked_fill(sampled == 1.0, math.nan)
         if case in PAPERS:
             losses.append(-PAPERS[case](logp, sampled, A))
+        elif case == "corrected":
+            known = papers.ratio(logp, sampled).detach()[~sampled.isnan()]
+            near = not len(known) or 0.9 <= known.log().mean().exp() <= 1.1
+            kept = near and not step - row["version"] > 0
+            masked.append(not kept)
+            losses.append(-float(kept) * papers.ratio(logp, sampled).detach().clamp(max=1.1) * A * logp)
         elif case == "kl_and_teacher":
             ref = torch.tensor(row["ref_logprobs"], dtype=torch.float64)[at]
             entropy = -(log_p.exp() * log_p).sum(-1)
@@ -96,6 +104,7 @@ def surrogate(case, model, reference, rows):
         else:
             ref = scores(reference, row)[at]
             losses.append(-A * papers.ratio(logp, sampled) + 0.5 * k3(ref - logp) + 0.4 * forward_kl(row, log_p, True))
+    assert not masked or (any(masked) and not all(masked))
     return papers.REDUCTIONS[CASES[case].get("reduction", "mean")](losses, MAX_TOKEN_LEN)
 
 
@@ -118,9 +127,9 @@ def trained_by_hand(case, model_name, reference, batches):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float64, attn_implementation="eager")
-    for groups in batches:
+    for step, groups in enumerate(batches):
         model.zero_grad()
-        surrogate(case, model, reference, [row for group in groups for row in rows_of(group)]).backward()
+        surrogate(case, model, reference, [row for group in groups for row in rows_of(group)], step).backward()
         with torch.no_grad():
             for p in model.parameters():
                 p -= LEARNING_RATE * p.grad

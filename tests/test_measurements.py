@@ -50,7 +50,12 @@ def test_what_is_written_of_a_batch_is_what_one_counts():
             "data/repaired": 2,  # the logps that do not fit, the temperature
             "data/zero_weight_groups": 0,
             "data/staleness": (8 * 4 + 4 * 2) / 12,  # of the trained tokens where it is known
+            "data/staleness_max": 4,
+            "data/staleness/env_0": 4,
+            "data/staleness/env_4": 2,
+            "data/no_version": 12,
             "data/no_behavior_logp": 2 + 16,
+            "data/no_behavior_sequences": 4,
             "score/mean": (0 + 1 + 5 + 0 + 2) / 5,
             "score/std": math.sqrt((1 + 25 + 4) / 5 - (8 / 5) ** 2),
             "score/env_0/mean": 0.5,
@@ -65,7 +70,8 @@ def test_what_is_written_of_a_batch_is_what_one_counts():
 
 def test_of_what_nobody_says_nothing_is_written_but_nan():
     values = of_batch(process(one(scores=None, advantages=[0.5], env_id=3)), step=0)
-    unknown = {"data/staleness", "score/mean", "score/std", "score/env_3/mean", "score/env_3/std"}
+    unknown = {"data/staleness", "data/staleness_max", "data/staleness/env_3"}
+    unknown |= {"score/mean", "score/std", "score/env_3/mean", "score/env_3/std"}
     assert {name for name, value in values.items() if math.isnan(value)} == unknown
     values = of_batch(process(), step=0)
     assert values["tokens/trained"] == values["data/sequences"] == 0 and math.isnan(values["advantage/mean"])
@@ -73,7 +79,8 @@ def test_of_what_nobody_says_nothing_is_written_but_nan():
 
 SUMS = {
     "tokens": 8.0, "positive": 4.0, "logp_positive": -6.0, "negative": 2.0, "logp_negative": -5.0, "entropy": 12.0,
-    "weight": 3.0, "weight_abs": 7.0, "behavior": 5.0, "ratio": 6.0, "clipped": 2.0, "k1": 0.5, "k3": 0.25,
+    "weight": 3.0, "weight_abs": 7.0, "behavior": 5.0, "ratio": 6.0, "ratio_squared": 9.0, "clipped": 2.0,
+    "k1": 0.5, "k3": 0.25,
 }  # fmt: skip
 
 
@@ -87,6 +94,7 @@ def test_means_over_tokens_are_sums_over_their_counts():
             "weight/mean": 3 / 10,
             "weight/mean_abs": 7 / 10,
             "ratio/mean": 6 / 5,
+            "ratio/ess": 6**2 / (5 * 9),
             "ratio/max": 3.5,
             "ratio/clipped": 2 / 5,
             "kl/behavior_k1": 0.5 / 5,
@@ -103,6 +111,14 @@ def test_reference_and_teacher_are_written_of_where_the_loss_has_them():
     assert set(more) - set(of_tokens(SUMS, {"ratio": 3.5}, trained=8)) == {
         *("kl/reference", "data/no_ref_logp", "kl/teacher", "data/no_teacher")
     }
+
+
+def test_shares_that_corrections_mask_are_of_the_tokens_that_they_concern():
+    sums = SUMS | {"corrected": 4.0, "factor": 3.0, "factor_squared": 3.0, "capped": 1.0, "geometric_masked": 2.0}
+    values = of_tokens(sums, {"ratio": 3.5}, trained=8)
+    assert {name: x for name, x in values.items() if name.startswith("mismatch/")} == {
+        "mismatch/ess": 9 / (4 * 3), "mismatch/capped": 0.25, "mismatch/geometric_masked": 0.5,
+    }  # fmt: skip
 
 
 def test_means_over_no_tokens_are_nan():

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wsft.loss import head as loss_head
 from wsft.loss.advantages import FROM_SCORES, Override, Shaping, from_scores
+from wsft.loss.corrections import NO_CORRECTIONS
 from wsft.loss.head import head_loss
 from wsft.loss.objectives import OBJECTIVES, Objective
 from wsft.loss.terms import Coefficients, TokenTerms
@@ -39,8 +40,9 @@ class Data(NamedTuple):
         return [x.to(dtype, copy=True).requires_grad_() for x in (self.hidden, self.lm_head)]
 
     def terms(self, case, coefficients=None, dtype=torch.float64, **more):
-        tensors = {k: x.to(dtype) if x.is_floating_point() else x for k, x in (self.tensors | more).items()}
-        return TokenTerms(Objective(case.objective, case.args), coefficients or Coefficients(), **tensors)
+        inputs = (self.tensors | more).items()
+        inputs = {k: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for k, x in inputs}
+        return TokenTerms(Objective(case.objective, case.args), coefficients or Coefficients(), **inputs)
 
     def log_softmax(self, hidden, lm_head):
         """Of all [N, V], and of the targets [N]."""
@@ -339,7 +341,7 @@ def test_what_surely_weighs_nothing_can_be_left_out(name, rng):
     batch = AtroposBatchProcessor().process_atropos_batch(make_records(rng, case.per_sequence))
     scales, (hidden, lm_head) = batch.scales("sequence_mean", MAX_TOKEN_LEN), make_policy(batch, rng)
     wanted = gradients_in(SPLITS[1], batch, scales, case, Coefficients(), hidden, lm_head)
-    fewer = batch.of_weight(objective)
+    fewer = batch.of_weight(objective, NO_CORRECTIONS, None)
     kept = torch.from_numpy(fewer.loss_mask[batch.loss_mask])
     found = gradients_in(SPLITS[1], fewer, scales, case, Coefficients(), hidden[kept], lm_head)
     assert_close(found, (wanted[0][kept], wanted[1]), 1e-12)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from wsft.loss.corrections import SEQUENCE_MASKS, Bounds, Corrections
 from wsft.loss.objectives import OBJECTIVES, Objective
 from wsft.settings_files import expand_path, parse_yaml
 
@@ -124,6 +125,38 @@ class WeightedSFTConfig(BaseModel):
         "weighted_sft", description=f"Weight of a token: {', '.join(OBJECTIVES)}, or your own as my_module:my_function."
     )
     objective_args: dict[str, Any] = Field({}, description='Its arguments, as YAML or JSON: "{eps_low: 0.2, eps_high: 0.28}".')
+    mismatch_mask: tuple[float, float] | None = Field(
+        None, description='Weight 0 for tokens whose ratio to the sampler is outside: "[0.5, 2.0]". With any objective.'
+    )
+    mismatch_cap: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Multiply weights by the ratio to the sampler, truncated at this; the objective's own ratio is then to the "
+        "policy at the start of the batch.",
+    )
+    mismatch_cap_level: Literal["token", "sequence"] = Field(
+        "token", description="The ratio of mismatch_cap: of the token, or the product over its sequence."
+    )
+    icepop: tuple[float, float] | None = Field(
+        None, description='As mismatch_cap, but weight 0 for tokens whose ratio is outside: "[0.5, 5.0]".'
+    )
+    sequence_mask: dict[str, tuple[float, float] | None] = Field(
+        {},
+        description='Weight 0 for sequences outside: "{geometric: [0.99, 1.01], ...}" of '
+        f"{', '.join(SEQUENCE_MASKS)}; or a name, with its default bounds.",
+    )
+    off_policy_mask: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Weight 0 for tokens of negative advantage in sequences whose mean log ratio is below minus this.",
+    )
+    max_staleness: int | None = Field(
+        None,
+        ge=0,
+        description="Weight 0 for tokens sampled more than this many optimizer steps ago, as weight_version says.",
+    )
     reduction: Literal["mean", "sequence_mean", "constant", "sum"] = Field(
         "mean",
         description="Over the global batch. mean: over trained tokens. sequence_mean: of sequences' means. constant: of "
@@ -277,19 +310,44 @@ class WeightedSFTConfig(BaseModel):
     def _expand_path(cls, value: Any) -> Any:
         return expand_path(value) if isinstance(value, str) else value
 
-    @field_validator("objective_args", mode="before")
+    @field_validator("sequence_mask", mode="before")
     @classmethod
-    def _read_mapping(cls, value: Any) -> Any:
+    def _read_kind(cls, value: Any) -> Any:  # called after the next one
+        return {value: None} if isinstance(value, str) else value
+
+    @field_validator("objective_args", "mismatch_mask", "icepop", "sequence_mask", mode="before")
+    @classmethod
+    def _read_yaml_of_flag(cls, value: Any) -> Any:
         try:
             return parse_yaml(value) if isinstance(value, str) else value
         except yaml.YAMLError as error:
-            raise ValueError("expected a mapping as YAML or JSON") from error
+            raise ValueError("expected YAML or JSON") from error
+
+    @field_validator("mismatch_mask", "icepop")
+    @classmethod
+    def _check_bounds(cls, value: Bounds | None) -> Bounds | None:
+        if value is not None and not 0 <= value[0] < value[1] < float("inf"):
+            raise ValueError("expected two numbers [low, high] of a ratio, 0 <= low < high")
+        return value
+
+    @field_validator("sequence_mask")
+    @classmethod
+    def _check_kinds(cls, value: dict[str, Bounds | None]) -> dict[str, Bounds]:
+        for kind, bounds in value.items():
+            if kind not in SEQUENCE_MASKS:
+                raise ValueError(f"expected {', '.join(SEQUENCE_MASKS)}, each with its bounds")
+            cls._check_bounds(bounds)
+        return {kind: bounds or SEQUENCE_MASKS[kind] for kind, bounds in value.items()}
 
     @model_validator(mode="after")
     def _check_together(self) -> WeightedSFTConfig:
         if self.data is not None and self.fetch_mode == "per_rank":
             raise ValueError("fetch_mode per_rank fetches from a server, but data names a file: drop one of the two")
         Objective(self.objective, self.objective_args)
+        if self.mismatch_cap is not None and self.icepop is not None:
+            raise ValueError("mismatch_cap and icepop both multiply by the ratio to the sampler: drop one of the two")
+        if self.mismatch_cap_level != "token" and self.mismatch_cap is None:
+            raise ValueError("mismatch_cap_level is set, but mismatch_cap is not: set it, or drop the level")
         if self.ref_model_name and not self.kl_coef:
             raise ValueError("ref_model_name is set, but kl_coef is 0: set kl_coef, or drop the reference model")
         of_lora = ("lora_alpha", "lora_target")
@@ -321,6 +379,17 @@ class WeightedSFTConfig(BaseModel):
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # print it once, not on every rank
             print(f"{parser.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+    @property
+    def corrections(self) -> Corrections:
+        return Corrections(
+            token_mask=self.mismatch_mask,
+            cap=self.mismatch_cap,
+            cap_level=self.mismatch_cap_level,
+            icepop=self.icepop,
+            sequence_mask=self.sequence_mask,
+            off_policy_mask=self.off_policy_mask,
+        )
 
     def public(self) -> dict[str, Any]:
         """The settings with passwords in URLs and keys in the DeepSpeed dict masked, for logs and files."""

@@ -80,7 +80,9 @@ class WeightedSFTTrainer:
     def __init__(self, config: WeightedSFTConfig):
         self.config = config
         self.objective = Objective(config.objective, config.objective_args)
+        self.corrections = config.corrections
         self.coefficients = Coefficients(config.kl_coef, config.entropy_coef, config.distill_coef, config.distill_renormalize)
+        self.needs_behavior = self.objective.needs_behavior or bool(self.corrections)
         self.folder = RunFolder(config)
 
     def train(self) -> Path | None:
@@ -123,6 +125,13 @@ class WeightedSFTTrainer:
         self.config, ds = deepspeed_config.resolve(
             self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16
         )
+        if self.corrections.reweighs and self.objective.needs_behavior:
+            log.info(
+                "%s counts the mismatch with the sampler, so the ratio of %s is to the policy at the start of the batch: with "
+                "one optimizer step per batch it is 1, and clips nothing",
+                "icepop" if self.corrections.icepop else "mismatch_cap",
+                self.objective.name,
+            )
         contents = contents_of(self.config, model_config, self.tokenizer)
         with _private_files():
             start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
@@ -356,17 +365,19 @@ class WeightedSFTTrainer:
         """One optimizer step. Returns a function that returns its result, the metrics of the batch and of its assignment to
         ranks (which every rank computes), and the FLOPs of all ranks."""
         self._require_what_the_loss_needs(batch)
-        values = of_batch(batch, self.step)
+        values, stale_N = of_batch(batch, self.step), batch.stale(self.step, self.config.max_staleness)
+        if stale_N is not None:
+            values["data/stale"] = int((stale_N & batch.loss_mask).sum())
         # counted over the global batch before the first backward, so that the step does not depend on how it is split
         scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
         if self.config.skip_zero_weight and not self.coefficients.concern_every_token:
-            batch = batch.of_weight(self.objective)
+            batch = batch.of_weight(self.objective, self.corrections, stale_N)
         rows = np.flatnonzero(batch.trained_tokens if self.config.skip_zero_weight else batch.lengths).tolist()
         prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
         load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
         assignment = assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
         values |= of_plan(assignment, load, self.packs)
-        micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes) for rows in assignment[self.world.rank]]
+        micro_batches = [self._micro_batch(batch, rows, scales_R, stale_N, prefixes) for rows in assignment[self.world.rank]]
         flops = (
             sum(load.of(rows) for of_rank in assignment for rows in of_rank) + self.flops.per_trained_token * batch.num_trained
         )
@@ -377,8 +388,12 @@ class WeightedSFTTrainer:
         known = len(batch.ref_logp) and not np.isnan(batch.ref_logp[batch.loss_mask]).any()
         return None if known else self.reference
 
-    def _micro_batch(self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes) -> MicroBatch:
-        terms = token_terms(batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature)
+    def _micro_batch(
+        self, batch: Batch, rows: list[int], scales_R: np.ndarray, stale_N: np.ndarray | None, prefixes: Prefixes
+    ) -> MicroBatch:
+        terms = token_terms(
+            batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature, self.corrections, stale_N
+        )
         if self.packs:
             tokens_1T, trained_N, layout = pack(batch, rows, self.processor.pad_token_id, prefixes)
             return MicroBatch(tokens_1T, trained_N, terms, layout)
@@ -387,7 +402,7 @@ class WeightedSFTTrainer:
         return MicroBatch(padded["tokens"], trained_N, terms, None)
 
     def _require_what_the_loss_needs(self, batch: Batch) -> None:
-        for name, instead in missing(batch, self.objective.needs_behavior, self.reference is not None).items():
+        for name, instead in missing(batch, self.needs_behavior, self.reference is not None).items():
             if self.config.strict:
                 raise UserError(
                     f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "

@@ -172,9 +172,8 @@ def weights(config: WeightedSFTConfig, batch: Batch, logp_N: np.ndarray | None) 
 
 def terms_of(config: WeightedSFTConfig, batch: Batch, rows: list[int]) -> TokenTerms:
     scales_R = batch.scales(config.reduction, config.max_token_len)
-    return token_terms(
-        batch, rows, scales_R, Objective(config.objective, config.objective_args), Coefficients(), config.temperature
-    )
+    objective = Objective(config.objective, config.objective_args)
+    return token_terms(batch, rows, scales_R, objective, Coefficients(), config.temperature, config.corrections)
 
 
 def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:

@@ -151,8 +151,8 @@ def sapo_sequence(
     tau_neg: Above0 = 1.05,
 ) -> "Tensor":
     """As `sapo`, with the geometric mean of the sequence's ratios, and the mean of its advantages."""
-    r = _mean(log_ratio_of(logp_N, behavior_logp_N), sequence_N).exp()
-    return _soft(r, _mean(advantages_N, sequence_N), tau_pos, tau_neg)
+    r = mean_of(log_ratio_of(logp_N, behavior_logp_N), sequence_N).exp()
+    return _soft(r, mean_of(advantages_N, sequence_N), tau_pos, tau_neg)
 
 
 def cispo(
@@ -186,8 +186,8 @@ def gspo(
     GSPO (Zheng et al. 2025, arXiv:2507.18071); the paper's loss has `reduction sequence_mean`. A is the token's own (form
     token, GSPO-token), or the mean over the sequence (form sequence): the same where a sequence has one advantage.
     """
-    s = _mean(log_ratio_of(logp_N, behavior_logp_N), sequence_N).exp()
-    return _clipped(s, _mean(advantages_N, sequence_N) if form == "sequence" else advantages_N, eps_low, eps_high)
+    s = mean_of(log_ratio_of(logp_N, behavior_logp_N), sequence_N).exp()
+    return _clipped(s, mean_of(advantages_N, sequence_N) if form == "sequence" else advantages_N, eps_low, eps_high)
 
 
 def gmpo(
@@ -206,14 +206,14 @@ def gmpo(
     GMPO (arXiv:2507.20673), whose loss has `reduction sequence_mean`. With clip `sum` the sum of the sequence's log ratios is
     clipped at these bounds, then divided by its length: the paper's ablation.
     """
-    log_ratio, mean_N = log_ratio_of(logp_N, behavior_logp_N), _mean(advantages_N, sequence_N)
+    log_ratio, mean_N = log_ratio_of(logp_N, behavior_logp_N), mean_of(advantages_N, sequence_N)
     if clip == "sum":
-        log_ratio = _sum(log_ratio, sequence_N)
+        log_ratio = sum_of(log_ratio, sequence_N)
     clipped = ((mean_N > 0) & (log_ratio > eps_high)) | ((mean_N < 0) & (log_ratio < -eps_low))
     bounded = log_ratio.clamp(max=eps_high).where(mean_N > 0, log_ratio.clamp(min=-eps_low))
     if clip == "sum":
-        bounded = bounded / _sum(bounded.new_ones(len(bounded)), sequence_N)
-    geometric = (bounded if clip == "sum" else _mean(bounded, sequence_N)).exp()
+        bounded = bounded / sum_of(bounded.new_ones(len(bounded)), sequence_N)
+    geometric = (bounded if clip == "sum" else mean_of(bounded, sequence_N)).exp()
     return (mean_N * geometric).masked_fill(clipped, 0), clipped
 
 
@@ -245,13 +245,13 @@ def _bernoulli_kl(logp_N: "Tensor", behavior_logp_N: "Tensor") -> "Tensor":
     return (q * (behavior_logp_N - logp_N)).masked_fill(q == 0, 0) + of_others
 
 
-def _sum(values_N: "Tensor", sequence_N: "Tensor") -> "Tensor":
+def sum_of(values_N: "Tensor", sequence_N: "Tensor") -> "Tensor":
     """For each token the sum over its sequence, [N]."""
     return values_N.new_zeros(len(values_N)).index_add(0, sequence_N, values_N)[sequence_N]
 
 
-def _mean(values_N: "Tensor", sequence_N: "Tensor") -> "Tensor":
-    return _sum(values_N, sequence_N) / _sum(values_N.new_ones(len(values_N)), sequence_N)
+def mean_of(values_N: "Tensor", sequence_N: "Tensor") -> "Tensor":
+    return sum_of(values_N, sequence_N) / sum_of(values_N.new_ones(len(values_N)), sequence_N)
 
 
 OBJECTIVES = {

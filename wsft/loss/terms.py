@@ -9,11 +9,13 @@ ranks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from wsft.loss.corrections import NO_CORRECTIONS, Corrections, Factors
 from wsft.loss.head import HeadOutput, Teacher
 from wsft.loss.objectives import LOG_RATIO_LIMIT, Objective
 
@@ -48,6 +50,9 @@ class TokenTerms:
     ref_logp_N: torch.Tensor | None = None  # NaN: no KL term
     teacher_ids_NK: torch.Tensor | None = None  # int64
     teacher_probs_NK: torch.Tensor | None = None
+    corrections: Corrections = NO_CORRECTIONS
+    prox_logp_N: torch.Tensor | None = None  # of the policy at the start of the batch; None: the current one
+    stale_N: torch.Tensor | None = None  # bool: too old, weight 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTerms:
         return self._with_each(lambda x: x.to(device, non_blocking=non_blocking))
@@ -61,7 +66,7 @@ class TokenTerms:
 
     @property
     def of_sequences(self) -> bool:
-        return self.objective.of_sequences
+        return self.objective.of_sequences or (self.corrections.of_sequences and self.prox_logp_N is None)
 
     def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, -d loss / d logp) of some tokens, see `head.TokenLoss`."""
@@ -77,9 +82,36 @@ class TokenTerms:
     def weigh(self, logp: torch.Tensor, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """(weight, whether it is clipped) of some tokens, before the factor of the reduction."""
         behavior, advantages = (x[rows].to(logp.dtype) for x in (self.behavior_logp_N, self.advantages_N))
+        if self.prox_logp_N is not None:
+            prox = self.prox_logp_N[rows].to(logp.dtype)
+            behavior = prox if self.corrections.reweighs else behavior.where(~behavior.isnan(), prox)
+        elif self.corrections.reweighs:
+            behavior = logp
         weights, clipped = self.objective(logp, behavior, advantages, self.sequence_N[rows])
+        if self.corrections:
+            factors = self.factors(logp, rows)
+            weights = (weights * factors.factor_N).masked_fill(factors.masked_N, 0)
+        if self.stale_N is not None:
+            weights = weights.masked_fill(self.stale_N[rows], 0)
         fixed = self.fixed_weights_N[rows].to(logp.dtype)
         return torch.where(fixed.isnan(), weights, fixed), clipped & fixed.isnan()
+
+    def factors(self, logp: torch.Tensor, rows: slice = slice(None)) -> Factors:
+        """What the corrections make of some tokens."""
+        if self.prox_logp_N is not None:
+            factor_N, masked_N, hits = self._proximal_factors
+            return Factors(factor_N[rows].to(logp.dtype), masked_N[rows], {kind: hit[rows] for kind, hit in hits.items()})
+        behavior, advantages, sequence = self.behavior_logp_N[rows], self.advantages_N[rows], self.sequence_N[rows]
+        return self._correct(logp.detach(), behavior.to(logp.dtype), advantages, sequence)
+
+    @functools.cached_property
+    def _proximal_factors(self) -> Factors:
+        """Of all tokens, which are known before the step."""
+        return self._correct(self.prox_logp_N, self.behavior_logp_N, self.advantages_N, self.sequence_N)
+
+    def _correct(self, logp: torch.Tensor, behavior: torch.Tensor, advantages: torch.Tensor, sequence: torch.Tensor) -> Factors:
+        known = ~behavior.isnan()
+        return self.corrections((logp - behavior).masked_fill(~known, 0), known, advantages, sequence)
 
     def head_options(self) -> dict[str, torch.Tensor | Teacher | None]:
         """The head's other arguments."""
@@ -108,6 +140,7 @@ class TokenTerms:
             "weight_abs": weights_N.abs(),
             "behavior": known_N,
             "ratio": ratio_N * known_N,
+            "ratio_squared": ratio_N.double() ** 2 * known_N,
             "clipped": clipped_N & known_N,
             "k1": -log_ratio_N,
             "k3": _k3(log_ratio_N),
@@ -116,6 +149,11 @@ class TokenTerms:
             sums |= {"reference": ~self.ref_logp_N.isnan(), "kl_reference": _k3(self._to_reference(logp_N, slice(None)))}
         if self.teacher_probs_NK is not None:
             sums |= {"teacher": self.teacher_probs_NK.sum(1) > 0, "divergence": out.divergence_N}
+        if self.corrections:
+            factor_N, _, hits = self.factors(logp_N)
+            free_N = known_N & self.fixed_weights_N.isnan()
+            sums |= {"corrected": free_N, "factor": factor_N * free_N, "factor_squared": factor_N**2 * free_N}
+            sums |= {kind: hit_N & free_N for kind, hit_N in hits.items()}
         highest = ratio_N.where(known_N, 0).amax() if N else logp_N.new_zeros(())
         return {name: x.double().sum() for name, x in sums.items()}, {"ratio": highest.double()}
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from wsft.loss.advantages import NORMALIZATIONS, Override, Shaping, override
+from wsft.loss.corrections import NO_CORRECTIONS, Corrections
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model.packing import Layout, Prefixes
@@ -106,14 +107,22 @@ class Batch:
         """Common prefixes of these rollouts."""
         return Prefixes.of(self.tokens, self.loss_mask, self.lengths, rows)
 
-    def of_weight(self, objective: Objective) -> Batch:
-        """This batch with the loss mask cleared where the objective's weight is certainly 0. Does not change the loss if called
-        after `scales` and with final advantages."""
+    def stale(self, step: int, max_staleness: int | None) -> np.ndarray | None:
+        """Bool [N]: tokens sampled more than `max_staleness` optimizer steps before `step`; not those of unknown version.
+        None if there is no limit."""
+        return None if max_staleness is None else step - self.weight_versions > max_staleness
+
+    def of_weight(self, objective: Objective, corrections: Corrections, stale_N: np.ndarray | None) -> Batch:
+        """This batch with the loss mask cleared where the weight is certainly 0. Does not change the loss if called after
+        `scales` and with final advantages."""
+        sft_N = np.repeat(self.overrides == Override.SFT, self.lengths)
         zero_weight_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
+        if stale_N is not None:
+            zero_weight_N = zero_weight_N | (stale_N & ~sft_N)
         if objective.zero_weight_without_advantage:
             zero_weight_N = zero_weight_N | (self.advantages == 0)
         left = dataclasses.replace(self, loss_mask=self.loss_mask & ~zero_weight_N)
-        if objective.of_sequences:  # it needs all trained tokens of a sequence, or none
+        if objective.of_sequences or corrections.of_sequences:  # they need all trained tokens of a sequence, or none
             whole_N = np.repeat(left.trained_tokens > 0, self.lengths)
             left = dataclasses.replace(self, loss_mask=self.loss_mask & whole_N)
         return left
@@ -237,9 +246,21 @@ def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -
 
 
 def token_terms(
-    batch: Batch, rows: list[int], scales_R: np.ndarray, objective: Objective, coefficients: Coefficients, temperature: float
+    batch: Batch,
+    rows: list[int],
+    scales_R: np.ndarray,
+    objective: Objective,
+    coefficients: Coefficients,
+    temperature: float,
+    corrections: Corrections = NO_CORRECTIONS,
+    stale_N: np.ndarray | None = None,
 ) -> TokenTerms:
-    """Loss inputs of the trained tokens of the given rollouts, in order. `temperature` is for rollouts without their own."""
+    """Loss inputs of the trained tokens of the given rollouts, in order.
+
+    Args:
+        temperature: for rollouts without their own.
+        stale_N: bool for each token of the batch, see `Batch.stale`; None: none is.
+    """
     spans = batch.spans()
     at = [span.start + np.flatnonzero(batch.loss_mask[span]) for span in (spans[i] for i in rows)]
     sizes = [len(positions) for positions in at]
@@ -260,6 +281,8 @@ def token_terms(
         fixed_weights_N=float32(fixed_R[row_N]),
         temperature_N=float32(temperatures_R[row_N]),
         sequence_N=torch.from_numpy(np.unique(row_N, return_inverse=True)[1].astype(np.int64)),
+        corrections=corrections,
+        stale_N=None if stale_N is None else torch.from_numpy(stale_N[at_N]),
     )
     if coefficients.kl and len(batch.ref_logp):  # else computed by a reference model
         terms = dataclasses.replace(terms, ref_logp_N=float32(batch.ref_logp[at_N]))

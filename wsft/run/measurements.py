@@ -9,8 +9,11 @@ import numpy as np
 
 from wsft.distributed.load_balancing import Load, imbalance
 from wsft.loss.advantages import Override
+from wsft.loss.corrections import SEQUENCE_MASKS
 from wsft.rollouts.batch import Batch
 from wsft.rollouts.decoder import NO_MEAN_ABOVE_0, REJECTED, REPAIRED
+
+CORRECTED = ("token_masked", "icepop_masked", "capped", *(f"{kind}_masked" for kind in (*SEQUENCE_MASKS, "off_policy")))
 
 # name of a metric, or several -> description; `env_N`: one per environment
 METRICS = {
@@ -30,7 +33,11 @@ METRICS = {
     "data/repaired": "sequences trained without an invalid optional field",
     "data/truncated": "sequences truncated to max_token_len",
     "data/zero_weight_groups": "sequences of weight 0 with maxrl: alone in their group, or its mean score is not above 0",
-    "data/staleness": "mean optimizer steps since the weights that sampled, over trained tokens whose version is known",
+    "data/staleness data/staleness_max data/staleness/env_N": "optimizer steps since the weights that sampled, of trained "
+    "tokens whose version is known: mean, maximum, mean of each environment",
+    "data/no_version": "trained tokens whose version is unknown",
+    "data/stale": "trained tokens of weight 0 since they are older than max_staleness",
+    "data/no_behavior_sequences": "sequences without a behavior logp on any trained token: no sequence_mask touches them",
     "data/no_behavior_logp data/no_ref_logp data/no_teacher": "trained tokens without this field",
     "data/possibly_lost_batches": "batches of the run that may have been lost between server and trainer",
     "logp/positive logp/negative": "mean logp of trained tokens with positive and with negative advantage",
@@ -38,6 +45,10 @@ METRICS = {
     "weight/mean weight/mean_abs": "weights of trained tokens from the objective",
     "ratio/mean ratio/max ratio/clipped": "exp(logp - behavior logp), and the share that the objective clips, over tokens that "
     "were run and have a behavior logp",
+    "ratio/ess": "effective sample size of these ratios, as a share of their number",
+    " ".join(f"mismatch/{kind}" for kind in CORRECTED): "share of tokens that each correction masks or caps, over those that "
+    "were run, have a behavior logp and no override",
+    "mismatch/ess": "effective sample size of the factors of all corrections",
     "kl/behavior_k1 kl/behavior_k3": "estimates of the KL divergence from the sampling policy",
     "kl/reference": "k3 estimate of the KL divergence from the reference, with kl_coef",
     "kl/teacher": "KL divergence from the teacher, with distill_coef",
@@ -67,7 +78,9 @@ METRICS = {
 def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
     """Metrics of the batch that is trained after `step` optimizer steps."""
     advantages, rejected = batch.advantages[batch.loss_mask], batch.rejected
-    versions = batch.weight_versions[batch.loss_mask]
+    age, row = step - batch.weight_versions[batch.loss_mask], np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    env_ids, row = batch.env_ids[row[batch.loss_mask]], row[batch.loss_mask]  # of each trained token
+    dated, sampled = ~np.isnan(age), ~np.isnan(batch.behavior_logp[batch.loss_mask])
     values = {
         "tokens/trained": batch.num_trained,
         "tokens/total": len(batch.tokens),
@@ -78,11 +91,15 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/truncated": rejected.get("truncated to max_token_len", 0),
         "data/repaired": sum(n for reason, n in rejected.items() if reason in REPAIRED[1:]),
         "data/zero_weight_groups": rejected.get(NO_MEAN_ABOVE_0, 0),
-        "data/staleness": _mean(step - versions[~np.isnan(versions)]),
-        "data/no_behavior_logp": int(np.isnan(batch.behavior_logp[batch.loss_mask]).sum()),
+        "data/staleness": _mean(age[dated]),
+        "data/staleness_max": float(age[dated].max(initial=0)) if dated.any() else math.nan,
+        "data/no_version": int((~dated).sum()),
+        "data/no_behavior_logp": int((~sampled).sum()),
+        "data/no_behavior_sequences": len(np.unique(row)) - len(np.unique(row[sampled])),
     }
     scored = np.isfinite(batch.scores)
     of_envs = {f"env_{i}/": scored & (batch.env_ids == i) for i in np.unique(batch.env_ids) if i >= 0}
+    values |= {f"data/staleness/env_{i}": _mean(age[dated & (env_ids == i)]) for i in np.unique(batch.env_ids) if i >= 0}
     for name, chosen in ({"": scored} | of_envs).items():
         values |= {f"score/{name}mean": _mean(batch.scores[chosen]), f"score/{name}std": _std(batch.scores[chosen])}
     return values
@@ -102,11 +119,15 @@ def of_tokens(sums: dict[str, float], maxima: dict[str, float], trained: int) ->
         "weight/mean": sums["weight"] / trained if trained else math.nan,
         "weight/mean_abs": sums["weight_abs"] / trained if trained else math.nan,
         "ratio/mean": mean("ratio", "behavior"),
+        "ratio/ess": _effective_share(sums["ratio"], sums["ratio_squared"], known),
         "ratio/max": maxima["ratio"] if known else math.nan,
         "ratio/clipped": mean("clipped", "behavior"),
         "kl/behavior_k1": mean("k1", "behavior"),
         "kl/behavior_k3": mean("k3", "behavior"),
     }
+    if "corrected" in sums:
+        values["mismatch/ess"] = _effective_share(sums["factor"], sums["factor_squared"], sums["corrected"])
+        values |= {f"mismatch/{kind}": mean(kind, "corrected") for kind in CORRECTED if kind in sums}
     if "reference" in sums:
         values["kl/reference"] = mean("kl_reference", "reference")
         values["data/no_ref_logp"] = int(sums["tokens"] - sums["reference"])
@@ -153,6 +174,11 @@ def missing(batch: Batch, needs_behavior: bool, has_reference: bool = False) -> 
     if len(batch.teacher_sizes) and not len(batch.teacher_ids):
         absent["distill_token_ids"] = "there is no distillation term"
     return absent
+
+
+def _effective_share(total: float, squared: float, n: float) -> float:
+    """Effective sample size of n weights as a share of n (Kish 1965); 1 if all are equal."""
+    return total**2 / (n * squared) if n and squared else math.nan
 
 
 def _mean(values: np.ndarray) -> float:
