@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsft.loss.advantages import Override
-from wsft.rollouts.decoder import NO_MEAN_ABOVE_0, REASONS, Decoder
+from wsft.rollouts.decoder import CUT_OFF, NO_MEAN_ABOVE_0, REASONS, Decoder
 
 TOKENS = [5, 6, 7, 8]
 LABELS = [-100, -100, 7, 8]
@@ -144,6 +144,46 @@ def test_maxrl_gives_nothing_to_a_group_without_a_success_and_says_so_once(caplo
     caplog.clear()
     decoder.batch(parts([0, 0], [2, 5]))
     assert decoder.take_counts().sum() == 2 and not caplog.text
+
+
+def test_sequences_that_the_sampler_cut_off_weigh_nothing_and_count_in_their_group(caplog):
+    """TOKENS end with 8."""
+    multi_turn = [-100, 6, 7, -100]
+    fields = dict(
+        masks=[LABELS, LABELS, LABELS, multi_turn, LABELS, LABELS],
+        scores=[0, 1, 2, 3, 4, 14],
+        overrides=[
+            {},
+            {"finish_reason": "length"},
+            {"finish_reason": {"type": "stop"}},
+            {},
+            {"finish_reason": "why"},
+            {"sft": True},
+        ],
+    )
+    (group,) = parts([0] * 6, **fields)
+    for ends, cut in ((frozenset({8, 2}), [1]), (frozenset({3}), [0, 1, 4]), (frozenset(), [1]), (None, [])):
+        decoder = Decoder(score_advantages="group_center", end_tokens=ends)
+        found = decoder.batch([group])
+        assert [n for n, rollout in enumerate(found) if rollout.override is Override.CUT_OFF] == cut
+        assert [rollout.advantages[2] for rollout in found[:5]] == [-2, -1, 0, 1, 2]  # the overridden one is not counted
+        assert decoder.take_counts()[REASONS.index(CUT_OFF)] == len(cut)
+    assert (
+        "the sampler cut them off; further ones are only counted (first: group 0, sequence 1: ends with token 8" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("setting, says", [({"top_p": 0.9}, "top_p 0.9"), ({"top_k": 40, "min_p": 0.1}, "top_k 40, min_p 0.1")])
+def test_logps_of_a_part_of_the_vocabulary_are_said_once(setting, says, caplog):
+    group = one(inference_logprobs=[[1.0, -1.0, -1.0, -1.0]], generation_params=setting)
+    for decoder, times in ((Decoder(reads_behavior=True), 1), (Decoder(), 0)):
+        caplog.clear()
+        decoder.batch([group, group])
+        assert caplog.text.count(f"was sampled with {says}: if its inference_logprobs") == times
+    caplog.clear()
+    whole = group | {"generation_params": {"top_p": 1.0, "top_k": -1, "min_p": 0}}
+    Decoder(reads_behavior=True).batch([whole, one(generation_params=setting)])
+    assert not caplog.text
 
 
 def test_what_is_no_part_of_the_group_is_scored_alone():

@@ -49,6 +49,7 @@ def test_what_is_written_of_a_batch_is_what_one_counts():
             "data/truncated": 1,
             "data/repaired": 2,  # the logps that do not fit, the temperature
             "data/zero_weight_groups": 0,
+            "data/cut_off": 0,
             "data/staleness": (8 * 4 + 4 * 2) / 12,  # of the trained tokens where it is known
             "data/staleness_max": 4,
             "data/staleness/env_0": 4,

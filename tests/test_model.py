@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_nothing_random_happens_in_training(kind, recomputed, tmp_path, rng, cap
     for step in found.values():
         assert step["ratio/mean"] == pytest.approx(1, abs=1e-5) and step["ratio/max"] == pytest.approx(1, abs=1e-5)
     assert found[1]["loss"] == found[2]["loss"] and found[1]["grad_norm"] == found[2]["grad_norm"]
+
+
+@pytest.mark.parametrize("share, said", [(0.9, 1), (1.0, 0)])
+def test_logprobs_of_another_distribution_are_said_on_fresh_data(share, said, tmp_path, rng, capfd):
+    """As those of a sampler that drew from tokens that together have 0.9."""
+    folder = make_model(tmp_path / "model")
+    group = make_group(rng, [60] * 5)
+    group["inference_logprobs"] = [[1.0, *(row - math.log(share)).tolist()] for row in logps(folder, group["tokens"])]
+    train(folder, tmp_path, [group] * 2, objective="ppo_clip", learning_rate=0.0)
+    assert capfd.readouterr().err.count("step 1: the ratio to the sampler's logprobs is 0.900 on average") == said
 
 
 def test_recomputed_layers_are_recomputed(tmp_path):

@@ -358,6 +358,22 @@ def test_reductions_are_their_plain_definitions(reduction, rng):
     assert np.isfinite(Batch.empty().scales(reduction, MAX_TOKEN_LEN)).all()
 
 
+@pytest.mark.parametrize("reduction", papers.REDUCTIONS)
+def test_sequences_that_were_cut_off_leave_the_denominator(reduction, rng):
+    batch = AtroposBatchProcessor().process_atropos_batch(make_records(rng))
+    overrides = batch.overrides.copy()
+    overrides[[1, 8]] = Override.CUT_OFF
+    cut = batch.__class__(**vars(batch) | {"overrides": overrides})
+    losses = [torch.from_numpy(rng.normal(size=n)) for n in batch.trained_tokens]
+    kept = [x for i, x in enumerate(losses) if len(x) and i not in (1, 8)]
+    found = sum(float(s) * x.sum() for s, x in zip(cut.scales(reduction, MAX_TOKEN_LEN), losses, strict=True))
+    torch.testing.assert_close(found, papers.REDUCTIONS[reduction](kept, MAX_TOKEN_LEN), rtol=1e-12, atol=1e-12)
+    fewer = cut.of_weight(Objective("sft"), NO_CORRECTIONS, None)
+    assert fewer.trained_tokens[[1, 8]].tolist() == [0, 0] and fewer.trained_tokens.any()
+    terms = token_terms(cut, [1, 0], cut.scales(reduction, 9), Objective("sft"), Coefficients(), 1.0)
+    assert set(terms.fixed_weights_N[: cut.trained_tokens[1]].tolist()) == {0.0}
+
+
 # -- sums over tokens -----------------------------------------------------------------------------------------------------
 
 

@@ -152,6 +152,11 @@ class WeightedSFTConfig(BaseModel):
         allow_inf_nan=False,
         description="Weight 0 for tokens of negative advantage in sequences whose mean log ratio is below minus this.",
     )
+    mask_truncated: bool = Field(
+        False,
+        description="Weight 0 for sequences that the sampler cut off: by their finish_reason, or as their last token ends no "
+        "text. Their scores still count in their groups.",
+    )
     max_staleness: int | None = Field(
         None,
         ge=0,
@@ -379,6 +384,11 @@ class WeightedSFTConfig(BaseModel):
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # print it once, not on every rank
             print(f"{parser.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+    @property
+    def needs_behavior(self) -> bool:
+        """Whether the loss uses inference_logprobs."""
+        return Objective(self.objective, self.objective_args).needs_behavior or bool(self.corrections)
 
     @property
     def corrections(self) -> Corrections:

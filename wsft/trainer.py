@@ -34,7 +34,7 @@ from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients
 from wsft.model.flops import rated_flops, step_flops
-from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
+from wsft.model.loading import empty_model, end_tokens, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.lora import Adapters, as_if_trained
 from wsft.model.packing import Prefixes
 from wsft.model.row_layouts import find_row_layouts
@@ -58,6 +58,7 @@ from wsft.run.output_folder import RunFolder
 log = logging.getLogger(__name__)
 
 BAD_STEPS_ALLOWED = 3
+RATIO_TOLERANCE, RATIO_TOKENS = 0.03, 200  # from 1, of fresh data; the fewest tokens whose mean says something
 LORA_RATE = 2e-5  # below it a warning
 CHECKPOINT_BYTES = 16  # per parameter, at most: weights, float32 masters and Adam's two moments
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
@@ -82,7 +83,6 @@ class WeightedSFTTrainer:
         self.objective = Objective(config.objective, config.objective_args)
         self.corrections = config.corrections
         self.coefficients = Coefficients(config.kl_coef, config.entropy_coef, config.distill_coef, config.distill_renormalize)
-        self.needs_behavior = self.objective.needs_behavior or bool(self.corrections)
         self.folder = RunFolder(config)
 
     def train(self) -> Path | None:
@@ -140,7 +140,8 @@ class WeightedSFTTrainer:
         saved = json.loads(world.broadcast_text(json.dumps(start.metadata if start else None)))  # which rank 0 has verified
         self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
         metadata = start.metadata if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
-        self.processor = processor_of(self.config, shape.vocab_size)
+        ends = end_tokens(self.config.model_name, self.tokenizer)
+        self.processor = processor_of(self.config, shape.vocab_size, ends)
         with _private_files():
             source = open_source(self.config, self.processor, world, metadata["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
@@ -402,7 +403,7 @@ class WeightedSFTTrainer:
         return MicroBatch(padded["tokens"], trained_N, terms, None)
 
     def _require_what_the_loss_needs(self, batch: Batch) -> None:
-        for name, instead in missing(batch, self.needs_behavior, self.reference is not None).items():
+        for name, instead in missing(batch, self.config.needs_behavior, self.reference is not None).items():
             if self.config.strict:
                 raise UserError(
                     f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "
@@ -425,6 +426,19 @@ class WeightedSFTTrainer:
         of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
         self.metrics.step({"step": values["step"], **of_step, **values, **of_all, **of_run})
         self._warn(values["step"], result)
+        self._look_at_ratio(values, of_all["ratio/mean"], result.sums["behavior"])
+
+    def _look_at_ratio(self, values: dict[str, float], mean: float, num_tokens: float) -> None:
+        """Say, once, that the sampler's logprobs are not those of the model, on data that the current weights sampled."""
+        fresh = values["data/staleness_max"] == 0 or (values["step"] == 1 and math.isnan(values["data/staleness_max"]))
+        far = num_tokens >= RATIO_TOKENS and abs(mean - 1) > RATIO_TOLERANCE
+        if fresh and far and "ratio" not in self.warned_missing:
+            self.warned_missing.add("ratio")
+            self.metrics.warn(
+                f"step {values['step']}: the ratio to the sampler's logprobs is {mean:.3f} on average, on data of the weights "
+                f"before this step: they are of another distribution. Usual causes: top_p or top_k, another temperature "
+                f"(record_temperature), another chat template or model, a quantized server"
+            )
 
     def _warn(self, step: int, result: StepResult) -> None:
         if not result.signal:

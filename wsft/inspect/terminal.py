@@ -39,7 +39,7 @@ PROG = "python -m wsft.inspect"
 TOKENS_SHOWN = 800  # tokens of a rollout shown in the terminal
 CONTEXT_SHOWN = 100  # tokens shown around trained ones in a long rollout
 PARTS_OF_A_CHARACTER = 8  # tokens at most
-OVERRIDES = {Override.NONE: "", Override.ZERO: "set_advantage_to_zero", Override.SFT: "sft"}
+OVERRIDES = {Override.NONE: "", Override.ZERO: "set_advantage_to_zero", Override.SFT: "sft", Override.CUT_OFF: "cut off"}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from wsft.config import WeightedSFTConfig, without_password
 from wsft.device import device_type
@@ -23,7 +23,7 @@ from wsft.inspect.checks import BatchView, Finding, SpecialTokens, run_checks
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
-from wsft.model.loading import load_model, load_model_config, load_tokenizer
+from wsft.model.loading import end_tokens, load_model, load_model_config, load_tokenizer
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, pad, token_terms
 from wsft.rollouts.decoder import Fault, Rollout
@@ -101,7 +101,7 @@ class Inspected:
 def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: str | None) -> Inspected:
     """The batch as in training; `policy` is the folder of the model whose logps are compared."""
     tokenizer = load_tokenizer(config)
-    processor = processor_of(config, vocab_size_of(config, tokenizer))
+    processor = processor_of(config, vocab_size_of(config, tokenizer), end_tokens(config.model_name, tokenizer))
     taken = take(source, number, config, processor)
     view = batch_view(taken, config, processor, tokenizer)
     batch = view.batch
@@ -137,15 +137,11 @@ def vocab_size_of(config: WeightedSFTConfig, tokenizer: PreTrainedTokenizerBase)
 
 
 def special_tokens_of(tokenizer: PreTrainedTokenizerBase, config: WeightedSFTConfig) -> SpecialTokens:
-    ends = {tokenizer.eos_token_id}
-    with contextlib.suppress(OSError):  # a model without one
-        found = GenerationConfig.from_pretrained(config.model_name).eos_token_id
-        ends |= set(found if isinstance(found, list) else [found])
-    ends -= {None}
+    ends = end_tokens(config.model_name, tokenizer)
     headers = {}
     with contextlib.suppress(Exception):  # a template is code of the model's author, and may raise anything
         headers = {role: _written_before(tokenizer, role) for role in ("assistant", "user")}
-    return SpecialTokens(tokenizer.bos_token_id, frozenset(ends), frozenset(tokenizer.all_special_ids) - ends, **headers)
+    return SpecialTokens(tokenizer.bos_token_id, ends, frozenset(tokenizer.all_special_ids) - ends, **headers)
 
 
 def _written_before(tokenizer: PreTrainedTokenizerBase, role: str) -> tuple[int, ...]:

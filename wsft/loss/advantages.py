@@ -20,11 +20,15 @@ NORMALIZATIONS = ("none", "batch", "batch_center")
 
 
 class Override(IntEnum):
-    """Overrides of a sequence's advantages in an Atropos record."""
+    """Overrides of a sequence's advantages, most of them from its Atropos record."""
 
     NONE = 0
     ZERO = 1  # set_advantage_to_zero
     SFT = 2  # advantage 1 on every trained token
+    CUT_OFF = 3  # by the sampler, with mask_truncated: as ZERO, and left out of the reduction's denominator
+
+
+ZEROS = (Override.ZERO, Override.CUT_OFF)
 
 
 def from_scores(scores: np.ndarray, counted: np.ndarray, method: str) -> np.ndarray:
@@ -114,4 +118,4 @@ def _scaled(centred: np.ndarray, values: np.ndarray, counted: np.ndarray) -> np.
 
 def override(advantages: np.ndarray, overrides: np.ndarray) -> np.ndarray:
     """Advantages [N] with each token's `Override` [N] applied."""
-    return np.select([overrides == Override.ZERO, overrides == Override.SFT], [0.0, 1.0], advantages)
+    return np.select([np.isin(overrides, ZEROS), overrides == Override.SFT], [0.0, 1.0], advantages)

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -50,6 +51,15 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
             f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
         ) from error
     return tokenizer
+
+
+def end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that end a text: that of the tokenizer, and all of the model's generation_config."""
+    found = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):  # a model without one
+        ids = GenerationConfig.from_pretrained(name).eos_token_id
+        found |= set(ids if isinstance(ids, list) else [ids])
+    return frozenset(found - {None})
 
 
 def load_model_config(name: str, config: WeightedSFTConfig) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wsft.loss.advantages import NORMALIZATIONS, Override, Shaping, override
+from wsft.loss.advantages import NORMALIZATIONS, ZEROS, Override, Shaping, override
 from wsft.loss.corrections import NO_CORRECTIONS, Corrections
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
@@ -116,7 +116,7 @@ class Batch:
         """This batch with the loss mask cleared where the weight is certainly 0. Does not change the loss if called after
         `scales` and with final advantages."""
         sft_N = np.repeat(self.overrides == Override.SFT, self.lengths)
-        zero_weight_N = np.repeat(self.overrides == Override.ZERO, self.lengths)
+        zero_weight_N = np.repeat(np.isin(self.overrides, ZEROS), self.lengths)
         if stale_N is not None:
             zero_weight_N = zero_weight_N | (stale_N & ~sft_N)
         if objective.zero_weight_without_advantage:
@@ -135,20 +135,22 @@ class Batch:
         return dataclasses.replace(self, advantages=advantages)
 
     def scales(self, reduction: str, max_token_len: int) -> np.ndarray:
-        """Factor of the loss of each rollout's tokens, [R] float64. S is the number of rollouts with trained tokens.
+        """Factor of the loss of each rollout's tokens, [R] float64. S is the number of rollouts with trained tokens. Rollouts
+        that were cut off (`Override.CUT_OFF`) do not count, and have factor 0.
 
         mean: 1 / trained tokens of the batch. sequence_mean: 1 / (S * the rollout's trained tokens), the mean of the rollouts'
         means, as in GRPO. constant: 1 / (S * max_token_len), as in Dr. GRPO (arXiv:2503.20783). sum: 1.
         """
-        trained = self.trained_tokens
+        counts = self.overrides != Override.CUT_OFF
+        trained = np.where(counts, self.trained_tokens, 0)
         sequences = max(int((trained > 0).sum()), 1)
         divisors = {
-            "mean": max(self.num_trained, 1),
+            "mean": max(int(trained.sum()), 1),
             "sequence_mean": sequences * np.maximum(trained, 1),
             "constant": sequences * max_token_len,
             "sum": 1,
         }
-        return np.broadcast_to(1 / np.asarray(divisors[reduction], dtype=np.float64), trained.shape)
+        return np.where(counts, 1 / np.asarray(divisors[reduction], dtype=np.float64), 0.0)
 
 
 class AtroposBatchProcessor:
@@ -270,7 +272,7 @@ def token_terms(
     def float32(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.float32))
 
-    fixed_R = np.select([batch.overrides == Override.ZERO, batch.overrides == Override.SFT], [0.0, 1.0], np.nan)
+    fixed_R = np.select([np.isin(batch.overrides, ZEROS), batch.overrides == Override.SFT], [0.0, 1.0], np.nan)
     temperatures_R = np.where(np.isnan(batch.temperatures), temperature, batch.temperatures)
     terms = TokenTerms(
         objective=objective,

@@ -49,7 +49,8 @@ REPAIRED = (
 )
 # Sequences that are as they should be, but have weight 0; said at the first.
 NO_MEAN_ABOVE_0 = "of weight 0 with maxrl: alone in their group, or its mean score is not above 0"
-WITHOUT_WEIGHT = (NO_MEAN_ABOVE_0,)
+CUT_OFF = "of weight 0 with mask_truncated: the sampler cut them off"
+WITHOUT_WEIGHT = (NO_MEAN_ABOVE_0, CUT_OFF)
 REASONS = REJECTED + REPAIRED + WITHOUT_WEIGHT
 FAULTS_KEPT = 1000  # per reason and batch: a file may be nothing but faults
 
@@ -103,6 +104,8 @@ class Decoder:
         score_advantages: "group_norm", "group_center", "rloo", "maxrl" or "raw" (see `advantages.from_scores`).
         vocab_size: token ids must be below it; None for no limit.
         record_temperature: take a record's own temperature.
+        end_tokens: sequences that the sampler cut off (see `records.is_cut_off`) have weight 0; None: they are as others.
+        reads_behavior: say which records' inference_logprobs are of a part of the vocabulary only.
         reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
         group_sizes: largest record of each environment so far, see `_groups`.
     """
@@ -112,6 +115,8 @@ class Decoder:
     score_advantages: str = "group_norm"
     vocab_size: int | None = None
     record_temperature: bool = True
+    end_tokens: frozenset[int] | None = None
+    reads_behavior: bool = False
     reads_reference: bool = False
     reads_teacher: bool = False
     group_sizes: dict[int, int] = field(default_factory=dict)  # env_id -> sequences of its largest record so far
@@ -208,7 +213,7 @@ class Decoder:
 
     def _look_at_maxrl(self, places: list[Origin], scores: np.ndarray, counted: np.ndarray) -> None:
         """Count the sequences that get advantage 0 from their scores, and say which scores maxrl is not made for."""
-        by_score = counted & [records.without_advantages(record, i) for record, _, i in places]
+        by_score = counted & [records.is_absent(record, i, "advantages") for record, _, i in places]
         if not has_mean_above_0(scores, counted):
             for n in np.flatnonzero(by_score):
                 self.reject(NO_MEAN_ABOVE_0, places[n], f"found scores {records.short(scores[counted])}")
@@ -244,6 +249,9 @@ class Decoder:
         if override is None:
             raise Malformed("override is neither true nor false", "set_advantage_to_zero and sft must be true, false or null")
         free = override is Override.NONE
+        if free and self.end_tokens is not None and records.is_cut_off(group, i, tokens, trained, self.end_tokens):
+            override = Override.CUT_OFF
+            self.reject(CUT_OFF, origin, f"ends with token {tokens[-1]} after {len(tokens)} tokens")
         advantages = records.advantages(group, i, score_advantage, trained) if free else np.zeros(len(tokens))
         sizes, ids, logp = records.teacher(group, i, trained, self.vocab_size) if self.reads_teacher else _NO_TEACHER
         limit = len(tokens) if self.max_token_len is None else self.max_token_len
@@ -253,6 +261,8 @@ class Decoder:
                 raise Malformed("longer than max_token_len", detail)
             self.reject("truncated to max_token_len", origin, detail)
         unknown = np.full(len(tokens), np.nan, dtype=np.float32)
+        if self.reads_behavior and "sampling" not in self.said:
+            self._look_at_sampling(origin)
         behavior_logp = self._mended(origin, unknown, records.logps, group, i, "inference_logprobs", trained)
         ref_logp = _NO_TEACHER[2]
         if self.reads_reference:
@@ -276,6 +286,17 @@ class Decoder:
             env_id=records.env_id(group),
             origin=origin,
         )
+
+    def _look_at_sampling(self, origin: Origin) -> None:
+        """Say, once, that ratios are off by a factor on every token."""
+        found = records.cuts_vocabulary(origin.record, origin.sequence)
+        if found and not records.is_absent(origin.record, origin.sequence, "inference_logprobs"):
+            self.said.add("sampling")
+            log.warning(
+                "%s was sampled with %s: if its inference_logprobs are those of the tokens that were left, the ratio of each "
+                "token is the share of probability that they had, and a product over a long sequence is near 0. Sample without "
+                "it, or leave out what uses the ratio", origin, found,
+            )  # fmt: skip
 
     def _mended(self, origin: Origin, instead: Any, read: Callable, *args: Any) -> Any:
         """The result of `read`; if it is malformed, `instead`, and it is counted."""

@@ -130,9 +130,25 @@ def advantages(group: dict, i: int, from_score: float, trained: np.ndarray) -> n
     return np.where(trained, values, 0.0)
 
 
-def without_advantages(group: dict, i: int) -> bool:
-    """Whether it has none of its own, so that its score gives them."""
-    return _absent(_row(group, "advantages", i))
+def is_absent(group: dict, i: int, name: str) -> bool:
+    return _absent(_row(group, name, i))
+
+
+def is_cut_off(group: dict, i: int, ids: np.ndarray, trained: np.ndarray, end_tokens: frozenset[int]) -> bool:
+    """Whether the sampler stopped before the policy did: by its `finish_reason` (see `_setting`), or without a known one, since
+    the last token is trained and no end token."""
+    reason = _setting(group, i, "finish_reason")
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    if reason in ("length", "abort", "stop", "tool_calls"):  # of OpenAI's API, vLLM and SGLang
+        return reason in ("length", "abort")
+    return bool(trained[-1]) and bool(end_tokens) and int(ids[-1]) not in end_tokens
+
+
+def cuts_vocabulary(group: dict, i: int) -> str:
+    """The sampling setting by which tokens are drawn from a part of the vocabulary, such as "top_p 0.9"; else empty."""
+    limits = {"top_p": lambda p: p < 1, "top_k": lambda k: k > 0, "min_p": lambda p: p > 0}
+    found = {name: _setting(group, i, name) for name in limits}
+    return ", ".join(f"{name} {x}" for name, x in found.items() if _is_number(x) and limits[name](x))
 
 
 def has_images(group: dict, i: int) -> bool:

@@ -245,7 +245,7 @@ def client_of(config: WeightedSFTConfig, fetching: int, registers: bool) -> Atro
     )
 
 
-def processor_of(config: WeightedSFTConfig, vocab_size: int) -> AtroposBatchProcessor:
+def processor_of(config: WeightedSFTConfig, vocab_size: int, end_tokens: frozenset[int]) -> AtroposBatchProcessor:
     return AtroposBatchProcessor(
         advantage_normalization=config.advantage_normalization,
         advantage_clip=config.advantage_clip,
@@ -255,6 +255,8 @@ def processor_of(config: WeightedSFTConfig, vocab_size: int) -> AtroposBatchProc
         score_advantages=config.score_advantages,
         vocab_size=vocab_size,
         record_temperature=config.record_temperature,
+        end_tokens=end_tokens if config.mask_truncated else None,
+        reads_behavior=config.needs_behavior,
         reads_reference=config.kl_coef > 0 and config.ref_model_name is None,
         reads_teacher=config.distill_coef > 0,
     )

@@ -11,7 +11,7 @@ from wsft.distributed.load_balancing import Load, imbalance
 from wsft.loss.advantages import Override
 from wsft.loss.corrections import SEQUENCE_MASKS
 from wsft.rollouts.batch import Batch
-from wsft.rollouts.decoder import NO_MEAN_ABOVE_0, REJECTED, REPAIRED
+from wsft.rollouts.decoder import CUT_OFF, NO_MEAN_ABOVE_0, REJECTED, REPAIRED
 
 CORRECTED = ("token_masked", "icepop_masked", "capped", *(f"{kind}_masked" for kind in (*SEQUENCE_MASKS, "off_policy")))
 
@@ -33,6 +33,7 @@ METRICS = {
     "data/repaired": "sequences trained without an invalid optional field",
     "data/truncated": "sequences truncated to max_token_len",
     "data/zero_weight_groups": "sequences of weight 0 with maxrl: alone in their group, or its mean score is not above 0",
+    "data/cut_off": "sequences of weight 0 with mask_truncated: the sampler cut them off",
     "data/staleness data/staleness_max data/staleness/env_N": "optimizer steps since the weights that sampled, of trained "
     "tokens whose version is known: mean, maximum, mean of each environment",
     "data/no_version": "trained tokens whose version is unknown",
@@ -91,6 +92,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/truncated": rejected.get("truncated to max_token_len", 0),
         "data/repaired": sum(n for reason, n in rejected.items() if reason in REPAIRED[1:]),
         "data/zero_weight_groups": rejected.get(NO_MEAN_ABOVE_0, 0),
+        "data/cut_off": rejected.get(CUT_OFF, 0),
         "data/staleness": _mean(age[dated]),
         "data/staleness_max": float(age[dated].max(initial=0)) if dated.any() else math.nan,
         "data/no_version": int((~dated).sum()),
