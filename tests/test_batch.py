@@ -114,6 +114,28 @@ def test_joined_parts_have_every_field_of_the_whole(rng):
     assert len(whole.teacher_ids) == whole.teacher_sizes.sum() > 10
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_minibatches_are_disjoint_of_whole_groups_and_even(number, rng):
+    groups = [make_group(rng, rng.integers(5, 9, n).tolist(), 3, alike=True, env_id=n) for n in (2, 1, 4, 3, 2)]
+    whole, rows = groups.pop(2), ("tokens", "masks", "advantages")
+    for part in (slice(3), slice(3, 4)):  # in two records
+        groups.append(whole | {name: whole[name][part] for name in rows} | {"group_overrides": {"group_size": 4}})
+    groups[0]["distill_token_ids"] = [[[5, 6]] * len(row) for row in groups[0]["tokens"]]
+    groups[0]["distill_logprobs"] = [[[-1.0, -2.0]] * len(row) for row in groups[0]["tokens"]]
+    batch = AtroposBatchProcessor(reads_teacher=True).process_atropos_batch([*groups, {"tokens": [[1]]}])
+    parts = batch.minibatches(number)
+    assert len(parts) == number and [sum(part.counts) for part in parts] == [1] + [0] * (number - 1)
+    assert max(len(part.lengths) for part in parts) - min(len(part.lengths) for part in parts) <= 3
+    key = lambda b, i: (b.tokens[b.spans()[i]].tolist(), b.loss_mask[b.spans()[i]].tolist(), int(b.env_ids[i]))  # noqa: E731
+    found = [key(part, i) for part in parts for i in range(len(part.lengths))]
+    assert sorted(found) == sorted(key(batch, i) for i in range(len(batch.lengths)))
+    of_group = [{int(group) for group in part.groups} for part in parts]
+    assert sum(map(len, of_group)) == len(set.union(*of_group)) == 5
+    assert sum(len(part.teacher_ids) for part in parts) == len(batch.teacher_ids) > 0
+    for part in parts:
+        assert len(part.teacher_ids) == part.teacher_sizes.sum() and len(part.tokens) == part.lengths.sum()
+
+
 def test_normalisation_is_over_the_whole_batch_and_leaves_overrides_out(rng):
     groups = [make_group(rng, [6, 9]), make_group(rng, [7, 5], overrides=[{"set_advantage_to_zero": True}, {"sft": True}])]
     batch = AtroposBatchProcessor(advantage_normalization="batch").process_atropos_batch(groups)

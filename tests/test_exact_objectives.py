@@ -1,5 +1,6 @@
 """Objectives and terms through ZeRO on real ranks with uneven micro-batches, against their papers' surrogates in float64."""
 
+import copy
 import json
 import math
 from functools import partial
@@ -25,6 +26,9 @@ CASES = {
     "gmpo": dict(objective="gmpo", objective_args={"eps_low": 0.2, "eps_high": 0.2}, reduction="sequence_mean"),
     "sapo_sequence": dict(objective="sapo_sequence", reduction="constant"),
     "corrected": dict(mismatch_cap=1.1, sequence_mask={"geometric": [0.9, 1.1]}, max_staleness=0),
+    "two_updates": dict(
+        objective="ppo_clip", objective_args={"eps_low": 0.05, "eps_high": 0.05}, icepop=[0.7, 1.4], updates_per_batch=2
+    ),
     "kl_and_teacher": dict(kl_coef=0.3, distill_coef=0.7, entropy_coef=0.05, reduction="constant"),
     "reference_model": dict(objective="importance_sampling", kl_coef=0.5, distill_coef=0.4, distill_renormalize=True),
 }
@@ -79,8 +83,8 @@ def scores(model, row):
     return logits_of(model, row).log_softmax(-1).gather(1, torch.tensor(row["tokens"])[:, None]).squeeze(1).detach()
 
 
-def surrogate(case, model, reference, rows, step):
-    """The loss of the batch of a step as the papers write it."""
+def surrogate(case, model, reference, rows, step, start):
+    """The loss of the batch of a step as the papers write it; `start` is the model at the start of the batch."""
     losses, masked = [], []
     for row in rows:
         at = row["trained"]
@@ -97,6 +101,11 @@ def surrogate(case, model, reference, rows, step):
             kept = near and not step - row["version"] > 0
             masked.append(not kept)
             losses.append(-float(kept) * papers.ratio(logp, sampled).detach().clamp(max=1.1) * A * logp)
+        elif case == "two_updates":
+            prox = scores(start, row)[at]
+            rho = (prox - sampled.where(~sampled.isnan(), prox)).exp()
+            masked += (out := (rho < 0.7) | (rho > 1.4)).tolist()
+            losses.append(-papers.ppo(logp, prox, A, 0.05, 0.05) * rho.masked_fill(out, 0))
         elif case == "kl_and_teacher":
             ref = torch.tensor(row["ref_logprobs"], dtype=torch.float64)[at]
             entropy = -(log_p.exp() * log_p).sum(-1)
@@ -128,11 +137,13 @@ def trained_by_hand(case, model_name, reference, batches):
 
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float64, attn_implementation="eager")
     for step, groups in enumerate(batches):
-        model.zero_grad()
-        surrogate(case, model, reference, [row for group in groups for row in rows_of(group)], step).backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= LEARNING_RATE * p.grad
+        start, updates = copy.deepcopy(model), CASES[case].get("updates_per_batch", 1)
+        for part in (groups,) if updates == 1 else [[group] for group in groups]:
+            model.zero_grad()
+            surrogate(case, model, reference, [row for group in part for row in rows_of(group)], step, start).backward()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= LEARNING_RATE * p.grad
     return dict(model.named_parameters())
 
 

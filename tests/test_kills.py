@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 from atropos_server import free_port
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, write_groups
 from fed_run import (
     PATIENCE_S,
     STEPS,
@@ -29,6 +29,8 @@ from fed_run import (
     wait_until,
 )
 from safetensors.torch import load_file
+
+from wsft.run.checkpoint import all_in
 
 VICTIMS = ("runner", "rank 1", "launch", "rank 0", "all")
 PLACES = ("fetch", "append", "fsync", "appended", "step", "save", "finish", "prune", "export")
@@ -56,6 +58,19 @@ def test_kills_at_exact_places_change_nothing(settings, groups, tmp_path):
         train(settings)
     assert "is lost" in output["fsync"] and "bytes off the end of" in output["fsync"]
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
+
+
+def test_a_run_killed_between_the_updates_of_a_batch_trains_the_whole_batch_again(settings, groups, tmp_path):
+    """Three batches of two groups and two updates: save_steps 3 falls into the second, the kill into the third."""
+    settings |= {"data": write_groups(tmp_path / "data.jsonl", groups[:6]), "batch_size": 8, "updates_per_batch": 2}
+    settings |= {"training_steps": 6, "warmup_steps": 1, "objective": "ppo_clip", "mismatch_cap": 1.5}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    train(settings, script="tests/kill_at.py step 5@0", codes=(1, -signal.SIGKILL), output_dir=killed)
+    assert [c.step for c in all_in(killed / "checkpoints")] == [4] and len(steps_of(killed)) == 5
+    for folder in (killed, whole):
+        train(settings, output_dir=folder)
+    assert_bitwise_equal(killed, whole, num_steps=6)
+    assert [step["data/sequences"] for step in steps_of(whole)] == [4] * 6
 
 
 def end_at_random(settings, groups, folder, kills, dice):

@@ -80,7 +80,13 @@ class WeightedSFTConfig(BaseModel):
     fetch_mode: Literal["rank0", "per_rank"] = Field(
         "rank0", description="rank0: one rank fetches for all. per_rank: each fetches batch_size / ranks sequences."
     )
-    batch_size: int = Field(128, ge=1, description="Sequences in one optimizer step, over all ranks.")
+    batch_size: int = Field(128, ge=1, description="Sequences in one batch, over all ranks.")
+    updates_per_batch: int = Field(
+        1,
+        ge=1,
+        description="Optimizer steps on one batch, each on a part of its groups. Checkpoints and published versions come after "
+        "whole batches.",
+    )
     max_token_len: int = Field(4096, ge=2, description="Longest sequence to train on, in tokens.")
     overlong: Literal["drop", "truncate"] = Field("drop", description="What to do with sequences over max_token_len.")
     micro_batch_tokens: int = Field(
@@ -355,6 +361,11 @@ class WeightedSFTConfig(BaseModel):
             raise ValueError("mismatch_cap_level is set, but mismatch_cap is not: set it, or drop the level")
         if self.ref_model_name and not self.kl_coef:
             raise ValueError("ref_model_name is set, but kl_coef is 0: set kl_coef, or drop the reference model")
+        if self.training_steps % self.updates_per_batch:
+            raise ValueError(
+                f"training_steps {self.training_steps} is no multiple of updates_per_batch {self.updates_per_batch}: the last "
+                f"batch would be trained in part"
+            )
         of_lora = ("lora_alpha", "lora_target")
         if self.lora_rank is None and any(getattr(self, name) != type(self).model_fields[name].default for name in of_lora):
             raise ValueError("lora_alpha and lora_target are for LoRA, but lora_rank is not set: set it, or drop them")

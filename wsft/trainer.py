@@ -1,4 +1,4 @@
-"""WeightedSFTTrainer: the training loop. `train` is the run from start to end, `_train_on` one step."""
+"""WeightedSFTTrainer: the training loop. `train` is the run from start to end, `_train_on` one batch, `_step` one step."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class WeightedSFTTrainer:
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
-        self.warned_missing = set()
+        self.said = set()
         self.step, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
         self.without_signal = metadata["without_signal"]
         self.publisher = self._publisher(empty, precision)
@@ -255,7 +255,7 @@ class WeightedSFTTrainer:
         if self.publisher is None:
             return {}, ""
         with self.world.extended_timeout():
-            if self.step % self.config.publish_steps:
+            if not self._is_due(self.config.publish_steps):
                 return self.publisher.reload_restarted(self.step)
             self.metrics.set_status("publishing weights")
             return self.publisher.publish(self.step)
@@ -290,10 +290,24 @@ class WeightedSFTTrainer:
             batch = self.feed.next(self.step, waiting=self._while_waiting)
             if batch is None:
                 break
-            batch = batch.with_final_advantages(self.processor.shaping)
-            wait = time.monotonic() - start
-            self.metrics.set_status("training")
-            result, values, flops = self._train_on(batch)
+            self._train_on(batch.with_final_advantages(self.processor.shaping), start, time.monotonic() - start)
+            if self._is_due(self.config.save_steps) or self.feed.journal_is_full():
+                self._save()
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the steps on the last batch reached a multiple of `every`."""
+        return self.step // every > (self.step - self.config.updates_per_batch) // every
+
+    def _train_on(self, batch: Batch, start: float, wait: float) -> None:
+        """The optimizer steps on a batch, and publishing. `start`: when waiting for the batch began; `wait`: seconds of it."""
+        self._require_what_the_loss_needs(batch)
+        self.metrics.set_status("training")
+        parts = batch.minibatches(self.config.updates_per_batch)
+        self._warn_of_stale_updates(batch)
+        # on the first part the policy at the start of the batch is the current one
+        proximal = [None, *map(self._logprobs, parts[1:])]
+        for number, (part, prox_logp_N) in enumerate(zip(parts, proximal, strict=True), 1):
+            result, values, flops = self._step(part, prox_logp_N)
             self.step += 1
             self._report()
             spent = time.monotonic() - start
@@ -302,15 +316,44 @@ class WeightedSFTTrainer:
                 "data/possibly_lost_batches": self.feed.possibly_lost,
                 "journal/gib": self.feed.journal_gib,
             }
-            published, failure = self._publish()
+            published, failure = self._publish() if number == len(parts) else ({}, "")
             values |= published
             values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
             self.unread = functools.partial(self._write_metrics, values, result)
             self._end_unless_published(failure)
             if not self.engine.queues:
                 self._report()
-            if self.step % self.config.save_steps == 0 or self.feed.journal_is_full():
-                self._save()
+            start, wait = time.monotonic(), 0.0
+
+    def _warn_of_stale_updates(self, batch: Batch) -> None:
+        updates = self.config.updates_per_batch
+        if updates == 1 or "updates" in self.said:
+            return
+        age = of_batch(batch, self.step)["data/staleness_max"]
+        if age > 0:
+            self.said.add("updates")
+            self.metrics.warn(
+                f"step {self.step + 1}: the batch holds tokens that are {age:.0f} steps old, and updates_per_batch {updates} "
+                f"adds up to {updates - 1}: correct for it (mismatch_cap, sequence_mask, max_staleness), or sample and train "
+                f"in turns"
+            )
+
+    def _logprobs(self, batch: Batch) -> np.ndarray:
+        """The current logprobs of the trained tokens of a batch, [N] float32; 0 elsewhere. A collective."""
+        rows = np.flatnonzero(batch.trained_tokens).tolist()
+        _, assignment, prefixes = self._assign(batch, rows)
+        mine, scales_R = assignment[self.world.rank], np.ones(len(batch.lengths))
+        found = self.engine.logprobs([self._micro_batch(batch, rows, scales_R, prefixes) for rows in mine])
+        logp_N = np.zeros(len(batch.tokens), dtype=np.float32)
+        for rows, of_rows in zip(mine, found, strict=True):
+            logp_N[batch.trained_positions(rows)] = of_rows.float().cpu().numpy()
+        return self.world.sum_arrays(logp_N)
+
+    def _assign(self, batch: Batch, rows: list[int]) -> tuple[Load, list[list[list[int]]], Prefixes]:
+        """Assign rollouts to micro-batches of ranks."""
+        prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
+        load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
+        return load, assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs), prefixes
 
     def _while_waiting(self, state: str) -> None:
         self._report()
@@ -362,10 +405,9 @@ class WeightedSFTTrainer:
         size, spent = sum(self.saved.metadata["files"].values()) / 2**30, time.monotonic() - start
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
-    def _train_on(self, batch: Batch) -> tuple[Callable[[], StepResult], dict[str, float], float]:
+    def _step(self, batch: Batch, prox_logp_N: np.ndarray | None) -> tuple[Callable[[], StepResult], dict[str, float], float]:
         """One optimizer step. Returns a function that returns its result, the metrics of the batch and of its assignment to
         ranks (which every rank computes), and the FLOPs of all ranks."""
-        self._require_what_the_loss_needs(batch)
         values, stale_N = of_batch(batch, self.step), batch.stale(self.step, self.config.max_staleness)
         if stale_N is not None:
             values["data/stale"] = int((stale_N & batch.loss_mask).sum())
@@ -374,11 +416,11 @@ class WeightedSFTTrainer:
         if self.config.skip_zero_weight and not self.coefficients.concern_every_token:
             batch = batch.of_weight(self.objective, self.corrections, stale_N)
         rows = np.flatnonzero(batch.trained_tokens if self.config.skip_zero_weight else batch.lengths).tolist()
-        prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
-        load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
-        assignment = assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs)
+        load, assignment, prefixes = self._assign(batch, rows)
         values |= of_plan(assignment, load, self.packs)
-        micro_batches = [self._micro_batch(batch, rows, scales_R, stale_N, prefixes) for rows in assignment[self.world.rank]]
+        micro_batches = [
+            self._micro_batch(batch, rows, scales_R, prefixes, stale_N, prox_logp_N) for rows in assignment[self.world.rank]
+        ]
         flops = (
             sum(load.of(rows) for of_rank in assignment for rows in of_rank) + self.flops.per_trained_token * batch.num_trained
         )
@@ -390,11 +432,16 @@ class WeightedSFTTrainer:
         return None if known else self.reference
 
     def _micro_batch(
-        self, batch: Batch, rows: list[int], scales_R: np.ndarray, stale_N: np.ndarray | None, prefixes: Prefixes
+        self,
+        batch: Batch,
+        rows: list[int],
+        scales_R: np.ndarray,
+        prefixes: Prefixes,
+        stale_N: np.ndarray | None = None,
+        prox_logp_N: np.ndarray | None = None,
     ) -> MicroBatch:
-        terms = token_terms(
-            batch, rows, scales_R, self.objective, self.coefficients, self.config.temperature, self.corrections, stale_N
-        )
+        settings = self.objective, self.coefficients, self.config.temperature, self.corrections
+        terms = token_terms(batch, rows, scales_R, *settings, stale_N, prox_logp_N)
         if self.packs:
             tokens_1T, trained_N, layout = pack(batch, rows, self.processor.pad_token_id, prefixes)
             return MicroBatch(tokens_1T, trained_N, terms, layout)
@@ -409,9 +456,9 @@ class WeightedSFTTrainer:
                     f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "
                     f"environments send them, or leave strict out ({instead}, then)"
                 )
-            if name not in self.warned_missing:
+            if name not in self.said:
                 self.metrics.warn(f"step {self.step + 1}: no trained token of the batch has {name}: {instead}")
-            self.warned_missing.add(name)
+            self.said.add(name)
 
     def _write_metrics(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
         """Write the metrics of a step. A collective."""
@@ -432,8 +479,8 @@ class WeightedSFTTrainer:
         """Say, once, that the sampler's logprobs are not those of the model, on data that the current weights sampled."""
         fresh = values["data/staleness_max"] == 0 or (values["step"] == 1 and math.isnan(values["data/staleness_max"]))
         far = num_tokens >= RATIO_TOKENS and abs(mean - 1) > RATIO_TOLERANCE
-        if fresh and far and "ratio" not in self.warned_missing:
-            self.warned_missing.add("ratio")
+        if fresh and far and "ratio" not in self.said:
+            self.said.add("ratio")
             self.metrics.warn(
                 f"step {values['step']}: the ratio to the sampler's logprobs is {mean:.3f} on average, on data of the weights "
                 f"before this step: they are of another distribution. Usual causes: top_p or top_k, another temperature "

@@ -157,6 +157,18 @@ class Engine:
 
         return result
 
+    @torch.no_grad()
+    def logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
+        """Logprobs [N] of the trained tokens of each, without gradients. All ranks pass equally many."""
+        found = []
+        for mb in micro_batches:
+            tokens_BT, trained_N, temperature_N = (
+                to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms.temperature_N)
+            )
+            zeros_N = torch.zeros_like(temperature_N)
+            found.append(self._engine(tokens_BT, trained_N, zeros_N, mb.layout, temperature=temperature_N).logp_N)
+        return found
+
     def _parameters_without_gradient(self) -> list[str]:
         if not self._without_gradient:
             return []

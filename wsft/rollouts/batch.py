@@ -22,6 +22,7 @@ from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model.packing import Layout, Prefixes
 from wsft.rollouts.decoder import REASONS, Decoder, Rollout
 
+_OF_ROLLOUTS = ("lengths", "overrides", "temperatures", "scores", "env_ids", "groups")
 REDUCTIONS = ("mean", "sequence_mean", "constant", "sum")
 
 
@@ -43,6 +44,7 @@ class Batch:
     temperatures: np.ndarray  # [R] float64, NaN where the record has none
     scores: np.ndarray  # [R] float64, NaN where the record has none
     env_ids: np.ndarray  # [R] int64, -1 where the record has none
+    groups: np.ndarray  # [R] int64, those of one group have the same number
     counts: np.ndarray  # [len(decoder.REASONS)] int64, sequences left out before
 
     @classmethod
@@ -68,6 +70,7 @@ class Batch:
             temperatures=each("temperature", np.float64),
             scores=each("score", np.float64),
             env_ids=each("env_id", np.int64),
+            groups=np.unique(each("group", np.int64), return_inverse=True)[1].astype(np.int64),
             counts=counts,
         )
 
@@ -80,6 +83,8 @@ class Batch:
         parts = list(parts)
         fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(cls)}
         counts = sum(fields.pop("counts"))
+        numbers = np.cumsum([0, *(part.groups.max(initial=-1) + 1 for part in parts)])
+        fields["groups"] = [part.groups + first for part, first in zip(parts, numbers, strict=False)]
         return cls(counts=counts, **{name: np.concatenate(arrays) for name, arrays in fields.items()})
 
     @property
@@ -102,6 +107,35 @@ class Batch:
         before_N = np.concatenate([[0], np.cumsum(self.loss_mask)])
         ends_R = np.cumsum(self.lengths)
         return before_N[ends_R] - before_N[ends_R - self.lengths]
+
+    def trained_positions(self, rows: list[int]) -> np.ndarray:
+        """Indices in the flat arrays of the trained tokens of these rollouts, in their order, int64."""
+        spans = self.spans()
+        at = [spans[i].start + np.flatnonzero(self.loss_mask[spans[i]]) for i in rows]
+        return np.concatenate([np.zeros(0, np.int64), *at])
+
+    def minibatches(self, number: int) -> list[Batch]:
+        """This batch in disjoint parts of whole groups and about as many sequences. Its counts are those of the first part."""
+        if number == 1:
+            return [self]
+        ids, sizes = np.unique(self.groups, return_counts=True)
+        part_of, filled = {}, np.zeros(number, dtype=np.int64)
+        for i in np.argsort(-sizes, kind="stable"):  # the largest first
+            part_of[ids[i]] = filled.argmin()
+            filled[part_of[ids[i]]] += sizes[i]
+        part_R = np.array([part_of[group] for group in self.groups], dtype=np.int64)
+        parts = [self._of_rows(part_R == part) for part in range(number)]
+        none = np.zeros_like(self.counts)
+        return [dataclasses.replace(part, counts=self.counts if i == 0 else none) for i, part in enumerate(parts)]
+
+    def _of_rows(self, chosen_R: np.ndarray) -> Batch:
+        chosen_N = np.repeat(chosen_R, self.lengths)
+        chosen_entries = np.repeat(chosen_N, self.teacher_sizes) if len(self.teacher_sizes) else chosen_N[:0]
+        chosen = dict.fromkeys(_OF_ROLLOUTS, chosen_R) | dict.fromkeys(("teacher_ids", "teacher_logp"), chosen_entries)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(
+            **{name: x[chosen.get(name, chosen_N)] if len(x) and name != "counts" else x for name, x in fields.items()}
+        )
 
     def prefixes(self, rows: Iterable[int]) -> Prefixes:
         """Common prefixes of these rollouts."""
@@ -256,18 +290,17 @@ def token_terms(
     temperature: float,
     corrections: Corrections = NO_CORRECTIONS,
     stale_N: np.ndarray | None = None,
+    prox_logp_N: np.ndarray | None = None,
 ) -> TokenTerms:
     """Loss inputs of the trained tokens of the given rollouts, in order.
 
     Args:
         temperature: for rollouts without their own.
         stale_N: bool for each token of the batch, see `Batch.stale`; None: none is.
+        prox_logp_N: for each token of the batch its logprob at the start of the batch; None: the current one.
     """
-    spans = batch.spans()
-    at = [span.start + np.flatnonzero(batch.loss_mask[span]) for span in (spans[i] for i in rows)]
-    sizes = [len(positions) for positions in at]
-    at_N = np.concatenate([np.zeros(0, np.int64), *at])  # in the flat arrays
-    row_N = np.repeat(np.array(rows, dtype=np.int64), sizes)
+    at_N = batch.trained_positions(rows)
+    row_N = np.repeat(np.array(rows, dtype=np.int64), batch.trained_tokens[rows])
 
     def float32(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values.astype(np.float32))
@@ -285,6 +318,7 @@ def token_terms(
         sequence_N=torch.from_numpy(np.unique(row_N, return_inverse=True)[1].astype(np.int64)),
         corrections=corrections,
         stale_N=None if stale_N is None else torch.from_numpy(stale_N[at_N]),
+        prox_logp_N=None if prox_logp_N is None else float32(prox_logp_N[at_N]),
     )
     if coefficients.kl and len(batch.ref_logp):  # else computed by a reference model
         terms = dataclasses.replace(terms, ref_logp_N=float32(batch.ref_logp[at_N]))

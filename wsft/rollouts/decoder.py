@@ -9,7 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +92,7 @@ class Rollout:
     score: float
     env_id: int
     origin: Origin
+    group: int = 0  # number of its group among all that were decoded
 
 
 @dataclass
@@ -122,6 +123,7 @@ class Decoder:
     group_sizes: dict[int, int] = field(default_factory=dict)  # env_id -> sequences of its largest record so far
     rejected: Counter = field(default_factory=Counter, init=False)  # reason -> sequences, since it was last taken
     faults: dict[str, list[Fault]] = field(default_factory=dict, init=False)  # reason -> the first of them
+    groups_so_far: int = field(default=0, init=False)  # of all batches
     said: set[str] = field(default_factory=set, init=False)  # what is logged once
 
     def __post_init__(self):
@@ -135,10 +137,14 @@ class Decoder:
         """The valid sequences of a batch of records, several of which may be parts of one group. `names` are for messages."""
         advantages = {}
         names = names or [f"group {n}" for n in range(len(found))]
-        for numbers in self._groups(found):
+        groups = self._groups(found)
+        for numbers in groups:
             of_group = self._score_advantages([found[n] for n in numbers], [names[n] for n in numbers])
             advantages |= zip(numbers, of_group, strict=True)
-        return [r for n, record in enumerate(found) for r in self._record(record, advantages[n], names[n])]
+        number_of = {n: self.groups_so_far + number for number, numbers in enumerate(groups) for n in numbers}
+        self.groups_so_far += len(groups)
+        rows = [(n, r) for n, record in enumerate(found) for r in self._record(record, advantages[n], names[n])]
+        return [replace(rollout, group=number_of[n]) for n, rollout in rows]
 
     def reject(self, reason: str, origin: Origin, detail: str) -> None:
         assert reason in REASONS, reason

@@ -149,7 +149,8 @@ class Feed:
 
     def _take(self, step: int) -> tuple[Batch, Position] | None:
         """The next batch if it is ready within a second. Schedules the following ones, up to the last step."""
-        ahead = min(self._config.prefetch_batches, self._config.training_steps - step - 1)
+        batches_left = (self._config.training_steps - step) // self._config.updates_per_batch
+        ahead = min(self._config.prefetch_batches, batches_left - 1)
         for number in range(self.batches, self.batches + ahead + 1):
             if number not in self._taking:
                 job = functools.partial(self._source.take, number, step, self._over)
