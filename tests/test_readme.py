@@ -5,7 +5,7 @@ import re
 import threading
 
 from atropos_server import atropos_server, post_group, register_env
-from conftest import RANK_VARIABLES, ROOT, make_group, write_groups
+from conftest import RANK_VARIABLES, ROOT, make_group, run_ranks, write_groups
 
 from wsft.reference import reference
 from wsft.run.measurements import METRICS
@@ -14,7 +14,7 @@ from wsft.run.measurements import METRICS
 def test_the_three_uses_of_the_readme_run(tiny_model, tmp_path, rng, monkeypatch):
     for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    alone, server_batch, trainer = re.findall(r"```python\n(.*?)```", (ROOT / "wsft" / "README.md").read_text(), re.S)
+    alone, server_batch, trainer, own_loop = re.findall(r"```python\n(.*?)```", (ROOT / "wsft" / "README.md").read_text(), re.S)
 
     names = {}
     exec(alone, names)
@@ -42,6 +42,14 @@ def test_the_three_uses_of_the_readme_run(tiny_model, tmp_path, rng, monkeypatch
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     found = {re.sub(r"env_\d+", "env_N", name) for line in lines for name in json.loads(line)}
     assert found <= {name for names in METRICS for name in names.split()}
+    names = {"model": tiny_model, "data": data, "out": str(tmp_path / "own")}
+    groups = [[make_group(rng, [6, 9]), make_group(rng, [7, 5])] for _ in range(2)]
+    script = f"import json\nglobals().update({names!r})\nmy_batches = json.loads({json.dumps(groups)!r})\n"
+    script += trainer.replace("WeightedSFTTrainer(config).train()\n", "") + own_loop
+    (tmp_path / "own_loop.py").write_text(script)
+    for code, output in run_ranks([str(tmp_path / "own_loop.py")], 2):
+        assert code == 0, output
+    assert (tmp_path / "own" / "model" / "model.safetensors").exists()
     left = set(threading.enumerate()) - before
     assert len(left) < 10, left
 

@@ -20,7 +20,7 @@ distributed
 model
 config
 loss
-logs device settings_files atomic_files connections
+logs device settings_files atomic_files connections user_code
 errors
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}

@@ -26,7 +26,7 @@ _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 RESUME_MAY_CHANGE = {
     *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
-    *("atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
+    *("source", "callbacks", "atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
     *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
     *("publish_lora", "publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
@@ -77,6 +77,16 @@ class WeightedSFTConfig(BaseModel):
         description="Seconds at a stretch that the Atropos server may be unreachable or unusable before the run ends.",
     )
     data: str | None = Field(None, description="Train one pass over this JSONL file of Atropos groups; no server is used.")
+    source: str | None = Field(
+        None,
+        description="Take batches from this generator function, my_module:my_generator, instead of a server: of the config and "
+        "the number of batches taken so far; it yields lists of Atropos groups.",
+    )
+    callbacks: str | None = Field(
+        None,
+        description="A class or function of yours, my_module:my_callbacks, called without arguments; what it returns may have "
+        "on_step, on_save, on_publish and on_end.",
+    )
     fetch_mode: Literal["rank0", "per_rank"] = Field(
         "rank0", description="rank0: one rank fetches for all. per_rank: each fetches batch_size / ranks sequences."
     )
@@ -354,6 +364,9 @@ class WeightedSFTConfig(BaseModel):
     def _check_together(self) -> WeightedSFTConfig:
         if self.data is not None and self.fetch_mode == "per_rank":
             raise ValueError("fetch_mode per_rank fetches from a server, but data names a file: drop one of the two")
+        if self.source is not None and (self.data is not None or self.fetch_mode == "per_rank"):
+            other = "data names a file" if self.data is not None else "fetch_mode per_rank fetches from a server"
+            raise ValueError(f"source {self.source} gives the batches, but {other}: drop one of the two")
         Objective(self.objective, self.objective_args)
         if self.mismatch_cap is not None and self.icepop is not None:
             raise ValueError("mismatch_cap and icepop both multiply by the ratio to the sampler: drop one of the two")

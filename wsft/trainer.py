@@ -45,7 +45,7 @@ from wsft.publish.tensors import TrainedTensors
 from wsft.publish.verification import Verification
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 from wsft.rollouts.feed import Feed
-from wsft.rollouts.sources import open_source, processor_of
+from wsft.rollouts.sources import GivenSource, Position, Source, open_source, processor_of
 from wsft.run.adapter import peft_config
 from wsft.run.base_files import base_files, read_files
 from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
@@ -54,6 +54,7 @@ from wsft.run.fingerprint import contents_of
 from wsft.run.measurements import missing, of_batch, of_plan, of_speed, of_tokens
 from wsft.run.metrics import Metrics, NullMetrics, require_wandb
 from wsft.run.output_folder import RunFolder
+from wsft.user_code import Callbacks
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +69,32 @@ class TrainingDiverged(UserError):
     """Loss or gradients were not finite for three steps in a row."""
 
 
-class _AskedToStop(Exception):
-    """The run was asked to stop before its first step."""
+class Stopped(SystemExit):
+    """The run was asked to stop, and can be resumed. Raised by `WeightedSFTTrainer` as a context manager; if nothing catches
+    it, the process ends with exit code 0."""
+
+    def __init__(self):
+        super().__init__(0)
 
 
 class WeightedSFTTrainer:
-    """One run: batches from Atropos (or a file) in, a trained Hugging Face folder out.
+    """One run. Under a launcher (deepspeed, torchrun, srun) every rank creates one; without a launcher there is one rank.
 
-    Under a launcher (deepspeed, torchrun, srun) every rank creates one; without a launcher there is one rank.
+    `train` takes batches from an Atropos server, a file or a generator (`source`), up to the end. As a context manager the
+    trainer is given batches by its caller instead, every rank alike:
+
+        with WeightedSFTTrainer(config) as trainer:
+            for groups in my_batches(trainer.state.get("position", 0)):   # rank 0 passes groups, the others anything
+                metrics = trainer.step(groups)
+                trainer.state["position"] = ...                           # saved in checkpoints, given back by resume
+            trainer.export(folder)
+
+    At the end of the context a checkpoint is saved. Checkpoints, publishing, metrics and signals are those of `train`: asked to
+    stop, `step` raises `Stopped`, which saves and marks the run as preempted. An exception on one rank ends all.
+
+    Attributes:
+        step_number: optimizer steps so far.
+        state: of the caller, a JSON object; that of rank 0 is saved.
     """
 
     def __init__(self, config: WeightedSFTConfig):
@@ -83,7 +102,13 @@ class WeightedSFTTrainer:
         self.objective = Objective(config.objective, config.objective_args)
         self.corrections = config.corrections
         self.coefficients = Coefficients(config.kl_coef, config.entropy_coef, config.distill_coef, config.distill_renormalize)
+        try:
+            self.callbacks = Callbacks.load(config.callbacks)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.folder = RunFolder(config)
+        self.state: dict[str, Any] = {}
+        self._is_given, self._exported = True, None
 
     def train(self) -> Path | None:
         """Train to the end; the folder of the trained model, or None if the run was asked to stop and can be resumed.
@@ -92,26 +117,114 @@ class WeightedSFTTrainer:
             UserError: something the user can fix. With several ranks, an exception ends all processes within seconds
                 instead, with a non-zero exit code and the message of the rank that failed.
         """
+        self._is_given = False
+        with contextlib.suppress(Stopped), self:
+            self._loop()
+            if self.step_number == 0:
+                raise UserError(f"data {self.config.data} holds no usable sequence: nothing was trained")
+            self.export(self.folder.final)
+        return self._exported
+
+    def __enter__(self) -> WeightedSFTTrainer:
         rank = ranks_from_environment()
         configure_logging(rank)
         if rank != 0 or not sys.stderr.isatty():
             disable_progress_bar()  # those of transformers: loading weights, writing shards
-        with contextlib.closing(self.folder), Stop() as self.stop:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(self.folder))
+            self.stop = stack.enter_context(Stop())
             world = start_ranks(self.config)
-            with world.fail_together(self.folder.failed):
-                try:
-                    with world.extended_timeout():  # models may be downloaded
-                        self._set_up(world)
-                except _AskedToStop:  # nothing has been trained, so there is nothing to save
-                    world.on_rank_0(lambda: self.folder.write_state("preempted", "asked to stop before the first step"))
-                    return None
-                try:
-                    with _private_files():
-                        self._loop()
-                        return self._end()
-                except BaseException:
-                    self.metrics.close(failed=True)
-                    raise
+            stack.enter_context(world.fail_together(self.folder.failed))
+            try:
+                with world.extended_timeout():  # models may be downloaded
+                    self._set_up(world)
+            except Stopped:  # nothing has been trained, so there is nothing to save
+                world.on_rank_0(lambda: self.folder.write_state("preempted", "asked to stop before the first step"))
+            else:
+                stack.enter_context(_private_files())
+                with self._closing_metrics():
+                    self._end_unless_published(self._publish()[1])
+                self._stack = stack.pop_all()
+                return self
+        raise Stopped
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> bool:
+        with self._stack, self._closing_metrics():
+            if error and not isinstance(error, Stopped):
+                raise error
+            self._wind_up()
+        return False
+
+    @contextlib.contextmanager
+    def _closing_metrics(self) -> Iterator[None]:
+        """Inside, an exception marks the metrics as those of a run that failed."""
+        try:
+            yield
+        except BaseException:
+            self.metrics.close(failed=True)
+            raise
+
+    def step(self, groups: list[dict] | dict[str, Any] | None) -> dict[str, float]:
+        """Train on a batch that the caller has: `updates_per_batch` optimizer steps. A collective.
+
+        Args:
+            groups: on rank 0 Atropos groups, or rows {"tokens", "loss_masks", "advantages"} [B, T] of tensors or arrays (see
+                `sources.group_of_rows`); what other ranks pass is not used.
+        Returns:
+            the metrics of the last of the steps, the same on every rank as in metrics.jsonl; empty if no sequence of the groups
+            can be trained, so that no step was taken.
+        Raises:
+            Stopped: the run was asked to stop.
+            UserError: the run has taken its training_steps.
+        """
+        if self.step_number >= self.config.training_steps:
+            raise UserError(f"{self.step_number} steps are taken, as training_steps says: set more of them")
+        if self.source:
+            self.source.give(groups)
+        before = self.step_number
+        if not self._train_on_next():
+            raise Stopped
+        self._report()
+        return self._metrics if self.step_number > before else {}
+
+    def logprobs(self, groups: list[dict] | None) -> list[np.ndarray | None] | None:
+        """Logprobs of the trained tokens of groups under the current parameters, at their temperatures. A collective; arguments
+        as of `step`. Returns on rank 0 an array [T] float32 for each sequence, NaN where it is not trained, or None for a
+        sequence that is left out; on other ranks None."""
+        decoder, found = dataclasses.replace(self.processor.decoder, group_sizes={}), None
+        rollouts = self.world.on_rank_0(lambda: decoder.batch(groups))
+        batch = Batch.of(rollouts, decoder.take_counts()) if self.world.rank == 0 else None
+        batch = self.world.broadcast(batch, Batch, 0)
+        logp_N = np.where(batch.loss_mask, self._logprobs(batch), np.nan).astype(np.float32)
+        if self.world.rank == 0:
+            places = [(id(group), i) for group in groups for i in range(len(group["tokens"]))]
+            of_place = {
+                (id(r.origin.record), r.origin.sequence): logp_N[span] for r, span in zip(rollouts, batch.spans(), strict=True)
+            }
+            found = [of_place.get(place) for place in places]
+        return found
+
+    def save(self) -> Path:
+        """Save a checkpoint of the last step; returns its folder. A collective."""
+        if self.step_number > (self.saved.step if self.saved else 0):
+            self._save()
+        return self.folder.checkpoints / f"step_{self.step_number}"
+
+    def publish(self) -> None:
+        """Publish the weights, whatever publish_steps says. A collective. UserError if it fails, or nothing is published."""
+        if self.publisher is None:
+            raise UserError("publish() needs publish_to or publish_folder")
+        self._end_unless_published(self._publish(always=True)[1])
+
+    def export(self, folder: str | Path) -> None:
+        """Save a checkpoint, and write the model into a Hugging Face folder. A collective."""
+        self._report()
+        self.save()
+        folder = Path(folder)
+        log.info("trained %d step(s); writing the model to %s", self.step_number, folder)
+        with self.world.extended_timeout():
+            self.world.on_rank_0(lambda: export(self.saved, folder))
+        self._exported = folder
 
     def _set_up(self, world: World) -> None:
         self.world = world
@@ -143,7 +256,7 @@ class WeightedSFTTrainer:
         ends = end_tokens(self.config.model_name, self.tokenizer)
         self.processor = processor_of(self.config, shape.vocab_size, ends)
         with _private_files():
-            source = open_source(self.config, self.processor, world, metadata["feed"].get("position"))
+            self.source = self._open_source(metadata["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
         if precision == "bf16" and not native_bf16:
             log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
@@ -180,15 +293,22 @@ class WeightedSFTTrainer:
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
-        self.said = set()
-        self.step, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
+        self.said, self.state = set(), metadata.get("caller", {})
+        self.unread: Callable[[], None] | None = None
+        self.step_number, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
         self.without_signal = metadata["without_signal"]
         self.publisher = self._publisher(empty, precision)
-        self.feed = Feed(self.config, source, world, self.stop, metadata["feed"])
+        self.feed = Feed(self.config, self.source, world, self.stop, metadata["feed"])
         with _private_files():
-            self.metrics = Metrics(self.config, self.folder.path, self.step) if world.rank == 0 else NullMetrics()
+            self.metrics = Metrics(self.config, self.folder.path, self.step_number) if world.rank == 0 else NullMetrics()
         shown = self.config.public()
-        log.info("batches from %s; results in %s", shown["data"] or shown["atropos_url"], self.folder.path)
+        source = "the caller" if self._is_given else shown["data"] or shown["source"] or shown["atropos_url"]
+        log.info("batches from %s; results in %s", source, self.folder.path)
+
+    def _open_source(self, position: Position | None) -> Source | None:
+        if not self._is_given:
+            return open_source(self.config, self.processor, self.world, position)
+        return GivenSource(self.processor, position) if self.world.rank == 0 else None
 
     def _choose_layout(self) -> tuple[bool, bool, int]:
         """Whether to pack sequences, whether to share prefixes, and the token budget of a micro-batch: what the model and the
@@ -249,21 +369,24 @@ class WeightedSFTTrainer:
             self._stop_if_asked()
             raise
 
-    def _publish(self) -> tuple[dict[str, float], str]:
+    def _publish(self, always: bool = False) -> tuple[dict[str, float], str]:
         """Publish the weights if it is their turn. Returns metrics, and why the run must end (empty: it need not). A
         collective."""
         if self.publisher is None:
             return {}, ""
         with self.world.extended_timeout():
-            if not self._is_due(self.config.publish_steps):
-                return self.publisher.reload_restarted(self.step)
+            if not always and not self._is_due(self.config.publish_steps):
+                return self.publisher.reload_restarted(self.step_number)
             self.metrics.set_status("publishing weights")
-            return self.publisher.publish(self.step)
+            values, failure = self.publisher.publish(self.step_number)
+        if not failure:
+            self.callbacks.call("on_publish", self, self.step_number)
+        return values, failure
 
     def _end_unless_published(self, failure: str) -> None:
         if failure:
             self._report()
-            if self.step > (self.saved.step if self.saved else 0):
+            if self.step_number > (self.saved.step if self.saved else 0):
                 self._save()
             raise UserError(failure)
 
@@ -279,24 +402,30 @@ class WeightedSFTTrainer:
     def _stop_if_asked(self) -> None:
         """Called between the stages of start-up, since loading a large model takes minutes."""
         if any(self.world.all_gather_int(self.stop.code)):
-            raise _AskedToStop
+            raise Stopped
 
     def _loop(self) -> None:
-        self.unread: Callable[[], None] | None = None
-        self._end_unless_published(self._publish()[1])
-        while self.step < self.config.training_steps:
-            start = time.monotonic()
-            self.metrics.set_status("waiting for a batch")
-            batch = self.feed.next(self.step, waiting=self._while_waiting)
-            if batch is None:
-                break
+        while self.step_number < self.config.training_steps and self._train_on_next():
+            pass
+
+    def _train_on_next(self) -> bool:
+        """Train on the next batch. False at the end of the data; Stopped if the run was asked to stop."""
+        start = time.monotonic()
+        self.metrics.set_status("waiting for a batch")
+        batch = self.feed.next(self.step_number, waiting=self._while_waiting)
+        if self.feed.stopped:
+            raise Stopped
+        if batch is None:
+            return False
+        if batch.num_trained:
             self._train_on(batch.with_final_advantages(self.processor.shaping), start, time.monotonic() - start)
             if self._is_due(self.config.save_steps) or self.feed.journal_is_full():
                 self._save()
+        return True
 
     def _is_due(self, every: int) -> bool:
         """Whether the steps on the last batch reached a multiple of `every`."""
-        return self.step // every > (self.step - self.config.updates_per_batch) // every
+        return self.step_number // every > (self.step_number - self.config.updates_per_batch) // every
 
     def _train_on(self, batch: Batch, start: float, wait: float) -> None:
         """The optimizer steps on a batch, and publishing. `start`: when waiting for the batch began; `wait`: seconds of it."""
@@ -308,11 +437,11 @@ class WeightedSFTTrainer:
         proximal = [None, *map(self._logprobs, parts[1:])]
         for number, (part, prox_logp_N) in enumerate(zip(parts, proximal, strict=True), 1):
             result, values, flops = self._step(part, prox_logp_N)
-            self.step += 1
+            self.step_number += 1
             self._report()
             spent = time.monotonic() - start
             values |= {
-                "step": self.step,
+                "step": self.step_number,
                 "data/possibly_lost_batches": self.feed.possibly_lost,
                 "journal/gib": self.feed.journal_gib,
             }
@@ -329,13 +458,13 @@ class WeightedSFTTrainer:
         updates = self.config.updates_per_batch
         if updates == 1 or "updates" in self.said:
             return
-        age = of_batch(batch, self.step)["data/staleness_max"]
+        age = of_batch(batch, self.step_number)["data/staleness_max"]
         if age > 0:
             self.said.add("updates")
             self.metrics.warn(
-                f"step {self.step + 1}: the batch holds tokens that are {age:.0f} steps old, and updates_per_batch {updates} "
-                f"adds up to {updates - 1}: correct for it (mismatch_cap, sequence_mask, max_staleness), or sample and train "
-                f"in turns"
+                f"step {self.step_number + 1}: the batch holds tokens that are {age:.0f} steps old, and updates_per_batch "
+                f"{updates} adds up to {updates - 1}: correct for it (mismatch_cap, sequence_mask, max_staleness), or sample "
+                f"and train in turns"
             )
 
     def _logprobs(self, batch: Batch) -> np.ndarray:
@@ -366,49 +495,47 @@ class WeightedSFTTrainer:
         if unread:
             unread()
 
-    def _end(self) -> Path | None:
-        """Save the last checkpoint and, unless the run was asked to stop, export the trained model."""
+    def _wind_up(self) -> None:
+        """Save the last checkpoint, and record why the run ended."""
         self._report()
-        if self.step == 0 and not self.feed.stopped:
-            raise UserError(f"data {self.config.data} holds no usable sequence: nothing was trained")
-        if self.step > (self.saved.step if self.saved else 0):
-            self._save()
+        self.save()
         if self.feed.stopped:
             reason = name_of(self.feed.stopped)
-            log.info("stopped after step %d (%s); continue with --resume", self.step, reason)
+            log.info("stopped after step %d (%s); continue with --resume", self.step_number, reason)
             self.world.on_rank_0(lambda: self.folder.write_state("preempted", reason))
             self.feed.close()
-            self.metrics.close()
-            return None
-        log.info("trained %d step(s); writing the model to %s", self.step, self.folder.final)
-        with self.world.extended_timeout():
-            self.world.on_rank_0(lambda: export(self.saved, self.folder.final))
-        self.world.on_rank_0(lambda: self.folder.write_state("finished", "training_steps reached or data at its end"))
+        else:
+            self.world.on_rank_0(lambda: self.folder.write_state("finished", "training_steps reached or data at its end"))
+            self.callbacks.call("on_end", self, self._exported)
         self.metrics.close()
-        return self.folder.final
 
     def _save(self) -> None:
         self._report()  # a checkpoint holds the number of steps that were not finite
+        try:
+            json.dumps(self.state)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"trainer.state cannot be saved as JSON: {error}") from error
         self.metrics.set_status("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
         counts = {"not_finite": self.not_finite, "without_signal": self.without_signal, "bad": self.bad}
-        metadata = self.metadata | {"step": self.step, "feed": self.feed.metadata} | counts
+        metadata = self.metadata | {"step": self.step_number, "feed": self.feed.metadata, "caller": self.state} | counts
         metadata["config"] = self.config.public()
         metadata["versions"] = {name: version(name) for name in PACKAGES}
         with self.world.extended_timeout():
             self.saved = save(self.folder.checkpoints, metadata, self.engine, self.base_files, self.world)
-        self.folder.step = self.step
+        self.folder.step = self.step_number
         self.world.on_rank_0(lambda: self.folder.write_state("running", ""))
         kept = self.world.on_rank_0(lambda: prune(self.folder.checkpoints, self.config.keep_checkpoints))
         self.feed.prune(self.world.all_gather_int(kept[0].metadata["feed"]["batches"] if kept else 0)[0])
         size, spent = sum(self.saved.metadata["files"].values()) / 2**30, time.monotonic() - start
+        self.callbacks.call("on_save", self, self.saved.folder)
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
     def _step(self, batch: Batch, prox_logp_N: np.ndarray | None) -> tuple[Callable[[], StepResult], dict[str, float], float]:
         """One optimizer step. Returns a function that returns its result, the metrics of the batch and of its assignment to
         ranks (which every rank computes), and the FLOPs of all ranks."""
-        values, stale_N = of_batch(batch, self.step), batch.stale(self.step, self.config.max_staleness)
+        values, stale_N = of_batch(batch, self.step_number), batch.stale(self.step_number, self.config.max_staleness)
         if stale_N is not None:
             values["data/stale"] = int((stale_N & batch.loss_mask).sum())
         # counted over the global batch before the first backward, so that the step does not depend on how it is split
@@ -453,11 +580,11 @@ class WeightedSFTTrainer:
         for name, instead in missing(batch, self.config.needs_behavior, self.reference is not None).items():
             if self.config.strict:
                 raise UserError(
-                    f"the batch of step {self.step + 1} has no {name} on any trained token, and strict is set: have the "
+                    f"the batch of step {self.step_number + 1} has no {name} on any trained token, and strict is set: have the "
                     f"environments send them, or leave strict out ({instead}, then)"
                 )
             if name not in self.said:
-                self.metrics.warn(f"step {self.step + 1}: no trained token of the batch has {name}: {instead}")
+                self.metrics.warn(f"step {self.step_number + 1}: no trained token of the batch has {name}: {instead}")
             self.said.add(name)
 
     def _write_metrics(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
@@ -471,9 +598,11 @@ class WeightedSFTTrainer:
         of_run = {"steps/not_finite": self.not_finite, "steps/without_signal": self.without_signal}
         of_run["memory/peak_gib"] = result.peak_gib
         of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
-        self.metrics.step({"step": values["step"], **of_step, **values, **of_all, **of_run})
+        self._metrics = {"step": values["step"], **of_step, **values, **of_all, **of_run}
+        self.metrics.step(self._metrics)
         self._warn(values["step"], result)
         self._look_at_ratio(values, of_all["ratio/mean"], result.sums["behavior"])
+        self.callbacks.call("on_step", self, self._metrics)
 
     def _look_at_ratio(self, values: dict[str, float], mean: float, num_tokens: float) -> None:
         """Say, once, that the sampler's logprobs are not those of the model, on data that the current weights sampled."""

@@ -15,15 +15,14 @@ nothing of HTTP, DeepSpeed, ranks, the run's config, or the origin of a batch; i
 """
 
 import difflib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, create_model
+
+from wsft.user_code import load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -306,24 +305,13 @@ class Objective:
 def _function(name: str) -> Callable:
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         near = difflib.get_close_matches(name, OBJECTIVES, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}? There" if near else "there"
         raise ValueError(
             f"unknown objective {name!r}: {hint} are {', '.join(OBJECTIVES)}, or your own as my_module:my_function"
         )
-    if os.getcwd() not in sys.path:  # as with `python -m`; `python train.py` has the folder of train.py only
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"objective {name!r} cannot be imported: {error}; looked in {os.getcwd()} and the Python path"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"objective {name!r} is a {type(function).__name__}, expected a function")
-    return function
+    return load(name, "objective")
 
 
 def _checked(name: str, function: Callable, args: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from wsft.distributed.world import World
 from wsft.errors import UserError
 from wsft.rollouts.batch import Batch
 from wsft.rollouts.decoder import REASONS
-from wsft.rollouts.sources import EndOfData, Position, Source
+from wsft.rollouts.sources import EndOfData, GivenSource, Position, Source
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,8 @@ class Feed:
 
     def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, metadata: dict[str, Any]):
         self._config, self._source, self._world, self._stop = config, source, world, stop
-        # learn which ranks fetch
+        self._is_given = not world.all_true(not isinstance(source, GivenSource))
+        self._prefetch = 0 if self._is_given else config.prefetch_batches
         self._fetching = [rank for rank, has in enumerate(world.all_gather_int(int(source is not None))) if has]
         self.batches, self._lost_before = metadata.get("batches", 0), metadata.get("possibly_lost", 0)
         self.possibly_lost, self.position = self._lost_before, metadata.get("position")
@@ -97,12 +98,13 @@ class Feed:
 
     def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
         """The next batch with a trained token; None at the end of the data or if the run should stop. Sequences of batches that
-        were skipped are counted in it as left out. `waiting` is called with the state every second."""
+        were skipped are counted in it as left out. `waiting` is called with the state every second. A batch that the caller
+        gave is returned as it is."""
         left_out = np.zeros(len(REASONS), dtype=np.int64)
         for _ in range(EMPTY_BATCHES_ALLOWED):
             batch = self._exchange(step, waiting)
-            if batch is None:
-                return None
+            if batch is None or self._is_given:
+                return batch
             if not batch.num_trained:
                 left_out[REASONS.index("no token is trained")] += len(batch.lengths)
             batch = replace(batch, counts=batch.counts + left_out)
@@ -150,7 +152,7 @@ class Feed:
     def _take(self, step: int) -> tuple[Batch, Position] | None:
         """The next batch if it is ready within a second. Schedules the following ones, up to the last step."""
         batches_left = (self._config.training_steps - step) // self._config.updates_per_batch
-        ahead = min(self._config.prefetch_batches, batches_left - 1)
+        ahead = min(self._prefetch, batches_left - 1)
         for number in range(self.batches, self.batches + ahead + 1):
             if number not in self._taking:
                 job = functools.partial(self._source.take, number, step, self._over)

@@ -1,15 +1,18 @@
-"""Sources of batches: a file of records, or an Atropos server with a journal."""
+"""Sources of batches: a file of records; an Atropos server, or a generator of the user, with a journal; the caller."""
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import logging
 import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+
+import numpy as np
 
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
@@ -21,6 +24,7 @@ from wsft.rollouts.decoder import Origin, Rollout
 from wsft.rollouts.journal import Journal
 from wsft.rollouts.json_parser import parse_json
 from wsft.rollouts.records import is_group
+from wsft.user_code import load
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +153,13 @@ class AtroposSource:
         others: journals that the run wrote with another number of fetching ranks.
     """
 
-    def __init__(self, client: AtroposClient, processor: AtroposBatchProcessor, journal: Journal, others: list[Journal]):
+    def __init__(
+        self,
+        client: AtroposClient | GeneratedBatches,
+        processor: AtroposBatchProcessor,
+        journal: Journal,
+        others: list[Journal],
+    ):
         self._client, self._processor, self._journal, self._others = client, processor, journal, others
         self._replays_others = client.registers
         self._largest = SMALLEST_ROOM
@@ -177,7 +187,7 @@ class AtroposSource:
         if elsewhere:  # fetched by another number of ranks: one rank replays all parts
             parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
             return Batch.joined([Batch.empty(), *parts])
-        self._client.step = step  # sent when registering with a server that restarted
+        self._client.step, self._client.number = step, number  # sent when registering with a server that restarted
         while not over.is_set():
             self._journal.require_room(2 * self._largest)  # before the server removes it from its queue
             body = self._client.poll()
@@ -200,6 +210,80 @@ class AtroposSource:
             journal.prune(below)
 
 
+class GivenSource:
+    """Batches that the caller of `WeightedSFTTrainer.step` gives, one at a time. They are not journalled, since the caller has
+    them."""
+
+    state = "waiting for groups"
+    possibly_lost = journal_bytes = 0
+
+    def __init__(self, processor: AtroposBatchProcessor, position: Position | None):
+        self._processor, self._groups = processor, None
+        if position:
+            _set_group_sizes(processor, position)
+
+    def give(self, groups: list[dict] | dict[str, Any] | None) -> None:
+        """See `WeightedSFTTrainer.step`."""
+        self._groups = [group_of_rows(groups)] if isinstance(groups, dict) else groups
+
+    def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
+        if not isinstance(self._groups, list):
+            raise UserError(f"step() on rank 0 was given {type(self._groups).__name__}, expected a list of groups")
+        return self._processor.decode(self._groups), {"group_sizes": dict(self._processor.decoder.group_sizes)}
+
+    def prune(self, below: int) -> None: ...
+
+
+def group_of_rows(rows: dict[str, Any]) -> dict[str, Any]:
+    """One group of the rows of tensors or arrays [B, T]: tokens, loss_masks (0/1), advantages ([B, T], [B] or [B, 1]), and, if
+    there are, inference_logprobs and ref_logprobs. A row ends with its last trained token, since nothing behind it counts."""
+    columns = {name: np.asarray(values) for name, values in rows.items()}
+    masks = columns.pop("loss_masks").astype(np.int64)
+    ends = [int(row.nonzero()[0].max(initial=1)) + 1 for row in masks]
+    group: dict[str, Any] = {"masks": [row[:end].tolist() for row, end in zip(masks, ends, strict=True)]}
+    for name, values in columns.items():
+        cut = values.reshape(len(masks), -1)
+        group[name] = [row[:end].tolist() for row, end in zip(cut, ends, strict=True)]
+    return group
+
+
+class GeneratedBatches:
+    """The user's generator in the place of the client of a server: each list of groups that it yields is a batch.
+
+    Args:
+        name: of a function of the config and of the number of batches that the run has taken, `my_module:my_generator`.
+    """
+
+    state = "waiting for the source"
+    possibly_lost, registers = 0, True
+
+    def __init__(self, name: str, config: WeightedSFTConfig):
+        try:
+            self._function = load(name, "source")
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self._config, self._batches = config, None
+        self.step = self.number = 0
+
+    def poll(self) -> bytes:
+        """The next batch as a server would send it. Raises EndOfData at the generator's end."""
+        if self._batches is None:
+            self._batches = iter(self._function(self._config, self.number))
+        try:
+            groups = next(self._batches)
+        except StopIteration:
+            raise EndOfData from None
+        if not isinstance(groups, list):
+            raise UserError(f"source {self._config.source!r} yielded a {type(groups).__name__}, expected a list of groups")
+        try:
+            return json.dumps({"batch": groups}).encode()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"source {self._config.source!r} yielded what is not JSON, as the journal holds it: {error}; expected lists "
+                f"and numbers of Python"
+            ) from error
+
+
 def open_source(
     config: WeightedSFTConfig, processor: AtroposBatchProcessor, world: World, position: Position | None
 ) -> Source | None:
@@ -208,14 +292,21 @@ def open_source(
     if world.rank >= fetching:
         return None
     if position:
-        processor.decoder.group_sizes |= {int(env_id): size for env_id, size in position["group_sizes"].items()}
+        _set_group_sizes(processor, position)
     if config.data is not None:
         return FileSource(config.data, config.batch_size, processor, position)
-    client = client_of(config, fetching, registers=world.rank == 0)
+    if config.source is not None:
+        client = GeneratedBatches(config.source, config)
+    else:
+        client = client_of(config, fetching, registers=world.rank == 0)
     folder = Path(config.output_dir) / "journal"
     mine = {rank: folder / f"{rank}_of_{fetching}" for rank in range(fetching)}
     others = [Journal(path, read_only=True) for path in sorted(folder.glob("*_of_*")) if path not in mine.values()]
     return AtroposSource(client, processor, Journal(mine[world.rank]), others)
+
+
+def _set_group_sizes(processor: AtroposBatchProcessor, position: Position) -> None:
+    processor.decoder.group_sizes |= {int(env_id): size for env_id, size in position["group_sizes"].items()}
 
 
 def fetching_ranks(config: WeightedSFTConfig, num_ranks: int) -> int:
