@@ -1,4 +1,4 @@
-"""WeightedSFTTrainer: the training loop. `train` is the run from start to end, `_train_on` one batch, `_step` one step."""
+"""WeightedSFTTrainer: the training loop. `train` is the run from start to end, `_train_on` one batch."""
 
 from __future__ import annotations
 
@@ -24,26 +24,22 @@ from transformers.utils.logging import disable_progress_bar
 from wsft.config import WeightedSFTConfig
 from wsft.device import has_native_matmul
 from wsft.distributed import deepspeed_config
-from wsft.distributed.engine import BaseReference, Engine, MicroBatch, Reference, StepResult
-from wsft.distributed.load_balancing import Cost, Load, assign_rollouts
+from wsft.distributed.engine import BaseReference, Engine, Reference, StepResult
 from wsft.distributed.process_start import start_ranks
 from wsft.distributed.signals import Stop, name_of
 from wsft.distributed.world import PeerFailed, World, ranks_from_environment, ranks_on_this_host
 from wsft.errors import UserError
 from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
-from wsft.loss.terms import Coefficients
 from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model, end_tokens, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.lora import Adapters, as_if_trained
-from wsft.model.packing import Prefixes
-from wsft.model.row_layouts import find_row_layouts
 from wsft.publish.adapters import AdapterFolder
 from wsft.publish.folder import PublishFolder
 from wsft.publish.publisher import Publisher
 from wsft.publish.tensors import TrainedTensors
 from wsft.publish.verification import Verification
-from wsft.rollouts.batch import Batch, pack, pad, token_terms
+from wsft.rollouts.batch import Batch
 from wsft.rollouts.feed import Feed
 from wsft.rollouts.sources import GivenSource, Position, Source, open_source, processor_of
 from wsft.run.adapter import peft_config
@@ -51,9 +47,10 @@ from wsft.run.base_files import base_files, read_files
 from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
 from wsft.run.export import export
 from wsft.run.fingerprint import contents_of
-from wsft.run.measurements import missing, of_batch, of_plan, of_speed, of_tokens
+from wsft.run.measurements import missing, of_batch, of_speed, of_tokens
 from wsft.run.metrics import Metrics, NullMetrics, require_wandb
 from wsft.run.output_folder import RunFolder
+from wsft.training_step import TrainingStep
 from wsft.user_code import Callbacks
 
 log = logging.getLogger(__name__)
@@ -99,9 +96,6 @@ class WeightedSFTTrainer:
 
     def __init__(self, config: WeightedSFTConfig):
         self.config = config
-        self.objective = Objective(config.objective, config.objective_args)
-        self.corrections = config.corrections
-        self.coefficients = Coefficients(config.kl_coef, config.entropy_coef, config.distill_coef, config.distill_renormalize)
         try:
             self.callbacks = Callbacks.load(config.callbacks)
         except ValueError as error:
@@ -195,7 +189,7 @@ class WeightedSFTTrainer:
         rollouts = self.world.on_rank_0(lambda: decoder.batch(groups))
         batch = Batch.of(rollouts, decoder.take_counts()) if self.world.rank == 0 else None
         batch = self.world.broadcast(batch, Batch, 0)
-        logp_N = np.where(batch.loss_mask, self._logprobs(batch), np.nan).astype(np.float32)
+        logp_N = np.where(batch.loss_mask, self.take_step.logprobs(batch), np.nan).astype(np.float32)
         if self.world.rank == 0:
             places = [(id(group), i) for group in groups for i in range(len(group["tokens"]))]
             of_place = {
@@ -238,12 +232,13 @@ class WeightedSFTTrainer:
         self.config, ds = deepspeed_config.resolve(
             self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16
         )
-        if self.corrections.reweighs and self.objective.needs_behavior:
+        objective = Objective(self.config.objective, self.config.objective_args)
+        if self.config.corrections.reweighs and objective.needs_behavior:
             log.info(
                 "%s counts the mismatch with the sampler, so the ratio of %s is to the policy at the start of the batch: with "
                 "one optimizer step per batch it is 1, and clips nothing",
-                "icepop" if self.corrections.icepop else "mismatch_cap",
-                self.objective.name,
+                "icepop" if self.config.icepop else "mismatch_cap",
+                self.config.objective,
             )
         contents = contents_of(self.config, model_config, self.tokenizer)
         with _private_files():
@@ -288,8 +283,8 @@ class WeightedSFTTrainer:
         if self.config.lora_rank and self.config.kl_coef and not self.reference:
             log.info("kl_coef: to ref_logprobs where records have them, else to the base model, with the adapters switched off")
             self.reference = BaseReference(self.engine)
-        self.packs, self.shares, self.micro_batch_tokens = self._choose_layout()
-        self.flops = step_flops(empty, self.model.untrained)
+        flops, pad_token_id = step_flops(empty, self.model.untrained), self.processor.pad_token_id
+        self.take_step = TrainingStep(self.config, self.engine, self.model, self.reference, flops, pad_token_id, world)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         if start:
             load_random(start, world.rank)
@@ -309,34 +304,6 @@ class WeightedSFTTrainer:
         if not self._is_given:
             return open_source(self.config, self.processor, self.world, position)
         return GivenSource(self.processor, position) if self.world.rank == 0 else None
-
-    def _choose_layout(self) -> tuple[bool, bool, int]:
-        """Whether to pack sequences, whether to share prefixes, and the token budget of a micro-batch: what the model and the
-        reference model support on all ranks."""
-        models = [self.model, *([self.reference.model] if isinstance(self.reference, Reference) else [])]
-        look = functools.partial(
-            find_row_layouts,
-            device=self.world.device,
-            max_token_len=self.config.max_token_len,
-            packing=self.config.packing,
-            all_true=self.world.all_true,
-        )
-        with as_if_trained(self.model):
-            layouts = [look(model) for model in models]
-        packs, pads = all(layout.packs for layout in layouts), all(layout.pads for layout in layouts)
-        self.shortest = max(model.shortest for model in models)
-        shares = packs and self.config.share_prefixes and all(layout.shares for layout in layouts)
-        if packs:
-            prefixes = ", prefixes that they share are run once" if shares else ""
-            log.info("sequences are packed%s; attention: %s", prefixes, self.model.attention)
-        elif self.config.packing and pads:
-            log.info("%s cannot keep packed sequences apart: they are padded instead", type(self.model.model).__name__)
-        elif not pads:
-            name = type(self.model.model).__name__
-            log.info(
-                "the logits of %s depend on the other sequences of a micro-batch: each sequence is its own, which is slow", name
-            )
-        return packs, shares, self.config.micro_batch_tokens if packs or pads else 1
 
     def _add_adapters(self, empty: PreTrainedModel) -> None:
         adapters = Adapters.for_model(empty, self.model.untrained, self.config)
@@ -434,9 +401,9 @@ class WeightedSFTTrainer:
         parts = batch.minibatches(self.config.updates_per_batch)
         self._warn_of_stale_updates(batch)
         # on the first part the policy at the start of the batch is the current one
-        proximal = [None, *map(self._logprobs, parts[1:])]
+        proximal = [None, *map(self.take_step.logprobs, parts[1:])]
         for number, (part, prox_logp_N) in enumerate(zip(parts, proximal, strict=True), 1):
-            result, values, flops = self._step(part, prox_logp_N)
+            result, values, flops = self.take_step(part, self.step_number, prox_logp_N)
             self.step_number += 1
             self._report()
             spent = time.monotonic() - start
@@ -466,23 +433,6 @@ class WeightedSFTTrainer:
                 f"{updates} adds up to {updates - 1}: correct for it (mismatch_cap, sequence_mask, max_staleness), or sample "
                 f"and train in turns"
             )
-
-    def _logprobs(self, batch: Batch) -> np.ndarray:
-        """The current logprobs of the trained tokens of a batch, [N] float32; 0 elsewhere. A collective."""
-        rows = np.flatnonzero(batch.trained_tokens).tolist()
-        _, assignment, prefixes = self._assign(batch, rows)
-        mine, scales_R = assignment[self.world.rank], np.ones(len(batch.lengths))
-        found = self.engine.logprobs([self._micro_batch(batch, rows, scales_R, prefixes) for rows in mine])
-        logp_N = np.zeros(len(batch.tokens), dtype=np.float32)
-        for rows, of_rows in zip(mine, found, strict=True):
-            logp_N[batch.trained_positions(rows)] = of_rows.float().cpu().numpy()
-        return self.world.sum_arrays(logp_N)
-
-    def _assign(self, batch: Batch, rows: list[int]) -> tuple[Load, list[list[list[int]]], Prefixes]:
-        """Assign rollouts to micro-batches of ranks."""
-        prefixes = batch.prefixes(rows) if self.shares else Prefixes.none(len(batch.lengths))
-        load = Load(batch.lengths, Cost(self.flops.per_token, self.flops.per_pair), prefixes)
-        return load, assign_rollouts(load, rows, self.world.size, self.micro_batch_tokens, self.packs), prefixes
 
     def _while_waiting(self, state: str) -> None:
         self._report()
@@ -531,50 +481,6 @@ class WeightedSFTTrainer:
         size, spent = sum(self.saved.metadata["files"].values()) / 2**30, time.monotonic() - start
         self.callbacks.call("on_save", self, self.saved.folder)
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
-
-    def _step(self, batch: Batch, prox_logp_N: np.ndarray | None) -> tuple[Callable[[], StepResult], dict[str, float], float]:
-        """One optimizer step. Returns a function that returns its result, the metrics of the batch and of its assignment to
-        ranks (which every rank computes), and the FLOPs of all ranks."""
-        values, stale_N = of_batch(batch, self.step_number), batch.stale(self.step_number, self.config.max_staleness)
-        if stale_N is not None:
-            values["data/stale"] = int((stale_N & batch.loss_mask).sum())
-        # counted over the global batch before the first backward, so that the step does not depend on how it is split
-        scales_R = batch.scales(self.config.reduction, self.config.max_token_len)
-        if self.config.skip_zero_weight and not self.coefficients.concern_every_token:
-            batch = batch.of_weight(self.objective, self.corrections, stale_N)
-        rows = np.flatnonzero(batch.trained_tokens if self.config.skip_zero_weight else batch.lengths).tolist()
-        load, assignment, prefixes = self._assign(batch, rows)
-        values |= of_plan(assignment, load, self.packs)
-        micro_batches = [
-            self._micro_batch(batch, rows, scales_R, prefixes, stale_N, prox_logp_N) for rows in assignment[self.world.rank]
-        ]
-        flops = (
-            sum(load.of(rows) for of_rank in assignment for rows in of_rank) + self.flops.per_trained_token * batch.num_trained
-        )
-        return self.engine.step(micro_batches, self._reference_for(batch)), values, flops
-
-    def _reference_for(self, batch: Batch) -> Reference | BaseReference | None:
-        """None if the records have the logprobs of all trained tokens, which take precedence over those of the base model."""
-        known = len(batch.ref_logp) and not np.isnan(batch.ref_logp[batch.loss_mask]).any()
-        return None if known else self.reference
-
-    def _micro_batch(
-        self,
-        batch: Batch,
-        rows: list[int],
-        scales_R: np.ndarray,
-        prefixes: Prefixes,
-        stale_N: np.ndarray | None = None,
-        prox_logp_N: np.ndarray | None = None,
-    ) -> MicroBatch:
-        settings = self.objective, self.coefficients, self.config.temperature, self.corrections
-        terms = token_terms(batch, rows, scales_R, *settings, stale_N, prox_logp_N)
-        if self.packs:
-            tokens_1T, trained_N, layout = pack(batch, rows, self.processor.pad_token_id, prefixes)
-            return MicroBatch(tokens_1T, trained_N, terms, layout)
-        padded = pad(batch, rows, self.processor.pad_token_id, self.shortest)
-        trained_N = padded["loss_masks"].flatten().nonzero().squeeze(1)
-        return MicroBatch(padded["tokens"], trained_N, terms, None)
 
     def _require_what_the_loss_needs(self, batch: Batch) -> None:
         for name, instead in missing(batch, self.config.needs_behavior, self.reference is not None).items():
