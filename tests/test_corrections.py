@@ -140,7 +140,7 @@ def test_tokens_under_an_override_are_touched_by_no_correction(name):
     assert (weights[one] == 1).all() and not weights[~one].any()
 
 
-@pytest.mark.parametrize("gap", [-math.inf, -1e30, -1000.0, 1000.0, 1e30])
+@pytest.mark.parametrize("gap", [-math.inf, 1e30])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_absurd_logp_of_the_sampler_gives_finite_gradients_in_float32(name, gap):
     data = make()

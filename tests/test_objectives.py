@@ -390,7 +390,14 @@ def numbers_by_hand(data, fixed, ref, entries, low, high):
         weight = (0 if clipped else r * A) if free else weight
         row = dict(tokens=1, entropy=-(np.exp(log_p) * log_p).sum(), weight=weight, weight_abs=abs(weight))
         row |= dict(positive=A > 0, logp_positive=logp * (A > 0), negative=A < 0, logp_negative=logp * (A < 0))
-        row |= dict(behavior=known, ratio=r * known, clipped=clipped and known, k1=-np.log(r), k3=r - 1 - np.log(r))
+        row |= dict(
+            behavior=known,
+            ratio=r * known,
+            ratio_squared=r**2 * known,
+            clipped=clipped and known,
+            k1=-np.log(r),
+            k3=r - 1 - np.log(r),
+        )
         row |= dict(reference=to_ref, kl_reference=np.exp(ref_logp - logp) - 1 - (ref_logp - logp) if to_ref else 0)
         row |= dict(teacher=len(teacher) > 0, divergence=sum(np.exp(logq) * (logq - log_p[k]) for k, logq in teacher))
         rows.append(row)

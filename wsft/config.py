@@ -26,7 +26,18 @@ _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 RESUME_MAY_CHANGE = {
     *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
     *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
-    *("source", "callbacks", "atropos_url", "atropos_timeout", "fetch_mode", "training_steps", "step_timeout", "strict"),
+    *(
+        "eval_data",
+        "eval_steps",
+        "source",
+        "callbacks",
+        "atropos_url",
+        "atropos_timeout",
+        "fetch_mode",
+        "training_steps",
+        "step_timeout",
+        "strict",
+    ),
     *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
     *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
     *("publish_lora", "publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
@@ -42,7 +53,17 @@ NOT_SUPPORTED = {
 }
 
 # settings that may name a file or folder
-PATHS = ("model_name", "tokenizer_name", "ref_model_name", "deepspeed", "data", "output_dir", "resume", "publish_folder")
+PATHS = (
+    "model_name",
+    "tokenizer_name",
+    "ref_model_name",
+    "deepspeed",
+    "data",
+    "eval_data",
+    "output_dir",
+    "resume",
+    "publish_folder",
+)
 
 # settings of a dry run only: not in config.yaml, and ignored on resume
 DRY_RUN_FIELDS = {"dry_run", "ranks", "gpu_memory_gib"}
@@ -226,6 +247,11 @@ class WeightedSFTConfig(BaseModel):
         False,
         description="End the run at a batch without inference_logprobs, ref_logprobs or teacher, if the loss needs them.",
     )
+
+    eval_data: str | None = Field(
+        None, description="JSONL file of Atropos groups that are not trained on: loss and logprobs of it are metrics (eval/*)."
+    )
+    eval_steps: int = Field(100, ge=1, description="Optimizer steps between two evaluations; there is one at the start.")
 
     # output
     output_dir: str = Field("runs/wsft", description="Folder of the run; with several hosts, on a shared file system.")

@@ -29,6 +29,7 @@ from wsft.distributed.process_start import start_ranks
 from wsft.distributed.signals import Stop, name_of
 from wsft.distributed.world import PeerFailed, World, ranks_from_environment, ranks_on_this_host
 from wsft.errors import UserError
+from wsft.evaluation import Evaluation
 from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
 from wsft.model.flops import rated_flops, step_flops
@@ -286,6 +287,7 @@ class WeightedSFTTrainer:
         flops, pad_token_id = step_flops(empty, self.model.untrained), self.processor.pad_token_id
         self.take_step = TrainingStep(self.config, self.engine, self.model, self.reference, flops, pad_token_id, world)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
+        self.evaluation = self._open_evaluation(ends)
         if start:
             load_random(start, world.rank)
         self.said, self.state = set(), metadata.get("caller", {})
@@ -304,6 +306,15 @@ class WeightedSFTTrainer:
         if not self._is_given:
             return open_source(self.config, self.processor, self.world, position)
         return GivenSource(self.processor, position) if self.world.rank == 0 else None
+
+    def _open_evaluation(self, ends: frozenset[int]) -> Evaluation | None:
+        if self.config.eval_data is None:
+            return None
+        processor = processor_of(self.config, self.model.vocab_size, ends)
+        evaluation = Evaluation(self.config, processor, self.take_step, self.world)
+        found = evaluation.metrics()
+        log.info("evaluation at the start: loss %.4g, %.1f s", found["eval/loss"], found["eval/seconds"])
+        return evaluation
 
     def _add_adapters(self, empty: PreTrainedModel) -> None:
         adapters = Adapters.for_model(empty, self.model.untrained, self.config)
@@ -412,8 +423,12 @@ class WeightedSFTTrainer:
                 "data/possibly_lost_batches": self.feed.possibly_lost,
                 "journal/gib": self.feed.journal_gib,
             }
-            published, failure = self._publish() if number == len(parts) else ({}, "")
-            values |= published
+            last, failure = number == len(parts), ""
+            if last and self.evaluation and self._is_due(self.config.eval_steps):
+                values |= self.evaluation.metrics()
+            if last:
+                published, failure = self._publish()
+                values |= published
             values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
             self.unread = functools.partial(self._write_metrics, values, result)
             self._end_unless_published(failure)

@@ -32,6 +32,8 @@ class Panel:
 
 PANELS = (
     Panel("loss", {"loss": "loss"}),
+    Panel("loss on eval_data", {"loss": "eval/loss"}),
+    Panel("mean logp of eval_data", {"favoured": "eval/logp_positive", "disfavoured": "eval/logp_negative"}),
     Panel("score", {"mean": "score/mean"}, parts={r"env \1": r"score/env_(\d+)/mean"}),
     Panel("mean logp of tokens", {"favoured": "logp/positive", "disfavoured": "logp/negative"}),
     Panel("ratio to the sampler", {"mean": "ratio/mean", "highest": "ratio/max"}, log=True),

@@ -82,7 +82,7 @@ class Feed:
 
     def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, metadata: dict[str, Any]):
         self._config, self._source, self._world, self._stop = config, source, world, stop
-        self._is_given = not world.all_true(not isinstance(source, GivenSource))
+        self._is_given = any(world.all_gather_int(int(isinstance(source, GivenSource))))
         self._prefetch = 0 if self._is_given else config.prefetch_batches
         self._fetching = [rank for rank, has in enumerate(world.all_gather_int(int(source is not None))) if has]
         self.batches, self._lost_before = metadata.get("batches", 0), metadata.get("possibly_lost", 0)
