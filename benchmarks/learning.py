@@ -1,6 +1,7 @@
-"""A tiny task that learns, off-policy on purpose: three objectives side by side, through train.py and a real Atropos server.
+"""A tiny task that learns, off-policy on purpose: objectives and corrections side by side, through train.py and a real Atropos
+server.
 
-    python -m benchmarks.learning [--seeds 5] [--steps 96] [--objectives weighted_sft,importance_sampling,ppo_clip]
+    python -m benchmarks.learning [--seeds 5] [--steps 96] [--objectives weighted_sft,importance_sampling,ppo_clip,...]
     python -m benchmarks.learning --windows_behind 0        # the control: the same on fresher data
     python -m benchmarks.learning --picture benchmarks/learning.png
 
@@ -11,8 +12,8 @@ How stale the data is, is arranged: the batches of steps mK+1 to (m+1)K, K = 4, 
 out of the checkpoint there. So a batch is 4 to 7 optimizer steps old (0 to 3 at the very start). One batch is posted when the
 one before was taken: the server hands out the newest first, and two that wait would change places.
 
-All objectives have the same settings: 128 sequences a step in groups of 16, sampled at temperature 0.8, advantages from scores
-(`group_norm`), AdamW (betas 0.9 and 0.95) at a constant 4e-3 in float32, gradients clipped at norm 1. Other arguments are in
+All have the same settings: 128 sequences a step in groups of 16, sampled at temperature 0.8, advantages from scores
+(`group_norm`), AdamW (betas 0.9 and 0.95) at a constant 4e-3 in float32, gradients clipped at norm 1. What differs is in
 OBJECTIVES. A run depends on its seed alone: that of the model, the prompts and the samples.
 
 What is drawn is the reward of the checkpoints, not of the batches: the mean over the 512 completions sampled from each.
@@ -44,11 +45,25 @@ from wsft.distributed.world import free_port
 from wsft.run.checkpoint import DEEPSPEED, METADATA, Checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-OBJECTIVES = {
+HIGHER = {"eps_low": 0.2, "eps_high": 0.28}
+OBJECTIVES = {  # name -> settings
     "weighted_sft": {},
-    "importance_sampling": {"cap": 2.0},
-    "ppo_clip": {"eps_low": 0.2, "eps_high": 0.28},
+    "importance_sampling": {"objective": "importance_sampling", "objective_args": {"cap": 2.0}},
+    "ppo_clip": {"objective": "ppo_clip", "objective_args": HIGHER},
+    "cispo": {"objective": "cispo"},
+    "dppo": {"objective": "dppo"},
+    "ipo": {"objective": "ipo"},
+    "sapo": {"objective": "sapo"},
+    "gspo": {"objective": "gspo", "objective_args": HIGHER},
+    "gmpo": {"objective": "gmpo"},
+    "icepop": {"icepop": [0.5, 2.0]},
+    "token mask": {"mismatch_mask": [0.5, 2.0]},
+    "geometric mask": {"sequence_mask": {"geometric": [0.7, 1.4]}},
+    "off-policy mask": {"off_policy_mask": 0.1},
+    "cap and off-policy mask": {"mismatch_cap": 2.0, "off_policy_mask": 0.1},
+    "max_staleness 5": {"max_staleness": 5},
 }
+DRAWN = ("weighted_sft", "importance_sampling", "ppo_clip")  # by default
 TARGET, BY_STEP = 0.8, 80  # importance_sampling and ppo_clip reach this reward by that step
 
 WORDS, FOLLOWERS = 32, 4
@@ -225,7 +240,7 @@ def train_flags(plan: Plan, url: str) -> list[str]:
         "model_name": plan.folder / "model", "deepspeed": plan.folder / "ds.json", "device": "cpu", "seed": plan.seed,
         "atropos_url": url, "batch_size": BATCH, "max_token_len": 64, "gradient_checkpointing": False,
         "training_steps": plan.steps, "learning_rate": plan.learning_rate, "max_grad_norm": 1.0,
-        "objective": plan.objective, "objective_args": json.dumps(OBJECTIVES[plan.objective]), "strict": True,
+        **{name: x if isinstance(x, str) else json.dumps(x) for name, x in OBJECTIVES[plan.objective].items()},
         "output_dir": plan.folder / "run", "save_steps": WINDOW, "keep_checkpoints": 2 + plan.windows_behind,
     }  # fmt: skip
     return [f"--{name}={value}" for name, value in settings.items()]
@@ -284,11 +299,11 @@ def spread(values: list[float | None], form: str) -> str:
 
 
 def tell(runs: dict[str, list[dict]], steps: int) -> None:
-    print(f"{'':21}{f'reward at step {steps}':24}{f'{TARGET} reached at step':24}lowest reward from there on")
+    print(f"{'':25}{f'reward at step {steps}':24}{f'{TARGET} reached at step':24}lowest reward from there on")
     for objective, found in runs.items():
         reached = spread([first_reached(run) for run in found], ".0f")
         last, lowest = spread([run["reward"][-1] for run in found], ".2f"), spread([lowest_after(r) for r in found], ".2f")
-        print(f"{objective:21}{last:24}{reached:24}{lowest}")
+        print(f"{objective:25}{last:24}{reached:24}{lowest}")
 
 
 def draw(runs: dict[str, list[dict]], path: Path) -> None:
@@ -300,10 +315,11 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6))
     any_runs = next(iter(runs.values()))
     steps, stale = any_runs[0]["steps"], any_runs[0]["data/staleness"][2 * WINDOW :]  # behind the first windows it repeats
-    for objective, found in runs.items():
+    for n, (objective, found) in enumerate(runs.items()):
+        colour = COLOURS.get(objective, f"C{n}")
         by_step = list(zip(*(run["reward"] for run in found), strict=True))
-        axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=COLOURS[objective], alpha=0.15, lw=0)
-        axes.plot(steps, list(map(statistics.median, by_step)), color=COLOURS[objective], lw=1.6, label=objective)
+        axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=colour, alpha=0.15, lw=0)
+        axes.plot(steps, list(map(statistics.median, by_step)), color=colour, lw=1.6, label=objective)
     axes.axhline(TARGET, color="0.6", lw=0.8, ls=(0, (4, 3)), zorder=0)
     age = f", on data {min(stale):.0f} to {max(stale):.0f} steps old" if stale else ""
     axes.set(xlabel=f"optimizer step{age}", ylabel="reward of the policy", ylim=(0, 1.02), xlim=(0, steps[-1]))
@@ -317,7 +333,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=96, help=f"of a run; a multiple of {WINDOW}")
-    parser.add_argument("--objectives", default=",".join(OBJECTIVES), help="separated by commas")
+    parser.add_argument("--objectives", default=",".join(DRAWN), help=f"separated by commas, of {', '.join(OBJECTIVES)}")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each objective")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of the runs and of learning.json")
     parser.add_argument("--picture", type=Path, help="output/learning.png if not given")

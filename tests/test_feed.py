@@ -18,6 +18,7 @@ from wsft import WeightedSFTConfig
 from wsft.errors import UserError
 from wsft.rollouts.batch import AtroposBatchProcessor
 from wsft.rollouts.client import AtroposClient
+from wsft.rollouts.data_files import DataFiles
 from wsft.rollouts.feed import Feed
 from wsft.rollouts.journal import Journal
 from wsft.rollouts.sources import AtroposSource, EndOfData, FileSource
@@ -99,7 +100,7 @@ def test_a_file_gives_the_advantages_that_a_server_gives(tmp_path, rng):
     bodies = [records(rng, [4, 2, 2]), records(rng, [2, 2, 1, 3]), records(rng, [1, 1, 4, 2])]  # 8 sequences each
     bodies[0][1]["scores"], bodies[0][2]["scores"] = [1.0, 0.0], [3.0, 2.0]
     path = write_groups(tmp_path / "data.jsonl", [record for body in bodies for record in body])
-    from_file = [batch for batch, _ in read_all(FileSource(path, 8, AtroposBatchProcessor()))]
+    from_file = [batch for batch, _ in read_all(FileSource(DataFiles(path), 8, AtroposBatchProcessor()))]
     processor = AtroposBatchProcessor()
     from_server = [processor.decode(body) for body in bodies]
     assert len(from_file) == 3
@@ -116,10 +117,10 @@ def test_a_file_resumes_after_any_batch_without_a_difference(batch_size, tmp_pat
     path = Path(write_groups(tmp_path / "data.jsonl", made))
     text = path.read_bytes()
     path.write_bytes(b'\xef\xbb\xbf{"torn": \n\n' + text)
-    whole = read_all(FileSource(str(path), batch_size, AtroposBatchProcessor()))
+    whole = read_all(FileSource(DataFiles(str(path)), batch_size, AtroposBatchProcessor()))
     for done, (_, position) in enumerate(whole, 1):
         processor = AtroposBatchProcessor(group_sizes={int(env_id): size for env_id, size in position["group_sizes"].items()})
-        rest = read_all(FileSource(str(path), batch_size, processor, json.loads(json.dumps(position))))
+        rest = read_all(FileSource(DataFiles(str(path)), batch_size, processor, json.loads(json.dumps(position))))
         assert [b.advantages.tolist() for b, _ in rest] == [b.advantages.tolist() for b, _ in whole[done:]]
         assert [b.rejected for b, _ in rest] == [b.rejected for b, _ in whole[done:]]
 
@@ -127,11 +128,13 @@ def test_a_file_resumes_after_any_batch_without_a_difference(batch_size, tmp_pat
 def test_a_file_may_grow_but_not_change_where_it_was_read(tmp_path, rng):
     path = Path(write_groups(tmp_path / "data.jsonl", records(rng, [2] * 6)))
     text = path.read_bytes()
-    (first, position), *_ = read_all(FileSource(str(path), 4, AtroposBatchProcessor()))
+    (first, position), *_ = read_all(FileSource(DataFiles(str(path)), 4, AtroposBatchProcessor()))
     assert len(first.lengths) == 4
 
     def go_on():
-        return [len(batch.lengths) for batch, _ in read_all(FileSource(str(path), 4, AtroposBatchProcessor(), position))]
+        return [
+            len(batch.lengths) for batch, _ in read_all(FileSource(DataFiles(str(path)), 4, AtroposBatchProcessor(), position))
+        ]
 
     path.write_bytes(text + text[: text.index(b"\n") + 1])
     assert go_on() == [4, 4, 2]
@@ -139,10 +142,10 @@ def test_a_file_may_grow_but_not_change_where_it_was_read(tmp_path, rng):
     swapped = [lines[1], lines[0], *lines[2:]]
     for changed in (b"\n" + text, b"".join(lines[1:]), text.replace(b"1, 5", b"1, 6", 1), b"".join(swapped)):
         path.write_bytes(changed)
-        with pytest.raises(UserError, match=r"has changed in the part that this run has read \(those bytes differ"):
+        with pytest.raises(UserError, match=r"has changed in the part that this run has read \(those lines differ"):
             go_on()
     path.write_bytes(lines[0])
-    with pytest.raises(UserError, match=f"it has {len(lines[0])} bytes, of which {len(lines[0] + lines[1])} were read"):
+    with pytest.raises(UserError, match="it has 1 lines, and 2 were read"):
         go_on()
     path.write_bytes(b"".join(lines[:2]) + b"other lines\n")  # behind what was read
     assert go_on() == []

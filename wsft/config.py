@@ -97,7 +97,13 @@ class WeightedSFTConfig(BaseModel):
         gt=0,
         description="Seconds at a stretch that the Atropos server may be unreachable or unusable before the run ends.",
     )
-    data: str | None = Field(None, description="Train one pass over this JSONL file of Atropos groups; no server is used.")
+    data: str | None = Field(
+        None,
+        description="Train on these files of Atropos groups instead of a server's: JSONL (also .gz, .zst) or Parquet; paths or "
+        "patterns, separated by commas.",
+    )
+    epochs: int = Field(1, ge=1, description="Passes over data.")
+    shuffle: bool = Field(False, description="Read the lines of data in a random order, another one in each epoch.")
     source: str | None = Field(
         None,
         description="Take batches from this generator function, my_module:my_generator, instead of a server: of the config and "
@@ -393,6 +399,8 @@ class WeightedSFTConfig(BaseModel):
         if self.source is not None and (self.data is not None or self.fetch_mode == "per_rank"):
             other = "data names a file" if self.data is not None else "fetch_mode per_rank fetches from a server"
             raise ValueError(f"source {self.source} gives the batches, but {other}: drop one of the two")
+        if self.data is None and (self.epochs > 1 or self.shuffle):
+            raise ValueError("epochs and shuffle are for data, which is not set: name files, or drop them")
         Objective(self.objective, self.objective_args)
         if self.mismatch_cap is not None and self.icepop is not None:
             raise ValueError("mismatch_cap and icepop both multiply by the ratio to the sampler: drop one of the two")

@@ -14,6 +14,7 @@ from wsft.errors import UserError
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, token_terms
+from wsft.rollouts.data_files import DataFiles
 from wsft.rollouts.sources import FileSource
 from wsft.training_step import TrainingStep
 
@@ -55,7 +56,7 @@ class Evaluation:
 
 
 def _read(path: str, processor: AtroposBatchProcessor) -> Batch:
-    source, rollouts = FileSource(path, RECORDS_TOGETHER, processor), []
+    source, rollouts = FileSource(DataFiles(path), RECORDS_TOGETHER, processor), []
     while taken := source.rollouts()[0]:
         rollouts += taken
     batch = Batch.of(rollouts, processor.decoder.take_counts())

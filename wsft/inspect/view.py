@@ -28,7 +28,7 @@ from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, pad, token_terms
 from wsft.rollouts.decoder import Fault, Rollout
 from wsft.rollouts.journal import Journal
-from wsft.rollouts.sources import FileSource, client_of, processor_of
+from wsft.rollouts.sources import FileSource, client_of, data_files_of, processor_of
 
 
 class Taken(NamedTuple):
@@ -54,7 +54,7 @@ def take(source: str, number: int | None, config: WeightedSFTConfig, processor: 
         rollouts, title = _from_journal(Path(source), number, processor)
     else:
         path = config.data if Path(source).is_dir() else source
-        file = FileSource(path, config.batch_size, processor)
+        file = FileSource(data_files_of(config.model_copy(update={"data": path})), config.batch_size, processor)
         for _ in range(number or 0):
             file.rollouts()
             processor.decoder.forget()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from wsft.errors import UserError
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch
 from wsft.rollouts.client import AtroposClient
+from wsft.rollouts.data_files import DataFiles, Line
 from wsft.rollouts.decoder import Origin, Rollout
 from wsft.rollouts.journal import Journal
 from wsft.rollouts.json_parser import parse_json
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 SMALLEST_ROOM = 8 * 2**20  # free bytes on disk that are required before a batch is fetched
 
-# State of a source after a batch, as JSON: group sizes so far (see decoder.py), position in the file
+# State of a source after a batch, as JSON: group sizes so far (see decoder.py), position in the files
 Position = dict[str, Any]
 
 
@@ -52,30 +53,27 @@ class Source(Protocol):
 
 
 class FileSource:
-    """One pass over a JSONL file of groups in order, `batch_size` valid sequences at a time; the last batch may be smaller.
+    """Groups of files (data_files.py), `batch_size` valid sequences at a time; the last batch may be smaller.
 
     Lines are decoded in chunks of at least `batch_size` sequences, as a server would release them, so that parts of one group
     get the same advantages as from a server.
 
     Args:
-        position: to resume from: first byte and line of the current chunk, the byte after it, the number of its valid
-            sequences already taken, and a digest of all bytes read.
+        position: to resume from: the number of lines read before the current chunk, and with it; the number of its valid
+            sequences already taken; a digest of all lines read.
     Raises:
-        UserError: no such file, or the bytes already read have changed (appending lines is allowed).
+        UserError: no such file, or the lines already read have changed (appending lines is allowed, unless they are shuffled).
     """
 
     state = "reading"
     possibly_lost = journal_bytes = 0
 
-    def __init__(self, path: str, batch_size: int, processor: AtroposBatchProcessor, position: Position | None = None):
-        if not Path(path).is_file():
-            raise UserError(f"data {path!r} is not a file: expected JSONL, one Atropos group a line")
-        self._path, self._batch_size, self._processor = Path(path), batch_size, processor
-        self._digest = hashlib.blake2b(digest_size=16)
-        if position:
-            self._require_unchanged(position)
-        begin = position or {"offset": 0, "line": 1, "end": 0, "taken": 0}
-        self._rollouts = self._read(begin["offset"], begin["line"], begin["end"], begin["taken"])
+    def __init__(self, files: DataFiles, batch_size: int, processor: AtroposBatchProcessor, position: Position | None = None):
+        self._files, self._batch_size, self._processor = files, batch_size, processor
+        self._lines, self._digest = files.lines(), hashlib.blake2b(digest_size=16)
+        begin = position or {"before": 0, "read": 0, "taken": 0}
+        chunk = self._again(position) if position else []
+        self._rollouts = self._read(chunk, begin["before"], begin["taken"])
 
     def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
         rollouts, position = self.rollouts()
@@ -91,58 +89,65 @@ class FileSource:
 
     def prune(self, below: int) -> None: ...
 
-    def _require_unchanged(self, position: Position) -> None:
-        size, end = self._path.stat().st_size, position["end"]
-        if end > 2**30:
-            log.info("checking that %s is unchanged, up to %.1f GiB", self._path, end / 2**30)
-        with self._path.open("rb") as file:
-            while block := file.read(min(2**20, end - file.tell())):
-                self._digest.update(block)
-        if size < end or self._digest.hexdigest() != position["digest"]:
-            found = f"it has {size} bytes, of which {end} were read" if size < end else "those bytes differ"
+    def _again(self, position: Position) -> list[Line]:
+        """The lines of the current chunk, after those before it."""
+        if "read" not in position:
             raise UserError(
-                f"data {str(self._path)!r} has changed in the part that this run has read ({found}): put the file back as it "
-                f"was (lines may be appended), or start another run in another output_dir"
+                "the checkpoint is of an earlier version of wsft, whose position in data cannot be read: start anew"
             )
+        lines, shown = list(islice(self._noted(), position["read"])), ", ".join(map(repr, map(str, self._files.paths)))
+        if len(lines) < position["read"] or self._digest.hexdigest() != position["digest"]:
+            found = "those lines differ"
+            if len(lines) < position["read"]:
+                found = f"it has {len(lines)} lines, and {position['read']} were read"
+            raise UserError(
+                f"data {shown} has changed in the part that this run has read ({found}): put the file back as it was (lines "
+                f"may be appended, unless they are shuffled), or start another run in another output_dir"
+            )
+        return lines[position["before"] :]
 
-    def _read(self, offset: int, line: int, end: int, taken: int) -> Iterator[tuple[Rollout, Position]]:
-        decoder, read_before = self._processor.decoder, end
-        with self._path.open("rb") as file:
-            file.seek(offset)
-            while True:
-                sizes = dict(decoder.group_sizes)
-                texts, found, names = self._chunk(file, line, end)
-                if not texts:
-                    return
-                if file.tell() > read_before:
-                    self._digest.update(b"".join(texts))
-                rollouts = decoder.batch(found, names)
-                if taken:
-                    decoder.forget()  # counted when the first sequences of the chunk were taken
-                place = {"offset": offset, "line": line, "end": file.tell(), "digest": self._digest.hexdigest()}
-                for i in range(taken, len(rollouts)):
-                    yield rollouts[i], place | {"taken": i + 1, "group_sizes": sizes}
-                offset, line, end, taken = file.tell(), line + len(texts), 0, 0
+    def _noted(self) -> Iterator[Line]:
+        """The lines that follow; they enter the digest."""
+        for line in self._lines:
+            self._digest.update(line.text.rstrip(b"\r\n") + b"\n")
+            yield line
 
-    def _chunk(self, file: BinaryIO, line: int, end: int) -> tuple[list[bytes], list[Any], list[str]]:
-        """Read lines up to the byte `end`, or if it is 0 as many as contain a batch. Returns their records and names."""
-        texts, found, names, sequences = [], [], [], 0
-        while (file.tell() < end if end else sequences < self._batch_size) and (text := file.readline()):
-            number = line + len(texts)
-            texts.append(text)
-            text = text.removeprefix(codecs.BOM_UTF8) if number == 1 else text
+    def _read(self, chunk: list[Line], before: int, taken: int) -> Iterator[tuple[Rollout, Position]]:
+        decoder = self._processor.decoder
+        while True:
+            sizes = dict(decoder.group_sizes)
+            chunk, found, names = self._chunk(chunk)
+            if not chunk:
+                return
+            rollouts = decoder.batch(found, names)
+            if taken:
+                decoder.forget()  # counted when the first sequences of the chunk were taken
+            read = before + len(chunk)
+            place = {"before": before, "read": read, "digest": self._digest.hexdigest()}
+            for i in range(taken, len(rollouts)):
+                yield rollouts[i], place | {"taken": i + 1, "group_sizes": sizes}
+            chunk, before, taken = [], read, 0
+
+    def _chunk(self, given: list[Line]) -> tuple[list[Line], list[Any], list[str]]:
+        """The given lines, or as many of the next as contain a batch; their records and names."""
+        lines, found, names, sequences = [], [], [], 0
+        for line in given or self._noted():
+            lines.append(line)
+            text = line.text.removeprefix(codecs.BOM_UTF8) if line.number == 1 else line.text
             if not text.strip():
                 continue
             try:
                 record = parse_json(text)
             except ValueError as error:
-                origin = Origin(text, f"line {number} of {self._path}", None)
+                origin = Origin(text, line.name, None)
                 self._processor.decoder.reject("line is not JSON", origin, str(error))
                 continue
             found.append(record)
-            names.append(f"line {number}")
+            names.append(line.name)
             sequences += len(record["tokens"]) if is_group(record) else 0
-        return texts, found, names
+            if not given and sequences >= self._batch_size:
+                break
+        return lines, found, names
 
 
 class AtroposSource:
@@ -294,7 +299,7 @@ def open_source(
     if position:
         _set_group_sizes(processor, position)
     if config.data is not None:
-        return FileSource(config.data, config.batch_size, processor, position)
+        return FileSource(data_files_of(config), config.batch_size, processor, position)
     if config.source is not None:
         client = GeneratedBatches(config.source, config)
     else:
@@ -307,6 +312,10 @@ def open_source(
 
 def _set_group_sizes(processor: AtroposBatchProcessor, position: Position) -> None:
     processor.decoder.group_sizes |= {int(env_id): size for env_id, size in position["group_sizes"].items()}
+
+
+def data_files_of(config: WeightedSFTConfig) -> DataFiles:
+    return DataFiles(config.data, config.epochs, config.seed if config.shuffle else None)
 
 
 def fetching_ranks(config: WeightedSFTConfig, num_ranks: int) -> int:
