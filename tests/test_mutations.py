@@ -30,7 +30,7 @@ from wsft.loss.terms import Coefficients
 from wsft.rollouts import json_parser as parser
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, token_terms
-from wsft.rollouts.decoder import CUT_OFF, NO_MEAN_ABOVE_0, REASONS
+from wsft.rollouts.decoder import CUT_OFF, NO_MEAN_ABOVE_0, NOT_RENDERED, REASONS
 
 SECONDS = 5.0  # for one body
 LONG = (1, 2048)  # characters from which on a row is parsed apart, by turns: nearly all rows, and those of the rare bodies
@@ -38,7 +38,7 @@ BODIES = [path.read_bytes() for path in sorted((Path(__file__).parent / "bodies"
 RECORDED = [json.dumps(group) for body in BODIES for group in json.loads(body)["batch"]]
 NONE, ZERO, SFT = range(3)
 # of a file; of a batch; of a setting that is not tried here
-NEVER_MET = {"line is not JSON", "no token is trained", NO_MEAN_ABOVE_0, CUT_OFF}
+NEVER_MET = {"line is not JSON", "no token is trained", NO_MEAN_ABOVE_0, CUT_OFF, NOT_RENDERED}
 
 # -- the mutator: of Python values; some words become JSON that `json.dumps` does not write ---------------------------
 

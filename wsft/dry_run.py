@@ -31,7 +31,6 @@ from wsft.model.attention import register
 from wsft.model.causal_lm import WeightedSFTModel, vocab_size_of
 from wsft.model.loading import (
     empty_model,
-    end_tokens,
     freeze_unreached,
     load_model_config,
     load_tokenizer,
@@ -246,8 +245,7 @@ def _look_at_source(run: _Run) -> tuple[str, list[str]]:
         if config.data is None:
             message, good = client_of(config, fetching, registers=False).look()
             return message, [] if good else [message]
-        ends = end_tokens(config.model_name, tokenizer)
-        processor = processor_of(config, vocab_size_of(run.model, run.passes.logit_options), ends)
+        processor = processor_of(config, vocab_size_of(run.model, run.passes.logit_options), tokenizer)
         view = batch_view(take(config.data, 0, config, processor), config, processor, tokenizer)
     except UserError as error:
         return str(config.data or config.atropos_url), [str(error)]

@@ -33,7 +33,7 @@ from wsft.evaluation import Evaluation
 from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
 from wsft.model.flops import rated_flops, step_flops
-from wsft.model.loading import empty_model, end_tokens, load_model, load_model_config, load_reference, load_tokenizer, some
+from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.lora import Adapters, as_if_trained
 from wsft.publish.adapters import AdapterFolder
 from wsft.publish.folder import PublishFolder
@@ -249,8 +249,7 @@ class WeightedSFTTrainer:
         saved = json.loads(world.broadcast_text(json.dumps(start.metadata if start else None)))  # which rank 0 has verified
         self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
         metadata = start.metadata if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
-        ends = end_tokens(self.config.model_name, self.tokenizer)
-        self.processor = processor_of(self.config, shape.vocab_size, ends)
+        self.processor = processor_of(self.config, shape.vocab_size, self.tokenizer)
         with _private_files():
             self.source = self._open_source(metadata["feed"].get("position"))
         precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
@@ -287,7 +286,7 @@ class WeightedSFTTrainer:
         flops, pad_token_id = step_flops(empty, self.model.untrained), self.processor.pad_token_id
         self.take_step = TrainingStep(self.config, self.engine, self.model, self.reference, flops, pad_token_id, world)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
-        self.evaluation = self._open_evaluation(ends)
+        self.evaluation = self._open_evaluation()
         if start:
             load_random(start, world.rank)
         self.said, self.state = set(), metadata.get("caller", {})
@@ -307,10 +306,10 @@ class WeightedSFTTrainer:
             return open_source(self.config, self.processor, self.world, position)
         return GivenSource(self.processor, position) if self.world.rank == 0 else None
 
-    def _open_evaluation(self, ends: frozenset[int]) -> Evaluation | None:
+    def _open_evaluation(self) -> Evaluation | None:
         if self.config.eval_data is None:
             return None
-        processor = processor_of(self.config, self.model.vocab_size, ends)
+        processor = processor_of(self.config, self.model.vocab_size, self.tokenizer)
         evaluation = Evaluation(self.config, processor, self.take_step, self.world)
         found = evaluation.metrics()
         log.info("evaluation at the start: loss %.4g, %.1f s", found["eval/loss"], found["eval/seconds"])

@@ -101,7 +101,7 @@ class Inspected:
 def inspect(source: str, number: int | None, config: WeightedSFTConfig, policy: str | None) -> Inspected:
     """The batch as in training; `policy` is the folder of the model whose logps are compared."""
     tokenizer = load_tokenizer(config)
-    processor = processor_of(config, vocab_size_of(config, tokenizer), end_tokens(config.model_name, tokenizer))
+    processor = processor_of(config, vocab_size_of(config, tokenizer), tokenizer)
     taken = take(source, number, config, processor)
     view = batch_view(taken, config, processor, tokenizer)
     batch = view.batch

@@ -16,6 +16,7 @@ import numpy as np
 
 from wsft.loss.advantages import FROM_SCORES, Override, from_scores, has_mean_above_0
 from wsft.rollouts import records
+from wsft.rollouts.chat import NOT_RENDERED, ChatRenderer, is_chat
 from wsft.rollouts.records import Malformed, is_group
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ REJECTED = (
     "teacher does not fit the tokens",
     "longer than max_token_len",
     "has images",
+    NOT_RENDERED,
     "no token is trained",  # of a batch without other sequences
     "line is not JSON",
 )
@@ -106,6 +108,7 @@ class Decoder:
         vocab_size: token ids must be below it; None for no limit.
         record_temperature: take a record's own temperature.
         end_tokens: sequences that the sampler cut off (see `records.is_cut_off`) have weight 0; None: they are as others.
+        chat: renders records of messages without tokens; None: they are no groups.
         reads_behavior: say which records' inference_logprobs are of a part of the vocabulary only.
         reads_reference, reads_teacher: read ref_logprobs; distill_token_ids and distill_logprobs.
         group_sizes: largest record of each environment so far, see `_groups`.
@@ -118,6 +121,7 @@ class Decoder:
     record_temperature: bool = True
     end_tokens: frozenset[int] | None = None
     reads_behavior: bool = False
+    chat: ChatRenderer | None = None
     reads_reference: bool = False
     reads_teacher: bool = False
     group_sizes: dict[int, int] = field(default_factory=dict)  # env_id -> sequences of its largest record so far
@@ -137,6 +141,7 @@ class Decoder:
         """The valid sequences of a batch of records, several of which may be parts of one group. `names` are for messages."""
         advantages = {}
         names = names or [f"group {n}" for n in range(len(found))]
+        found = [self._rendered(record, name) for record, name in zip(found, names, strict=True)]
         groups = self._groups(found)
         for numbers in groups:
             of_group = self._score_advantages([found[n] for n in numbers], [names[n] for n in numbers])
@@ -171,6 +176,15 @@ class Decoder:
     def forget(self) -> None:
         self.rejected.clear()
         self.faults.clear()
+
+    def _rendered(self, record: Any, name: str) -> Any:
+        if self.chat is None or not is_chat(record):
+            return record
+        try:
+            return self.chat.group(record)
+        except Malformed as fault:
+            self.reject(fault.reason, Origin(record, name, None), fault.detail)
+            return {"tokens": []}
 
     def _groups(self, found: list[Any]) -> list[list[int]]:
         """Indices of the records of a batch, grouped: records that are parts of one group are together.

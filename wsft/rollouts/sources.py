@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.errors import UserError
+from wsft.model.loading import end_tokens
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch
+from wsft.rollouts.chat import ChatRenderer
 from wsft.rollouts.client import AtroposClient
 from wsft.rollouts.data_files import DataFiles, Line
 from wsft.rollouts.decoder import Origin, Rollout
@@ -144,7 +147,7 @@ class FileSource:
                 continue
             found.append(record)
             names.append(line.name)
-            sequences += len(record["tokens"]) if is_group(record) else 0
+            sequences += len(record["tokens"]) if is_group(record) else 1
             if not given and sequences >= self._batch_size:
                 break
         return lines, found, names
@@ -345,7 +348,8 @@ def client_of(config: WeightedSFTConfig, fetching: int, registers: bool) -> Atro
     )
 
 
-def processor_of(config: WeightedSFTConfig, vocab_size: int, end_tokens: frozenset[int]) -> AtroposBatchProcessor:
+def processor_of(config: WeightedSFTConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> AtroposBatchProcessor:
+    ends = end_tokens(config.model_name, tokenizer)
     return AtroposBatchProcessor(
         advantage_normalization=config.advantage_normalization,
         advantage_clip=config.advantage_clip,
@@ -355,7 +359,8 @@ def processor_of(config: WeightedSFTConfig, vocab_size: int, end_tokens: frozens
         score_advantages=config.score_advantages,
         vocab_size=vocab_size,
         record_temperature=config.record_temperature,
-        end_tokens=end_tokens if config.mask_truncated else None,
+        end_tokens=ends if config.mask_truncated else None,
+        chat=ChatRenderer(tokenizer, ends) if tokenizer.chat_template and tokenizer.is_fast else None,
         reads_behavior=config.needs_behavior,
         reads_reference=config.kl_coef > 0 and config.ref_model_name is None,
         reads_teacher=config.distill_coef > 0,
