@@ -73,6 +73,41 @@ def test_metrics_are_what_the_dense_model_says(settings, tiny_model, tmp_path, r
     assert {key: values[key] for key in wanted} == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"max_staleness": 0}, "data/stale"),
+        ({"mask_truncated": True}, "data/cut_off"),
+        ({"mismatch_mask": [100.0, 200.0]}, "mismatch/token_masked"),
+    ],
+)
+def test_a_batch_without_any_weight_changes_nothing_and_is_counted(changes, name, settings, tiny_model, tmp_path, rng, capfd):
+    """All stale (at the second step), all cut off, all masked."""
+    group = make_group(rng, [10, 14], generation_params={"weight_version": 0, "finish_reason": "length"})
+    group["inference_logprobs"] = [[-3.0] * len(row) for row in group["tokens"]]
+    data = write_groups(tmp_path / "weightless.jsonl", [group] * 2)
+    final, steps = train(settings, data=data, learning_rate=0.1, **changes)
+    assert steps[1][name] > 0 and steps[1]["steps/without_signal"] == (1 if name == "data/stale" else 2)
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(*(load_file(f"{f}/model.safetensors").values() for f in (final, tiny_model)), strict=True)
+    ]
+    assert any(moved) == (name == "data/stale")
+    assert "no token has a weight: parameters, optimizer and schedule stay as they are" in capfd.readouterr().err
+
+
+def test_updates_on_data_that_is_stale_already_are_said_once(settings, tmp_path, rng, capfd):
+    groups = [make_group(rng, [6, 7], generation_params={"weight_version": 0}) for _ in range(6)]
+    data = write_groups(tmp_path / "old.jsonl", groups)
+    _, steps = train(settings, data=data, batch_size=4, updates_per_batch=2, training_steps=6)
+    assert [step["data/staleness_max"] for step in steps] == [0, 1, 2, 3, 4, 5]
+    words = capfd.readouterr().err
+    assert words.count("step 3: the batch holds tokens that are 2 steps old, and updates_per_batch 2 adds up to 1") == 1
+    assert "step 5: the batch" not in words
+    with pytest.raises(ValueError, match="training_steps 3 is no multiple of updates_per_batch 2"):
+        WeightedSFTConfig(**settings, updates_per_batch=2, training_steps=3)
+
+
 def test_the_three_optimizer_schedules_follow_their_course(settings):
     courses = {}
     for name in ("constant", "linear", "cosine"):
