@@ -23,6 +23,7 @@ class Line(NamedTuple):
     name: str  # in messages: "line 17", with its file if there are several
     text: bytes  # one record as JSON, or blank
     number: int  # in its file, from 1
+    path: Path
 
 
 class DataFiles:
@@ -55,12 +56,12 @@ class DataFiles:
                 if isinstance(found, int):
                     files[path].seek(found)
                     found = files[path].readline()
-                yield Line(self._name(path, number), found, number)
+                yield Line(self._name(path, number), found, number, path)
 
     def _of_file(self, path: Path) -> Iterator[Line]:
         with _opened(path) as texts:
             for number, text in enumerate(texts, 1):
-                yield Line(self._name(path, number), text, number)
+                yield Line(self._name(path, number), text, number, path)
 
     def _places(self, path: Path) -> Iterator[tuple[Path, int, int | bytes]]:
         """Path, number, and where the line begins; or its text, of a file in which one cannot jump. Without blank lines."""

@@ -142,7 +142,7 @@ class FileSource:
             try:
                 record = parse_json(text)
             except ValueError as error:
-                origin = Origin(text, line.name, None)
+                origin = Origin(text, f"line {line.number} of {line.path}", None)
                 self._processor.decoder.reject("line is not JSON", origin, str(error))
                 continue
             found.append(record)
