@@ -20,7 +20,7 @@ def batches_of(config, number):
 
 
 class Events:
-    """For --callbacks: writes what it is told into a file of its rank."""
+    """For --callbacks: writes each call into a file of its rank."""
 
     def __init__(self):
         self.file = Path(os.environ["WSFT_EVENTS"] + os.environ["RANK"])
@@ -64,7 +64,7 @@ def main():
         logps = trainer.logprobs(batches[0] if rank == 0 else None)
         trainer.export(folder)
         if rank == 0:
-            Path(folder, "logps.json").write_text(json.dumps([None if x is None else x.tolist() for x in logps]))
+            Path(folder, "logps.json").write_text(json.dumps([[row.tolist() for row in of_group] for of_group in logps]))
         print("metrics", json.dumps(metrics), flush=True)
 
 

@@ -54,6 +54,8 @@ def test_several_files_of_all_kinds_are_read_as_one(folder, groups):
     assert tokens_of(batches(DataFiles(f"{folder}/parts/*"))) == wanted and sum(map(len, wanted)) == 6 * sum(SIZES)
     named = ",".join(str(folder / "parts" / name) for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"))
     assert tokens_of(batches(DataFiles(named))) == wanted
+    (folder / "a, b.jsonl").write_bytes((folder / "one.jsonl").read_bytes())
+    assert tokens_of(batches(DataFiles(f"{folder}/a, b.jsonl"))) == wanted
     assert [line.name for line in DataFiles(named).lines()][3] == f"line 1 of {folder}/parts/b.jsonl.gz"
 
 

@@ -1,7 +1,10 @@
 """A loop of one's own, a source and callbacks of one's own: exact as train.py."""
 
+import functools
+import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -90,7 +93,7 @@ def test_an_own_loop_and_an_own_source_train_as_train_py_does(settings, batches,
 
     model, logps = AutoModelForCausalLM.from_pretrained(wanted), json.loads((tmp_path / "model" / "logps.json").read_text())
     rows = [row for group in batches[0] for row in group["tokens"]]
-    for tokens, found in zip(rows, logps, strict=True):
+    for tokens, found in zip(rows, itertools.chain(*logps), strict=True):
         logp = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
         assert all(math.isnan(x) for x in found[:2]) and len(found) == len(tokens)
         assert found[2:] == pytest.approx([logp[t - 1, tokens[t]].item() for t in range(2, len(tokens))], abs=1e-5)
@@ -99,6 +102,10 @@ def test_an_own_loop_and_an_own_source_train_as_train_py_does(settings, batches,
 @pytest.mark.usefixtures("alone")
 def test_rows_of_tensors_train_as_their_group_does_and_what_is_missing_is_said(settings, batches, tmp_path):
     group, runs = make_group(np.random.default_rng(0), [10, 7]), []
+    settings["model_name"] = str(shutil.copytree(settings["model_name"], tmp_path / "model"))
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}<bos> {{ m.content }} <eos> {% endfor %}{% if add_generation_prompt %}<bos> {% endif %}"
+    )
     T = 12
     rows = {
         "tokens": torch.tensor([row + [0] * (T - len(row)) for row in group["tokens"]]),
@@ -114,6 +121,17 @@ def test_rows_of_tensors_train_as_their_group_does_and_what_is_missing_is_said(s
             assert trainer.save() == trainer.folder.checkpoints / "step_1" and trainer.step_number == 1
             with pytest.raises(UserError, match=r"publish\(\) needs publish_to"):
                 trainer.publish()
+            said = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7 w8"}]
+            as_group = {"tokens": [[1, 5, 6, 2, 1, 7, 8, 2]], "masks": [[-100] * 5 + [7, 8, 2]], "scores": [1.0]}
+            empty, chat, wrong, pair, row, none = trainer.logprobs(
+                [{}, {"messages": said}, group | {"masks": None}, group, as_group, 5]
+            )
+            assert empty == none == [] and wrong == [None, None] and [len(row) for row in pair] == [10, 7]
+            close = functools.partial(np.allclose, atol=1e-5, equal_nan=True)
+            assert close(chat, row) and np.isfinite(chat).sum() == 3
+            (one,), two = trainer.logprobs([{}, as_group])[1:], trainer.logprobs(rows)[0]
+            assert close(one, row) and close(two[0], pair[0])
+            assert trainer.logprobs([{}]) == [[]]
     assert runs[0]["loss"] == runs[1]["loss"] and state_of(tmp_path / "rows")["state"] == "finished"
     with pytest.raises(UserError, match="was given NoneType, expected a list"), WeightedSFTTrainer(config) as trainer:
         trainer.step(None)

@@ -85,7 +85,7 @@ def test_a_batch_without_any_weight_changes_nothing_and_is_counted(changes, name
     """All stale (at the second step), all cut off, all masked."""
     group = make_group(rng, [10, 14], generation_params={"weight_version": 0, "finish_reason": "length"})
     group["inference_logprobs"] = [[-3.0] * len(row) for row in group["tokens"]]
-    data = write_groups(tmp_path / "weightless.jsonl", [group] * 2)
+    data = write_groups(tmp_path / "without_weight.jsonl", [group] * 2)
     final, steps = train(settings, data=data, learning_rate=0.1, **changes)
     assert steps[1][name] > 0 and steps[1]["steps/without_signal"] == (1 if name == "data/stale" else 2)
     moved = [

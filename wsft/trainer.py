@@ -42,7 +42,8 @@ from wsft.publish.tensors import TrainedTensors
 from wsft.publish.verification import Verification
 from wsft.rollouts.batch import Batch
 from wsft.rollouts.feed import Feed
-from wsft.rollouts.sources import GivenSource, Position, Source, open_source, processor_of
+from wsft.rollouts.records import is_group
+from wsft.rollouts.sources import GivenSource, Position, Source, groups_of, open_source, processor_of
 from wsft.run.adapter import peft_config
 from wsft.run.base_files import base_files, read_files
 from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
@@ -182,22 +183,21 @@ class WeightedSFTTrainer:
         self._report()
         return self._metrics if self.step_number > before else {}
 
-    def logprobs(self, groups: list[dict] | None) -> list[np.ndarray | None] | None:
+    def logprobs(self, groups: list[dict] | dict[str, Any] | None) -> list[list[np.ndarray | None]] | None:
         """Logprobs of the trained tokens of groups under the current parameters, at their temperatures. A collective; arguments
-        as of `step`. Returns on rank 0 an array [T] float32 for each sequence, NaN where it is not trained, or None for a
-        sequence that is left out; on other ranks None."""
-        decoder, found = dataclasses.replace(self.processor.decoder, group_sizes={}), None
+        as of `step`. Returns on rank 0, for each group, an array [T] float32 for each of its sequences, NaN where it is not
+        trained, or None for a sequence that is left out; on other ranks None."""
+        decoder = dataclasses.replace(self.processor.decoder, group_sizes={})
+        groups = self.world.on_rank_0(lambda: decoder.rendered(groups_of(groups)))
         rollouts = self.world.on_rank_0(lambda: decoder.batch(groups))
         batch = Batch.of(rollouts, decoder.take_counts()) if self.world.rank == 0 else None
         batch = self.world.broadcast(batch, Batch, 0)
         logp_N = np.where(batch.loss_mask, self.take_step.logprobs(batch), np.nan).astype(np.float32)
-        if self.world.rank == 0:
-            places = [(id(group), i) for group in groups for i in range(len(group["tokens"]))]
-            of_place = {
-                (id(r.origin.record), r.origin.sequence): logp_N[span] for r, span in zip(rollouts, batch.spans(), strict=True)
-            }
-            found = [of_place.get(place) for place in places]
-        return found
+        if self.world.rank != 0:
+            return None
+        origins = [(id(rollout.origin.record), rollout.origin.sequence) for rollout in rollouts]
+        found = {origin: logp_N[span] for origin, span in zip(origins, batch.spans(), strict=True)}
+        return [[found.get((id(group), i)) for i in range(len(group["tokens"]) if is_group(group) else 0)] for group in groups]
 
     def save(self) -> Path:
         """Save a checkpoint of the last step; returns its folder. A collective."""

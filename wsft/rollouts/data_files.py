@@ -39,7 +39,8 @@ class DataFiles:
 
     def __init__(self, data: str, epochs: int = 1, shuffle_seed: int | None = None):
         self._data, self._epochs, self._seed = data, epochs, shuffle_seed
-        self.paths = [path for part in data.split(",") for path in _paths(part.strip(), data)]
+        parts = [data] if Path(data).is_file() else data.split(",")  # a file's name may have a comma in it
+        self.paths = [path for part in parts for path in _paths(part.strip(), data)]
 
     def lines(self) -> Iterator[Line]:
         """Of all epochs."""

@@ -140,8 +140,8 @@ class Decoder:
     def batch(self, found: list[Any], names: Sequence[str] | None = None) -> list[Rollout]:
         """The valid sequences of a batch of records, several of which may be parts of one group. `names` are for messages."""
         advantages = {}
-        names = names or [f"group {n}" for n in range(len(found))]
-        found = [self._rendered(record, name) for record, name in zip(found, names, strict=True)]
+        names = names or _numbered(found)
+        found = self.rendered(found, names)
         groups = self._groups(found)
         for numbers in groups:
             of_group = self._score_advantages([found[n] for n in numbers], [names[n] for n in numbers])
@@ -176,6 +176,10 @@ class Decoder:
     def forget(self) -> None:
         self.rejected.clear()
         self.faults.clear()
+
+    def rendered(self, found: list[Any], names: Sequence[str] | None = None) -> list[Any]:
+        """The records, those of messages as groups of tokens; without any where they cannot be rendered."""
+        return [self._rendered(record, name) for record, name in zip(found, names or _numbered(found), strict=True)]
 
     def _rendered(self, record: Any, name: str) -> Any:
         if self.chat is None or not is_chat(record):
@@ -325,6 +329,10 @@ class Decoder:
         except Malformed as fault:
             self.reject(fault.reason, origin, fault.detail)
             return instead
+
+
+def _numbered(found: list[Any]) -> list[str]:
+    return [f"group {n}" for n in range(len(found))]
 
 
 _NO_TEACHER = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32)

@@ -195,7 +195,7 @@ class AtroposSource:
         if elsewhere:  # fetched by another number of ranks: one rank replays all parts
             parts = [self._decoded(journal.read(number)) for journal in elsewhere if self._replays_others]
             return Batch.joined([Batch.empty(), *parts])
-        self._client.step, self._client.number = step, number  # sent when registering with a server that restarted
+        self._client.step, self._client.number = step, number  # of a server that restarted, of a generator that begins
         while not over.is_set():
             self._journal.require_room(2 * self._largest)  # before the server removes it from its queue
             body = self._client.poll()
@@ -232,14 +232,22 @@ class GivenSource:
 
     def give(self, groups: list[dict] | dict[str, Any] | None) -> None:
         """See `WeightedSFTTrainer.step`."""
-        self._groups = [group_of_rows(groups)] if isinstance(groups, dict) else groups
+        self._groups = groups
 
     def take(self, number: int, step: int, over: threading.Event) -> tuple[Batch, Position]:
-        if not isinstance(self._groups, list):
-            raise UserError(f"step() on rank 0 was given {type(self._groups).__name__}, expected a list of groups")
-        return self._processor.decode(self._groups), {"group_sizes": dict(self._processor.decoder.group_sizes)}
+        found = self._processor.decode(groups_of(self._groups))
+        return found, {"group_sizes": dict(self._processor.decoder.group_sizes)}
 
     def prune(self, below: int) -> None: ...
+
+
+def groups_of(given: list[dict] | dict[str, Any] | None) -> list[dict]:
+    """Groups as the caller of `WeightedSFTTrainer.step` gives them on rank 0."""
+    if isinstance(given, dict):
+        return [group_of_rows(given)]
+    if not isinstance(given, list):
+        raise UserError(f"rank 0 was given {type(given).__name__}, expected a list of groups, or rows of tensors")
+    return given
 
 
 def group_of_rows(rows: dict[str, Any]) -> dict[str, Any]:
