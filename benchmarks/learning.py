@@ -74,7 +74,7 @@ LEARNING_RATE = 4e-3
 ADAM = {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.95], "torch_adam": True}}
 
 PATIENCE_S = 300.0  # for whatever the server and the trainer do between two looks at them
-COLOURS = {"weighted_sft": "#c1432e", "importance_sampling": "#2166ac", "ppo_clip": "#3f8f4f"}
+COLOURS = ("#c1432e", "#2166ac", "#3f8f4f", "#e08e2b", "#7b4fa3", "#8c5a3c", "#d070b0", "#666666", "#1fa3b3")
 
 
 @dataclass(frozen=True)
@@ -312,20 +312,24 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 3.6))
+    objectives = [name for name in runs if name == "weighted_sft" or "objective" in OBJECTIVES[name]]
+    corrections = [name for name in runs if name == "weighted_sft" or name not in objectives]
+    panels = [names for names in (objectives, corrections) if set(names) - {"weighted_sft"}] or [objectives]
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(7 * len(panels), 3.6), sharey=True, squeeze=False)
     any_runs = next(iter(runs.values()))
     steps, stale = any_runs[0]["steps"], any_runs[0]["data/staleness"][2 * WINDOW :]  # behind the first windows it repeats
-    for n, (objective, found) in enumerate(runs.items()):
-        colour = COLOURS.get(objective, f"C{n}")
-        by_step = list(zip(*(run["reward"] for run in found), strict=True))
-        axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=colour, alpha=0.15, lw=0)
-        axes.plot(steps, list(map(statistics.median, by_step)), color=colour, lw=1.6, label=objective)
-    axes.axhline(TARGET, color="0.6", lw=0.8, ls=(0, (4, 3)), zorder=0)
     age = f", on data {min(stale):.0f} to {max(stale):.0f} steps old" if stale else ""
-    axes.set(xlabel=f"optimizer step{age}", ylabel="reward of the policy", ylim=(0, 1.02), xlim=(0, steps[-1]))
-    axes.spines[["top", "right"]].set_visible(False)
     title = f"median and range of {len(any_runs)} seeds" if len(any_runs) > 1 else "one seed"
-    axes.legend(frameon=False, title=title, alignment="left", loc="lower right", fontsize=9, title_fontsize=9)
+    for axes, names in zip(all_axes[0], panels, strict=True):
+        for n, name in enumerate(names):
+            colour, by_step = COLOURS[n % len(COLOURS)], list(zip(*(run["reward"] for run in runs[name]), strict=True))
+            axes.fill_between(steps, list(map(min, by_step)), list(map(max, by_step)), color=colour, alpha=0.12, lw=0)
+            axes.plot(steps, list(map(statistics.median, by_step)), color=colour, lw=1.6, label=name)
+        axes.axhline(TARGET, color="0.6", lw=0.8, ls=(0, (4, 3)), zorder=0)
+        axes.set(xlabel=f"optimizer step{age}", ylim=(0, 1.02), xlim=(0, steps[-1]))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, title=title, alignment="left", loc="lower right", fontsize=9, title_fontsize=9)
+    all_axes[0][0].set_ylabel("reward of the policy")
     figure.tight_layout()
     figure.savefig(path, dpi=200)
 
@@ -333,7 +337,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=96, help=f"of a run; a multiple of {WINDOW}")
-    parser.add_argument("--objectives", default=",".join(DRAWN), help=f"separated by commas, of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--objectives", default=",".join(DRAWN), help=f"separated by commas, of {', '.join(OBJECTIVES)}; all")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each objective")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of the runs and of learning.json")
     parser.add_argument("--picture", type=Path, help="output/learning.png if not given")
@@ -341,7 +345,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--parallel", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="runs at a time")
     args = parser.parse_args()
-    args.objectives = args.objectives.split(",")
+    args.objectives = list(OBJECTIVES) if args.objectives == "all" else args.objectives.split(",")
     unknown = set(args.objectives) - OBJECTIVES.keys()
     if unknown or args.steps % WINDOW:
         parser.error(f"unknown objectives {unknown}" if unknown else f"--steps {args.steps} is no multiple of {WINDOW}")

@@ -1,10 +1,11 @@
-"""Cost of the objectives: the head under each one, forward and backward over the same tokens, alternating in one process.
+"""Cost of the objectives and of the corrections: the head under each one, forward and backward over the same tokens,
+alternating in one process.
 
     python -m benchmarks.objectives [--tokens 2048] [--threads 2] [--rounds 5]
 
-`one pass` is the head with nothing to learn: the logp of all tokens, which gspo needs before it can weigh any of them. Peak
-memory is that of a process of its own, above what it held before the forward pass; among it are the gradients, and one chunk
-of logits.
+`one pass` is the head with nothing to learn: the logp of all tokens, which objectives and factors of whole sequences need
+before they can weigh any of them. The corrections are of weighted_sft. Peak memory is that of a process of its own, above what
+it held before the forward pass; among it are the gradients, and one chunk of logits.
 """
 
 import argparse
@@ -18,12 +19,21 @@ import time
 import torch
 
 from benchmarks.head import H, V, forget_peak, peak_bytes
+from wsft.loss.corrections import NO_CORRECTIONS, Corrections
 from wsft.loss.head import head_loss, tokens_of_chunk
-from wsft.loss.objectives import Objective
+from wsft.loss.objectives import OBJECTIVES, Objective
 from wsft.loss.terms import Coefficients, TokenTerms
 
-PASS = "one pass"
-NAMES = ("weighted_sft", "importance_sampling", "ppo_clip", "cispo", "gspo", "dft", "kl, entropy, teacher of 8", PASS)
+PASS, MORE = "one pass", "kl, entropy, teacher of 8"
+CORRECTIONS = {
+    "mismatch_mask": Corrections(token_mask=(0.5, 2.0)),
+    "mismatch_cap": Corrections(cap=2.0),
+    "icepop": Corrections(icepop=(0.5, 2.0)),
+    "mismatch_cap of sequences": Corrections(cap=2.0, cap_level="sequence"),
+    "sequence_mask geometric": Corrections(sequence_mask={"geometric": (0.9, 1.1)}),
+    "off_policy_mask": Corrections(off_policy_mask=0.1),
+}
+NAMES = (*OBJECTIVES, *CORRECTIONS, MORE, PASS)
 SEQUENCE = 128  # tokens
 
 
@@ -35,10 +45,11 @@ def make(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def make_terms(name: str, advantages: torch.Tensor) -> TokenTerms:
-    N, more = len(advantages), name.startswith("kl")
+    N, more = len(advantages), name == MORE
     behavior = torch.full((N,), math.log(1 / V)) + torch.randn(N) / 4
     return TokenTerms(
-        objective=Objective("weighted_sft" if more or name == PASS else name),
+        objective=Objective(name if name in OBJECTIVES else "weighted_sft"),
+        corrections=CORRECTIONS.get(name, NO_CORRECTIONS),
         coefficients=Coefficients(kl=0.1, entropy=0.01, distill=0.5) if more else Coefficients(),
         scale_N=torch.full((N,), 1 / N),
         advantages_N=advantages,
