@@ -48,7 +48,10 @@ def dense(folder, groups):
     }
 
 
-def test_held_out_metrics_are_those_of_the_dense_model_and_change_nothing(settings, held_out, tmp_path):
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 1, 2)), 3])
+def test_held_out_metrics_are_those_of_the_dense_model_and_change_nothing(stage, settings, held_out, tmp_path):
+    ds = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": {"stage": stage}}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
     for code, output in run_ranks(["train.py", *flags(settings)], 2):
         assert code == 0, output
     steps = steps_of(tmp_path / "run")

@@ -60,15 +60,20 @@ def test_kills_at_exact_places_change_nothing(settings, groups, tmp_path):
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
 
 
-def test_a_run_killed_between_the_updates_of_a_batch_trains_the_whole_batch_again(settings, groups, tmp_path):
-    """Three batches of two groups and two updates: save_steps 3 falls into the second, the kill into the third."""
-    settings |= {"data": write_groups(tmp_path / "data.jsonl", groups[:6]), "batch_size": 8, "updates_per_batch": 2}
-    settings |= {"training_steps": 6, "warmup_steps": 1, "objective": "ppo_clip", "mismatch_cap": 1.5}
+def test_a_run_killed_between_the_updates_of_a_batch_trains_the_whole_batch_again(settings, groups, tmp_path, monkeypatch):
+    """Three batches of two groups and two updates: save_steps 3 falls into the second, the last kill into the third. The
+    batches of the killed run are from a generator, those of the other from a file."""
+    settings |= {"batch_size": 8, "updates_per_batch": 2, "training_steps": 6, "warmup_steps": 1}
+    settings |= {"objective": "ppo_clip", "mismatch_cap": 1.5}
+    write_groups(tmp_path / "batches.jsonl", [groups[i : i + 2] for i in (0, 2, 4)])
+    monkeypatch.setenv("WSFT_BATCHES", str(tmp_path / "batches.jsonl"))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    train(settings, script="tests/kill_at.py step 5@0", codes=(1, -signal.SIGKILL), output_dir=killed)
+    source = {"source": "tests.own_loop:batches_of", "output_dir": killed}
+    for place in ("fetch 2@0", "step 5@0"):
+        train(settings, script=f"tests/kill_at.py {place}", codes=(1, -signal.SIGKILL), **source)
     assert [c.step for c in all_in(killed / "checkpoints")] == [4] and len(steps_of(killed)) == 5
-    for folder in (killed, whole):
-        train(settings, output_dir=folder)
+    train(settings, **source)
+    train(settings, output_dir=whole, data=write_groups(tmp_path / "data.jsonl", groups[:6]))
     assert_bitwise_equal(killed, whole, num_steps=6)
     assert [step["data/sequences"] for step in steps_of(whole)] == [4] * 6
 
