@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from wsft.model import attention
 from wsft.model.attention import PACKED
-from wsft.model.packing import Layout, varlen_kwargs
+from wsft.model.packing import Layout, VarlenMetadata
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 11, 1, 8, 2]
@@ -26,7 +26,7 @@ def test_packed_sequences_get_what_each_gets_alone(family, tmp_path):
     attention.register()
     model, own = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name) for name in (PACKED, "eager"))
     parts = torch.randint(VOCAB, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).split(LENGTHS)
-    found = model(torch.cat(parts).unsqueeze(0), use_cache=False, **varlen_kwargs(Layout.of(LENGTHS), CPU)).logits[0]
+    found = model(torch.cat(parts).unsqueeze(0), use_cache=False, **VarlenMetadata.of(Layout.of(LENGTHS)).kwargs()).logits[0]
     alone = torch.cat([own(part.unsqueeze(0)).logits[0] for part in parts])
     torch.testing.assert_close(found.log_softmax(-1), alone.log_softmax(-1), atol=1e-5, rtol=1e-5)
     weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
@@ -46,7 +46,11 @@ def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path)
     model, own = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name) for name in (PACKED, "eager"))
     pieces = torch.randint(VOCAB, (33,), generator=torch.Generator().manual_seed(0)).split([7, 5, 1, 9, 3, 2, 6])
     layout = Layout((7, 5, 1, 9, 3, 2, 6), (-1, 0, 0, -1, -1, 4, 4))
-    found = model(torch.cat(pieces).unsqueeze(0), use_cache=False, **varlen_kwargs(layout, CPU)).logits[0].split(layout.lengths)
+    found = (
+        model(torch.cat(pieces).unsqueeze(0), use_cache=False, **VarlenMetadata.of(layout).kwargs())
+        .logits[0]
+        .split(layout.lengths)
+    )
     found = torch.cat([found[i] for i in (1, 2, 3, 5, 6)])
     alone = []
     for i in (1, 2, 3, 5, 6):
@@ -63,7 +67,7 @@ def test_sequences_that_share_a_piece_get_what_each_gets_alone(family, tmp_path)
 
 def test_the_keys_of_a_shared_prefix_come_before_those_of_each_sequence():
     """As variable-length attention on a GPU takes them."""
-    output = varlen_kwargs(Layout((2, 3, 1, 2), (-1, 0, -1, 0)), CPU)
+    output = VarlenMetadata.of(Layout((2, 3, 1, 2), (-1, 0, -1, 0))).kwargs()
     assert output["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 2, 3]] and "cu_seq_lens_q" not in output
     varlen = output["wsft_varlen"]
     assert varlen.cu_seqlens_q.tolist() == [0, 2, 5, 6, 8] and varlen.cu_seqlens_k.tolist() == [0, 2, 7, 8, 12]
@@ -90,7 +94,7 @@ def test_a_packed_row_runs_without_synchronizing(family, tmp_path):
     attention.register()
     folder = make_model(tmp_path / "model", family=family, **FAMILIES[family])
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=PACKED)
-    output = varlen_kwargs(Layout.of(LENGTHS), CPU)
+    output = VarlenMetadata.of(Layout.of(LENGTHS)).kwargs()
     with Looks() as looks:
         model(torch.zeros(1, sum(LENGTHS), dtype=torch.int64), use_cache=False, **output)
     assert looks.count == 0
@@ -103,14 +107,14 @@ def test_it_costs_the_sum_of_the_squares(monkeypatch):
         attention, "scaled_dot_product_attention", lambda q, *a, **k: seen.append(q.shape[2]) or real(q, *a, **k)
     )
     q, kv = torch.randn(1, 4, sum(LENGTHS), 8), torch.randn(1, 2, sum(LENGTHS), 8)
-    out, _ = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **varlen_kwargs(Layout.of(LENGTHS), CPU))
+    out, _ = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **VarlenMetadata.of(Layout.of(LENGTHS)).kwargs())
     assert seen == LENGTHS and out.shape == (1, sum(LENGTHS), 4, 8)
 
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_on_a_cpu_half_precision_is_attended_to_in_float32(packed):
     q, kv = torch.randn(1, 4, sum(LENGTHS), 8).bfloat16(), torch.randn(1, 2, sum(LENGTHS), 8).bfloat16()
-    output = varlen_kwargs(Layout.of(LENGTHS), CPU) if packed else {}
+    output = VarlenMetadata.of(Layout.of(LENGTHS)).kwargs() if packed else {}
     found = attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **output)[0]
     exact = attention.packed_attention(torch.nn.Module(), q.float(), kv.float(), kv.float(), None, **output)[0]
     assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
@@ -123,5 +127,5 @@ def test_attention_of_a_kind_it_does_not_know_is_not_a_number(strange):
 
 
 def test_positions_begin_anew_with_each_sequence():
-    output = varlen_kwargs(Layout.of([3, 1, 2]), CPU)
+    output = VarlenMetadata.of(Layout.of([3, 1, 2])).kwargs()
     assert output["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]] and output["cu_seq_lens_q"].tolist() == [0, 3, 4, 6]

@@ -11,7 +11,7 @@ from conftest import make_group
 
 from wsft import AtroposBatchProcessor
 from wsft.loss.objectives import Objective
-from wsft.loss.terms import Coefficients
+from wsft.loss.terms import Coefficients, LossSettings
 from wsft.rollouts.batch import Batch, pack, pad, token_terms
 
 
@@ -53,7 +53,7 @@ def test_terms_of_some_rollouts_are_theirs_in_their_order():
     assert scales.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 6])  # of three sequences' means
     for renormalize in (False, True):
         coefficients = Coefficients(kl=0.1, distill=0.5, renormalize=renormalize)
-        terms = token_terms(batch, [2, 0], scales, Objective("ppo_clip"), coefficients, 0.9)
+        terms = token_terms(batch, [2, 0], scales, LossSettings(Objective("ppo_clip"), coefficients, 0.9))
         wanted = {
             "scale_N": [1 / 6] * 4,
             "advantages_N": [1, 1, 0.5, -0.5],
@@ -76,7 +76,7 @@ def test_terms_of_no_rollout_are_empty_and_of_the_same_kinds():
     record = dict(tokens=[[1, 5, 6]], masks=[[-100, 5, 6]], scores=[1.0], ref_logprobs=[[1.0, -1.0, -1.0]])
     batch = AtroposBatchProcessor(reads_reference=True, reads_teacher=True).process_atropos_batch([record])
     some, none = (
-        token_terms(batch, rows, batch.scales("mean", 10), Objective("gspo"), Coefficients(kl=0.1, distill=0.5), 1.0)
+        token_terms(batch, rows, batch.scales("mean", 10), LossSettings(Objective("gspo"), Coefficients(kl=0.1, distill=0.5)))
         for rows in ([0], [])
     )
     for field in dataclasses.fields(some):

@@ -12,7 +12,7 @@ from test_objectives import LENGTHS, SEEDS, N, assert_close, make, through_the_h
 from wsft import WeightedSFTConfig
 from wsft.loss.corrections import Corrections
 from wsft.loss.objectives import OBJECTIVES, Objective
-from wsft.loss.terms import Coefficients
+from wsft.loss.terms import LossSettings
 from wsft.rollouts.batch import AtroposBatchProcessor, token_terms
 
 # -- definitions, of the known ratios of one sequence ----------------------------------------------------------------------
@@ -179,20 +179,12 @@ def test_masks_and_staleness_change_no_denominator(rng):
     rollout = np.repeat(np.arange(len(batch.lengths)), batch.trained_tokens)
     targets = torch.from_numpy(batch.tokens[batch.loss_mask])
     corrections, found = Corrections(sequence_mask={"geometric": (0.5, 1.4)}, token_mask=(0.3, 2.0)), []
+    settings = LossSettings(Objective("ppo_clip"), temperature=RUN_TEMPERATURE, corrections=corrections)
     for split in SPLITS:
         weights = np.zeros(len(targets))
         for rows in filter(None, split):
             at = np.concatenate([np.flatnonzero(rollout == i) for i in rows])
-            terms = token_terms(
-                batch,
-                rows,
-                batch.scales("mean", 30),
-                Objective("ppo_clip"),
-                Coefficients(),
-                RUN_TEMPERATURE,
-                corrections,
-                stale,
-            )
+            terms = token_terms(batch, rows, batch.scales("mean", 30), settings, stale)
             log_p = (hidden[at] @ lm_head.T / terms.temperature_N[:, None]).log_softmax(-1)
             logp = log_p.gather(1, targets[at, None]).squeeze(1)
             weights[at] = terms.weigh(logp)[0] * terms.scale_N

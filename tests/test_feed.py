@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 from atropos_server import group
-from conftest import make_group, write_groups
-from fed_run import wait_until
+from conftest import make_group, run_ranks, write_groups
+from fed_run import flags, wait_until
 
 from wsft import WeightedSFTConfig
 from wsft.errors import UserError
@@ -167,21 +167,22 @@ def test_a_body_that_cannot_be_decoded_is_counted_and_ends_nothing(tmp_path):
 class OneRank:
     """What a feed wants of the world, for one rank."""
 
-    rank, size = 0, 1
-
-    def all_gather_int(self, value):
-        return [value]
+    def all_gather_ints(self, *values):
+        return [list(values)]
 
     def raise_on_all_ranks(self, error):
         raise error
 
-    def broadcast(self, arrays, like, source):
-        return arrays
+    def new_channel(self):
+        return self
+
+    def broadcast(self, message, size, source):
+        return message
 
 
 def open_feed(url, folder, **settings):
     config = WeightedSFTConfig(model_name="none", training_steps=3, **settings)
-    return Feed(config, open_source(url, folder), OneRank(), SimpleNamespace(code=0), {})
+    return Feed(config, open_source(url, folder), lambda batch, step: batch, OneRank(), SimpleNamespace(code=0), {}, 0)
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -210,6 +211,16 @@ def test_a_batch_under_way_when_the_run_stops_is_kept_for_the_next(tmp_path):
         answering.set()
         feed.close()
         assert len(served) == 1 and Journal(tmp_path / "journal").numbers == [0]
+
+
+def test_a_step_waits_for_three_messages_between_ranks_and_its_thread_takes_two(tiny_model, tmp_path, rng, monkeypatch):
+    monkeypatch.setenv("WSFT_MESSAGES", str(tmp_path / "messages"))
+    settings = {"model_name": tiny_model, "data": write_groups(tmp_path / "data.jsonl", [make_group(rng, [6, 7])] * 4)}
+    settings |= {"batch_size": 2, "device": "cpu", "output_dir": tmp_path / "run", "callbacks": "benchmarks.host:Messages"}
+    for code, output in run_ranks(["train.py", *flags(settings)], 2):
+        assert code == 0, output
+    _, *steps = map(json.loads, (tmp_path / "messages").read_text().splitlines())  # the first looks at gradients, too
+    assert [control for control, _ in steps] == [3] * 3 and sum(thread for _, thread in steps) <= 2 * 3
 
 
 def test_no_batch_is_fetched_in_the_place_of_one_that_failed(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from wsft.loss.head import head_loss, weighted_linear_cross_entropy
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model.attention import packed_attention
-from wsft.model.packing import Layout, varlen_kwargs
+from wsft.model.packing import Layout, VarlenMetadata
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +90,7 @@ def test_packed_attention_on_a_gpu_keeps_sequences_apart(window, dtype, toleranc
         torch.randn(1, heads, sum(lengths), 64, device="cuda", generator=generator, dtype=dtype).requires_grad_()
         for heads in (8, 2, 2)
     )
-    printed = varlen_kwargs(Layout(tuple(lengths), tuple(after)), query.device)
+    printed = VarlenMetadata.of(Layout(tuple(lengths), tuple(after))).to(query.device).kwargs()
     packed, _ = packed_attention(torch.nn.Module(), query, key, value, None, sliding_window=window, **printed)
     parts, alone = [x.split(lengths, dim=2) for x in (query, key, value)], []
     for i, before in enumerate(after):

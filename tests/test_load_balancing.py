@@ -90,7 +90,7 @@ def test_shares_with_prefixes_hold_every_rollout_once_within_the_budget_and_cost
     def time(shares):
         return sum(max(map(load.of, bins)) for bins in zip(*shares, strict=True))
 
-    assert time(shares) <= time(plan(lengths, num_ranks, budget))
+    assert time(shares) <= time(plan(lengths, num_ranks, budget)) * (1 + 1e-12)
     assert 0 <= imbalance(shares, load) < 1
 
 

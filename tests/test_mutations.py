@@ -26,7 +26,7 @@ from conftest import VOCAB, make_group
 
 from wsft.loss.advantages import Shaping
 from wsft.loss.objectives import Objective
-from wsft.loss.terms import Coefficients
+from wsft.loss.terms import Coefficients, LossSettings
 from wsft.rollouts import json_parser as parser
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import AtroposBatchProcessor, token_terms
@@ -804,7 +804,7 @@ def same(found, expected):
 def assert_terms_are(batch, good, rules, rows):
     """Whether the terms of some rollouts have, token by token, what the good sequences say, and the run's where they do not."""
     coefficients = Coefficients(kl=float(rules["reads_reference"]), distill=float(rules["reads_teacher"]))
-    terms = token_terms(batch, rows, np.ones(len(good)), OBJECTIVE, coefficients, 0.9)
+    terms = token_terms(batch, rows, np.ones(len(good)), LossSettings(OBJECTIVE, coefficients, 0.9))
     tokens = [(good[i], t, n) for n, i in enumerate(rows) for t, trained in enumerate(good[i].trained) if trained]
     assert terms.sequence_N.tolist() == dense([n for _, _, n in tokens])
     assert same(terms.behavior_logp_N.numpy(), [verdict.logps["inference_logprobs"][t] for verdict, t, _ in tokens])

@@ -18,7 +18,7 @@ from wsft.loss.advantages import FROM_SCORES, Override, Shaping, from_scores
 from wsft.loss.corrections import NO_CORRECTIONS
 from wsft.loss.head import head_loss
 from wsft.loss.objectives import OBJECTIVES, Objective
-from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.loss.terms import Coefficients, LossSettings, TokenTerms
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, token_terms
 
 H, V, K = 6, 17, 4
@@ -313,7 +313,9 @@ def gradients_in(micro_batches, batch, scales, case, coefficients, hidden, lm_he
     targets = torch.from_numpy(batch.tokens[batch.loss_mask])
     for rows in micro_batches:
         at = torch.cat([torch.zeros(0).long(), *((rollout == i).nonzero().squeeze(1) for i in rows)])
-        terms = token_terms(batch, rows, scales, Objective(case.objective, case.args), coefficients, RUN_TEMPERATURE)
+        terms = token_terms(
+            batch, rows, scales, LossSettings(Objective(case.objective, case.args), coefficients, RUN_TEMPERATURE)
+        )
         total += head_loss(leaves[0][at], leaves[1], targets[at], terms, chunk_tokens=16, **terms.head_options()).loss
     return torch.autograd.grad(total, leaves)
 
@@ -370,7 +372,7 @@ def test_sequences_that_were_cut_off_leave_the_denominator(reduction, rng):
     torch.testing.assert_close(found, papers.REDUCTIONS[reduction](kept, MAX_TOKEN_LEN), rtol=1e-12, atol=1e-12)
     fewer = cut.of_weight(Objective("sft"), NO_CORRECTIONS, None)
     assert fewer.trained_tokens[[1, 8]].tolist() == [0, 0] and fewer.trained_tokens.any()
-    terms = token_terms(cut, [1, 0], cut.scales(reduction, 9), Objective("sft"), Coefficients(), 1.0)
+    terms = token_terms(cut, [1, 0], cut.scales(reduction, 9), LossSettings(Objective("sft")))
     assert set(terms.fixed_weights_N[: cut.trained_tokens[1]].tolist()) == {0.0}
 
 

@@ -19,7 +19,7 @@ from fed_run import split, wait_until
 from wsft import AtroposBatchProcessor, WeightedSFTConfig, WeightedSFTTrainer
 from wsft.errors import UserError
 from wsft.loss.objectives import Objective
-from wsft.loss.terms import Coefficients
+from wsft.loss.terms import LossSettings
 from wsft.rollouts.answers import decode
 from wsft.rollouts.batch import token_terms
 from wsft.rollouts.client import AtroposClient
@@ -37,7 +37,7 @@ def test_the_weights_of_a_recorded_body_are_those_one_reads_off_it():
     """PPO with eps_low 0.1 and eps_high 0.05, where the policy gives every token the logp -0.4."""
     batch = read("token_level_advantages.json")
     objective = Objective("ppo_clip", {"eps_low": 0.1, "eps_high": 0.05})
-    terms = token_terms(batch, [0, 1, 2, 3], batch.scales("mean", 100), objective, Coefficients(), 0.8)
+    terms = token_terms(batch, [0, 1, 2, 3], batch.scales("mean", 100), LossSettings(objective, temperature=0.8))
     assert terms.behavior_logp_N.tolist() == pytest.approx([-0.5, -0.1, -1.5, -0.7, -0.2, NAN, NAN, NAN, NAN], nan_ok=True)
     assert terms.temperature_N.tolist() == pytest.approx([1.0] * 5 + [0.8] * 4)  # the second and third record have none
     weights, clipped = terms.weigh(torch.full((9,), -0.4))
@@ -86,7 +86,7 @@ WEIGHTS = [
 @pytest.mark.parametrize("name, args, sampled, lone", WEIGHTS)
 def test_every_objective_weighs_a_recorded_body_as_its_rule_says(name, args, sampled, lone):
     batch = read("token_level_advantages.json")
-    terms = token_terms(batch, [0, 1, 2, 3], batch.scales("sum", 100), Objective(name, args), Coefficients(), 1.0)
+    terms = token_terms(batch, [0, 1, 2, 3], batch.scales("sum", 100), LossSettings(Objective(name, args)))
     assert terms.fixed_weights_N.tolist() == pytest.approx([NAN] * 5 + [1.0, 1.0] + [NAN] * 2, nan_ok=True)
     weights, _ = terms.weigh(torch.full((9,), -1.0))
     assert weights.tolist() == pytest.approx([*sampled, 1, 1, *lone])
@@ -107,7 +107,7 @@ def test_two_real_environments_give_what_their_scores_and_samplers_say():
     for span, row in list(zip(batch.spans(), known, strict=True))[4:]:
         assert (row == batch.loss_mask[span]).all()  # 1.0 stands at the prompt
     assert batch.behavior_logp[batch.spans()[4]][-1] == pytest.approx(-9.608060836791992)
-    terms = token_terms(batch, [4, 6, 0], batch.scales("sum", 100), Objective("cispo"), Coefficients(), 0.9)
+    terms = token_terms(batch, [4, 6, 0], batch.scales("sum", 100), LossSettings(Objective("cispo"), temperature=0.9))
     weights, clipped = terms.weigh(torch.full((48 + 18 + 7,), -1.0))  # so many are trained
     assert weights[0].item() == pytest.approx(-5 / math.sqrt(3)) and clipped[0]  # exp(-1 + 8.456663) = 1,731, held at 5
     assert weights[48].item() == pytest.approx(math.sqrt(3) * exp(-1 + 2.456662893)) and not clipped[48]  # 4.29

@@ -15,6 +15,7 @@ FLOORS = """
 trainer dry_run export loss_head reference
 evaluation
 training_step
+planning
 inspect report environment publish
 run
 rollouts
@@ -33,6 +34,7 @@ NEVER_KNOWS = {
     "device": {"transformers", "requests", "deepspeed", "torch.distributed"},
     "dry_run": {"requests", "torch.distributed", "transformers", "wsft.distributed.world", "wsft.trainer"},
     "settings_files": {"torch", "requests", "deepspeed"},
+    "distributed.channel": {"requests", "deepspeed", "wsft.distributed.watchdog"},
     "distributed.deepspeed_config": {"torch", "requests", "deepspeed"},
     "distributed.load_balancing": {"torch", "requests", "wsft.distributed.world"},
     "distributed.signals": {"torch", "requests", "wsft.distributed.world"},
@@ -48,6 +50,7 @@ NEVER_KNOWS = {
     "model": {"requests", "deepspeed"},
     "model.memory": {"torch.distributed", "transformers", "wsft.config", "wsft.device"},
     "model.packing": {"torch.distributed", "transformers", "wsft.config"},
+    "planning": {"requests", "deepspeed", "torch.distributed", "wsft.distributed.world"},
     "publish": {"wsft.rollouts", "wsft.loss", "wsft.distributed.engine", "deepspeed"},
     "report": {"torch", "requests", "wsft.run"},
     "report.panels": {"bokeh", "matplotlib"},

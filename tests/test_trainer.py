@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +12,6 @@ from fed_run import wait_until
 from safetensors.torch import load_file
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer
-from wsft.distributed.engine import Engine
 from wsft.errors import UserError
 from wsft.trainer import TrainingDiverged
 
@@ -520,17 +518,3 @@ def test_wandb_gets_the_same_offline(settings, tmp_path, monkeypatch):
     train(settings, wandb_project="tests", wandb_group="g", wandb_run_name="n")
     logged = list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     wait_until(lambda: b"logp/positive" in logged[0].read_bytes())  # which W&B's own process writes
-
-
-def test_results_read_a_step_late_are_the_same(settings, monkeypatch, tmp_path):
-    """As on a GPU, which is given the next step before anyone asks for the result of the last."""
-    data = write_groups(tmp_path / "five.jsonl", [make_group(np.random.default_rng(0), [10, 14]) for _ in range(5)])
-    changes = {"data": data, "learning_rate": 0.1, "save_steps": 2}
-    _, at_once = train(settings, **changes)
-    monkeypatch.setattr(Engine, "queues", True)
-    _, late = train(settings, **changes, overwrite_output_dir=True)
-    timed = ("time/", "tokens/per_second", "compute/", "memory/", "journal/")
-    assert [s["step"] for s in late] == [1, 2, 3, 4, 5]
-    for ours, theirs in zip(late, at_once, strict=True):
-        assert ours.keys() == theirs.keys()
-        assert all(ours[key] == theirs[key] for key in ours if not key.startswith(timed))

@@ -139,7 +139,9 @@ class WeightedSFTConfig(BaseModel):
         description="Compute common prefixes, such as the prompt of a group, once per micro-batch; needs packing.",
     )
     skip_zero_weight: bool = Field(True, description="Skip tokens whose weight is certainly 0.")
-    prefetch_batches: int = Field(1, ge=0, description="Batches to fetch and decode ahead of the one that trains.")
+    prefetch_batches: int = Field(
+        1, ge=0, description="Batches to fetch, decode and assign to ranks ahead of the one that trains."
+    )
 
     # optimisation
     training_steps: int = Field(1000, ge=1, description="Optimizer steps of the run.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import importlib.util
@@ -9,11 +10,16 @@ import logging
 import os
 import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from wsft.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +44,20 @@ def device_type(asked: str) -> str:
     return "cpu"
 
 
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to the device, from pinned memory to a GPU: a copy from pageable memory waits for all work queued on the GPU."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+class Movable:
+    """A dataclass whose tensors are copied together, those of its fields of this kind included."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        return self._with_each(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """A copy from pageable memory to a GPU would wait for all work that is queued there."""
+        return self._with_each(lambda x: x.pin_memory())
+
+    def _with_each(self, change: Callable[[Any], Any]) -> Self:
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: change(x) for name, x in found.items() if isinstance(x, torch.Tensor | Movable)}
+        return dataclasses.replace(self, **moved)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,8 +12,8 @@ import torch
 from wsft.config import WeightedSFTConfig
 from wsft.distributed.world import World
 from wsft.errors import UserError
-from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients
+from wsft.planning import loss_settings
 from wsft.rollouts.batch import AtroposBatchProcessor, Batch, token_terms
 from wsft.rollouts.data_files import DataFiles
 from wsft.rollouts.sources import FileSource
@@ -43,8 +44,7 @@ class Evaluation:
         start, batch, config = time.monotonic(), self._batch, self._config
         logp_N, rows = self._take_step.logprobs(batch), list(range(len(batch.lengths)))
         scales_R = batch.scales(config.reduction, config.max_token_len)
-        objective = Objective(config.objective, config.objective_args)
-        terms = token_terms(batch, rows, scales_R, objective, Coefficients(), config.temperature, config.corrections)
+        terms = token_terms(batch, rows, scales_R, replace(loss_settings(config), coefficients=Coefficients()))
         logp, advantages = logp_N[batch.trained_positions(rows)], batch.advantages[batch.loss_mask]
         loss, _ = terms(torch.from_numpy(logp), slice(None))
         return {

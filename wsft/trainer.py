@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from wsft.errors import UserError
 from wsft.evaluation import Evaluation
 from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
-from wsft.model.flops import rated_flops, step_flops
+from wsft.model.flops import StepFlops, rated_flops, step_flops
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.lora import Adapters, as_if_trained
+from wsft.planning import Plan, PlannedBatch, Planner
 from wsft.publish.adapters import AdapterFolder
 from wsft.publish.folder import PublishFolder
 from wsft.publish.publisher import Publisher
@@ -49,10 +49,10 @@ from wsft.run.base_files import base_files, read_files
 from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
 from wsft.run.export import export
 from wsft.run.fingerprint import contents_of
-from wsft.run.measurements import missing, of_batch, of_speed, of_tokens
+from wsft.run.measurements import of_speed, of_tokens
 from wsft.run.metrics import Metrics, NullMetrics, require_wandb
 from wsft.run.output_folder import RunFolder
-from wsft.training_step import TrainingStep
+from wsft.training_step import TrainingStep, choose_rows
 from wsft.user_code import Callbacks
 
 log = logging.getLogger(__name__)
@@ -180,7 +180,6 @@ class WeightedSFTTrainer:
         before = self.step_number
         if not self._train_on_next():
             raise Stopped
-        self._report()
         return self._metrics if self.step_number > before else {}
 
     def logprobs(self, groups: list[dict] | dict[str, Any] | None) -> list[list[np.ndarray | None]] | None:
@@ -213,7 +212,6 @@ class WeightedSFTTrainer:
 
     def export(self, folder: str | Path) -> None:
         """Save a checkpoint, and write the model into a Hugging Face folder. A collective."""
-        self._report()
         self.save()
         folder = Path(folder)
         log.info("trained %d step(s); writing the model to %s", self.step_number, folder)
@@ -283,18 +281,17 @@ class WeightedSFTTrainer:
         if self.config.lora_rank and self.config.kl_coef and not self.reference:
             log.info("kl_coef: to ref_logprobs where records have them, else to the base model, with the adapters switched off")
             self.reference = BaseReference(self.engine)
-        flops, pad_token_id = step_flops(empty, self.model.untrained), self.processor.pad_token_id
-        self.take_step = TrainingStep(self.config, self.engine, self.model, self.reference, flops, pad_token_id, world)
+        planner = self._planner(step_flops(empty, self.model.untrained))
+        self.take_step = TrainingStep(self.engine, planner, self.reference, world)
         self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
         self.evaluation = self._open_evaluation()
         if start:
             load_random(start, world.rank)
         self.said, self.state = set(), metadata.get("caller", {})
-        self.unread: Callable[[], None] | None = None
         self.step_number, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
         self.without_signal = metadata["without_signal"]
         self.publisher = self._publisher(empty, precision)
-        self.feed = Feed(self.config, self.source, world, self.stop, metadata["feed"])
+        self.feed = Feed(self.config, self.source, planner, world, self.stop, metadata["feed"], self.step_number)
         with _private_files():
             self.metrics = Metrics(self.config, self.folder.path, self.step_number) if world.rank == 0 else NullMetrics()
         shown = self.config.public()
@@ -305,6 +302,12 @@ class WeightedSFTTrainer:
         if not self._is_given:
             return open_source(self.config, self.processor, self.world, position)
         return GivenSource(self.processor, position) if self.world.rank == 0 else None
+
+    def _planner(self, flops: StepFlops) -> Planner:
+        reference = self.reference.model if isinstance(self.reference, Reference) else None
+        rows = choose_rows(self.config, self.model, reference, self.processor.pad_token_id, self.world)
+        has_reference, pins = self.reference is not None, self.world.device.type == "cuda"
+        return Planner(self.config, rows, flops, self.processor.shaping, has_reference, self.world.rank, self.world.size, pins)
 
     def _open_evaluation(self) -> Evaluation | None:
         if self.config.eval_data is None:
@@ -362,7 +365,6 @@ class WeightedSFTTrainer:
 
     def _end_unless_published(self, failure: str) -> None:
         if failure:
-            self._report()
             if self.step_number > (self.saved.step if self.saved else 0):
                 self._save()
             raise UserError(failure)
@@ -389,13 +391,13 @@ class WeightedSFTTrainer:
         """Train on the next batch. False at the end of the data; Stopped if the run was asked to stop."""
         start = time.monotonic()
         self.metrics.set_status("waiting for a batch")
-        batch = self.feed.next(self.step_number, waiting=self._while_waiting)
+        batch = self.feed.next(self.step_number, waiting=self.metrics.set_status)
         if self.feed.stopped:
             raise Stopped
         if batch is None:
             return False
-        if batch.num_trained:
-            self._train_on(batch.with_final_advantages(self.processor.shaping), start, time.monotonic() - start)
+        if batch.plans:
+            self._train_on(batch, start, time.monotonic() - start)
             if self._is_due(self.config.save_steps) or self.feed.journal_is_full():
                 self._save()
         return True
@@ -404,43 +406,36 @@ class WeightedSFTTrainer:
         """Whether the steps on the last batch reached a multiple of `every`."""
         return self.step_number // every > (self.step_number - self.config.updates_per_batch) // every
 
-    def _train_on(self, batch: Batch, start: float, wait: float) -> None:
+    def _train_on(self, batch: PlannedBatch, start: float, wait: float) -> None:
         """The optimizer steps on a batch, and publishing. `start`: when waiting for the batch began; `wait`: seconds of it."""
-        self._require_what_the_loss_needs(batch)
+        self._require_what_the_loss_needs(batch.missing)
+        self._warn_of_stale_updates(batch.plans)
         self.metrics.set_status("training")
-        parts = batch.minibatches(self.config.updates_per_batch)
-        self._warn_of_stale_updates(batch)
-        # on the first part the policy at the start of the batch is the current one
-        proximal = [None, *map(self.take_step.logprobs, parts[1:])]
-        for number, (part, prox_logp_N) in enumerate(zip(parts, proximal, strict=True), 1):
-            result, values, flops = self.take_step(part, self.step_number, prox_logp_N)
+        proximal = [plan.at_start and self.take_step.score(plan.at_start) for plan in batch.plans]
+        for number, (plan, prox_logp_N) in enumerate(zip(batch.plans, proximal, strict=True), 1):
+            result = self.take_step(plan, prox_logp_N)
             self.step_number += 1
-            self._report()
-            spent = time.monotonic() - start
-            values |= {
+            spent, last, failure = time.monotonic() - start, number == len(batch.plans), ""
+            values = plan.metrics | {
                 "step": self.step_number,
                 "data/possibly_lost_batches": self.feed.possibly_lost,
                 "journal/gib": self.feed.journal_gib,
             }
-            last, failure = number == len(parts), ""
             if last and self.evaluation and self._is_due(self.config.eval_steps):
                 values |= self.evaluation.metrics()
             if last:
                 published, failure = self._publish()
                 values |= published
-            values |= of_speed(values["tokens/total"], flops, spent, wait, self.world.size, self.rated_flops)
-            self.unread = functools.partial(self._write_metrics, values, result)
+            values |= of_speed(values["tokens/total"], plan.flops, spent, wait, self.world.size, self.rated_flops)
+            self._write_metrics(values, result)
             self._end_unless_published(failure)
-            if not self.engine.queues:
-                self._report()
             start, wait = time.monotonic(), 0.0
 
-    def _warn_of_stale_updates(self, batch: Batch) -> None:
-        updates = self.config.updates_per_batch
-        if updates == 1 or "updates" in self.said:
-            return
-        age = of_batch(batch, self.step_number)["data/staleness_max"]
-        if age > 0:
+    def _warn_of_stale_updates(self, plans: list[Plan]) -> None:
+        """Where the updates on a batch add to the age that its tokens have already."""
+        ages = [plan.metrics["data/staleness_max"] - number for number, plan in enumerate(plans)]
+        age, updates = np.nanmax([0.0, *ages]), self.config.updates_per_batch
+        if updates > 1 and age > 0 and "updates" not in self.said:
             self.said.add("updates")
             self.metrics.warn(
                 f"step {self.step_number + 1}: the batch holds tokens that are {age:.0f} steps old, and updates_per_batch "
@@ -448,20 +443,8 @@ class WeightedSFTTrainer:
                 f"and train in turns"
             )
 
-    def _while_waiting(self, state: str) -> None:
-        self._report()
-        self.metrics.set_status(state)
-
-    def _report(self) -> None:
-        """Write the metrics of the last step, if that is still to be done. A collective that waits for the device: on a GPU it
-        is called once the next step is queued, or while waiting for data."""
-        unread, self.unread = self.unread, None
-        if unread:
-            unread()
-
     def _wind_up(self) -> None:
         """Save the last checkpoint, and record why the run ended."""
-        self._report()
         self.save()
         if self.feed.stopped:
             reason = name_of(self.feed.stopped)
@@ -474,7 +457,6 @@ class WeightedSFTTrainer:
         self.metrics.close()
 
     def _save(self) -> None:
-        self._report()  # a checkpoint holds the number of steps that were not finite
         try:
             json.dumps(self.state)
         except (TypeError, ValueError) as error:
@@ -496,8 +478,8 @@ class WeightedSFTTrainer:
         self.callbacks.call("on_save", self, self.saved.folder)
         log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
 
-    def _require_what_the_loss_needs(self, batch: Batch) -> None:
-        for name, instead in missing(batch, self.config.needs_behavior, self.reference is not None).items():
+    def _require_what_the_loss_needs(self, missing: dict[str, str]) -> None:
+        for name, instead in missing.items():
             if self.config.strict:
                 raise UserError(
                     f"the batch of step {self.step_number + 1} has no {name} on any trained token, and strict is set: have the "
@@ -507,9 +489,7 @@ class WeightedSFTTrainer:
                 self.metrics.warn(f"step {self.step_number + 1}: no trained token of the batch has {name}: {instead}")
             self.said.add(name)
 
-    def _write_metrics(self, values: dict[str, float], read: Callable[[], StepResult]) -> None:
-        """Write the metrics of a step. A collective."""
-        result = read()
+    def _write_metrics(self, values: dict[str, float], result: StepResult) -> None:
         finite = math.isfinite(result.loss) and (result.applied or not result.signal)
         self.bad = 0 if finite else self.bad + 1
         self.not_finite += not finite

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from wsft.config import WeightedSFTConfig
-from wsft.device import PeakMemory, to_device
+from wsft.device import Movable, PeakMemory
 from wsft.distributed.deepspeed_files import quietly, saved_names
 from wsft.distributed.op_compilation import choose_adam, compiling_ops
 from wsft.distributed.process_start import collective_timeout
@@ -31,7 +31,7 @@ from wsft.errors import UserError
 from wsft.loss.terms import TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.model.lora import switched_off
-from wsft.model.packing import Layout
+from wsft.model.packing import VarlenMetadata
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +54,14 @@ def check_json(ds: dict[str, Any]) -> None:
         raise UserError(f"optimizer.type in the DeepSpeed JSON is {name!r}: neither DeepSpeed nor torch has it; write AdamW")
 
 
-@dataclass
-class MicroBatch:
+@dataclass(frozen=True)
+class MicroBatch(Movable):
     """Inputs of one forward pass: rows [B, T], flat positions [N] of the trained tokens (see causal_lm.py), loss terms."""
 
     tokens_BT: torch.Tensor
     trained_N: torch.Tensor
     terms: TokenTerms
-    layout: Layout | None  # of sequences packed in one row; None: each row is a sequence
+    packing: VarlenMetadata | None  # of sequences packed in one row; None: each row is a sequence
 
 
 @dataclass
@@ -115,65 +115,62 @@ class Engine:
         self._engine.checkpoint_engine.save = self._write
         self._engine._copy_recovery_script = lambda folder: None
 
-    @property
-    def queues(self) -> bool:
-        """Whether the device runs asynchronously."""
-        return self.world.device.type == "cuda"
-
-    def step(
-        self, micro_batches: list[MicroBatch], reference: Reference | BaseReference | None = None
-    ) -> Callable[[], StepResult]:
+    def step(self, micro_batches: list[MicroBatch], reference: Reference | BaseReference | None = None) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step. All ranks pass equally many.
 
-        A reference scores the tokens for the KL term that have no ref_logp. Returns a function that returns the result. Calling
-        it is a collective and waits for the device, so call it after the next step was queued.
+        A reference scores the tokens for the KL term that have no ref_logp. There are two messages between ranks beside
+        DeepSpeed's: the results before the optimizer step, which must know whether any token has a weight, and peak memory.
         """
-        engine, found, signals = self._engine, [], []
-        for i, mb in enumerate(micro_batches):
-            tokens_BT, trained_N, terms = (to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms))
+        engine, found = self._engine, []
+        for i, micro_batch in enumerate(micro_batches):
+            mb = micro_batch.to(self.world.device, non_blocking=True)
+            terms = mb.terms
             if reference:
-                scored_N, known_N = reference.logp(tokens_BT, trained_N, terms.temperature_N, mb.layout), terms.ref_logp_N
+                scored_N, known_N = (
+                    reference.logp(mb.tokens_BT, mb.trained_N, terms.temperature_N, mb.packing),
+                    terms.ref_logp_N,
+                )
                 terms = replace(terms, ref_logp_N=scored_N if known_N is None else known_N.where(~known_N.isnan(), scored_N))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            out = engine(tokens_BT, trained_N, terms, mb.layout, **terms.head_options())
+            out = engine(mb.tokens_BT, mb.trained_N, terms, mb.packing, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
             sums, maxima = terms.sums(out)
-            signals.append(terms.has_signal(sums))
-            found.append(({"loss": out.loss.detach().double()} | sums, maxima))
-        learning_rate = engine.get_lr()[0]
-        signal = self.world.reduce_max({"signal": torch.stack(signals).any()})["signal"] > 0
+            found.append(({"loss": out.loss.detach().double()} | sums, maxima | {"signal": terms.has_signal(sums)}))
+        of_rank = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
+        sums, maxima = of_rank
+        sums, maxima = self.world.reduce(
+            {name: x.sum() for name, x in sums.items()}, {name: x.amax() for name, x in maxima.items()}
+        )
+        learning_rate, signal = engine.get_lr()[0], maxima.pop("signal") > 0
         grad_norm, applied = self._apply(signal)
-        peak = {"gib": torch.tensor(self._peak.gib())}
-        sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
-
-        def result() -> StepResult:
-            unreached = self._parameters_without_gradient() if signal else []
-            all_sums = self.world.reduce_sum({name: x.sum() for name, x in sums.items()})
-            highest = self.world.reduce_max({name: x.amax() for name, x in maxima.items()})
-            norm, peak_gib = float(grad_norm) if applied or not signal else math.nan, self.world.reduce_max(peak)["gib"]
-            return StepResult(
-                all_sums.pop("loss"), norm, learning_rate, applied, signal, unreached, all_sums, highest, peak_gib
-            )
-
-        return result
+        return StepResult(
+            loss=sums.pop("loss"),
+            grad_norm=float(grad_norm) if applied or not signal else math.nan,
+            learning_rate=learning_rate,
+            applied=applied,
+            signal=signal,
+            without_gradient=self._parameters_without_gradient() if signal else [],
+            sums=sums,
+            maxima=maxima,
+            peak_gib=self.world.reduce({}, {"gib": torch.tensor(self._peak.gib())})[1]["gib"],
+        )
 
     @torch.no_grad()
     def logprobs(self, micro_batches: list[MicroBatch]) -> list[torch.Tensor]:
         """Logprobs [N] of the trained tokens of each, without gradients. All ranks pass equally many."""
         found = []
-        for mb in micro_batches:
-            tokens_BT, trained_N, temperature_N = (
-                to_device(x, self.world.device) for x in (mb.tokens_BT, mb.trained_N, mb.terms.temperature_N)
-            )
+        for micro_batch in micro_batches:
+            mb = micro_batch.to(self.world.device, non_blocking=True)
+            temperature_N = mb.terms.temperature_N
             zeros_N = torch.zeros_like(temperature_N)
-            found.append(self._engine(tokens_BT, trained_N, zeros_N, mb.layout, temperature=temperature_N).logp_N)
+            found.append(self._engine(mb.tokens_BT, mb.trained_N, zeros_N, mb.packing, temperature=temperature_N).logp_N)
         return found
 
     def _parameters_without_gradient(self) -> list[str]:
         if not self._without_gradient:
             return []
         found, self._without_gradient = self._without_gradient, {}
-        had = self.world.reduce_max({name: torch.tensor(not missing) for name, missing in found.items()})
+        _, had = self.world.reduce({}, {name: torch.tensor(not missing) for name, missing in found.items()})
         return [name for name in found if not had[name]]
 
     def _apply(self, signal: bool) -> tuple[float | torch.Tensor, bool]:
@@ -259,12 +256,12 @@ class BaseReference:
 
     @torch.no_grad()
     def logp(
-        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, layout: Layout | None
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, packing: VarlenMetadata | None
     ) -> torch.Tensor:
         """As that of `Reference`."""
         with switched_off(self._engine.model):
             return self._engine.model.run(
-                tokens_BT, trained_N, torch.zeros_like(temperature_N), layout, temperature=temperature_N
+                tokens_BT, trained_N, torch.zeros_like(temperature_N), packing, temperature=temperature_N
             ).logp_N
 
 
@@ -285,11 +282,11 @@ class Reference:
 
     @torch.no_grad()
     def logp(
-        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, layout: Layout | None
+        self, tokens_BT: torch.Tensor, trained_N: torch.Tensor, temperature_N: torch.Tensor, packing: VarlenMetadata | None
     ) -> torch.Tensor:
         """Logprobs [N] of the trained tokens; see `WeightedSFTModel.forward`. A collective under ZeRO-3."""
         silence_N = torch.zeros_like(temperature_N)
-        return self._model(tokens_BT, trained_N, silence_N, layout, temperature=temperature_N).logp_N
+        return self._model(tokens_BT, trained_N, silence_N, packing, temperature=temperature_N).logp_N
 
 
 def _undo_warm_up(optimizer: Any) -> None:

@@ -8,6 +8,7 @@ slowest. Micro-batches are therefore made equal in cost, and in each micro-step 
 from __future__ import annotations
 
 import bisect
+import functools
 import heapq
 from dataclasses import dataclass
 
@@ -44,24 +45,46 @@ class Load:
 
     def tokens(self, rows: Rows) -> int:
         """Tokens that are computed if these rollouts form one micro-batch."""
-        return int(self.lengths[rows].sum() - self._again(rows).sum())
+        lengths, of_prefixes = self._tokens
+        return self._sum(rows, lengths, of_prefixes)
 
     def of(self, rows: Rows) -> float:
         """Cost of these rollouts as one micro-batch."""
-        return float(self.cost.of(self.lengths[rows]).sum() - self.cost.of(self._again(rows)).sum())
+        costs, of_prefixes = self._costs
+        return self._sum(rows, costs, of_prefixes)
 
-    def _again(self, rows: Rows) -> np.ndarray:
-        """Lengths of the prefixes that are not computed again: for all rollouts of a cluster but the first."""
-        rows = np.asarray(rows, dtype=np.int64)
-        first = np.unique(self.prefixes.clusters[rows], return_index=True)[1]
-        return np.delete(self.prefixes.lengths[rows], first)
+    def _sum(self, rows: Rows, whole: list, of_prefixes: list) -> float:
+        """Prefixes are computed once, for the first rollout of a cluster."""
+        total, seen = 0, set()
+        for i in rows:
+            total += whole[i]
+            cluster = self._clusters[i]
+            if cluster in seen:
+                total -= of_prefixes[i]
+            seen.add(cluster)
+        return total
+
+    # lists, since each micro-batch has few rollouts: NumPy would take several times as long
+
+    @functools.cached_property
+    def _clusters(self) -> list[int]:
+        return self.prefixes.clusters.tolist()
+
+    @functools.cached_property
+    def _tokens(self) -> tuple[list[int], list[int]]:
+        return self.lengths.tolist(), self.prefixes.lengths.tolist()
+
+    @functools.cached_property
+    def _costs(self) -> tuple[list[float], list[float]]:
+        return self.cost.of(self.lengths).tolist(), self.cost.of(self.prefixes.lengths).tolist()
 
     def bundles(self, rows: Rows, most: int) -> list[Rows]:
         """Group rollouts of a cluster into bundles, each of at most `most` tokens or of one rollout."""
         bundles: list[Rows] = []
         size: dict[int, tuple[int, Rows]] = {}  # cluster -> tokens and rollouts of the bundle being filled
+        lengths, prefixes = self._tokens
         for i in rows:
-            cluster, prefix, length = self.prefixes.clusters[i], self.prefixes.lengths[i], self.lengths[i]
+            cluster, prefix, length = self._clusters[i], prefixes[i], lengths[i]
             tokens, bundle = size.get(cluster, (most, []))
             if tokens + length - prefix > most:
                 tokens, bundle = prefix, []
@@ -141,14 +164,14 @@ def _longest_first(order: list[int], lengths: list[int], costs: list[float], roo
 
 def _best_fit(order: list[int], lengths: list[int], costs: list[float], room: int, budget: int) -> list[Rows] | None:
     """Best fit: each goes to the fullest micro-batch with room. None if they do not fit."""
-    micro_batches, left = [[] for _ in range(room)], np.full(room, budget)
+    micro_batches, free = [[] for _ in range(room)], [(budget, k) for k in range(room)]  # sorted: tokens free, number
     for i in order:
-        fits = np.flatnonzero(left >= lengths[i])
-        if not len(fits):
+        place = bisect.bisect_left(free, (lengths[i], -1))
+        if place == room:
             return None
-        k = fits[np.argmin(left[fits])]
+        left, k = free.pop(place)
         micro_batches[k].append(i)
-        left[k] -= lengths[i]
+        bisect.insort(free, (left - lengths[i], k))
     return micro_batches
 
 

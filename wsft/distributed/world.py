@@ -1,7 +1,7 @@
 """The ranks of a run: their environment, control messages between them, and that all end when one fails.
 
-Imports torch.distributed only. Control messages and batches go over gloo on the host, not over NCCL: they need neither a stream
-nor device memory, and a rank that waits in a collective which another never enters is noticed (`fail_together`).
+Imports torch.distributed only. Control messages go over gloo (channel.py), and a rank that waits in a collective which another
+never enters is noticed (`fail_together`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from wsft.distributed.channel import Channel, from_message, to_message
 from wsft.distributed.watchdog import Watchdog
 from wsft.errors import UserError
 
@@ -112,63 +113,51 @@ class World:
 
     def __init__(self, device: torch.device, step_timeout: float):
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
-        # a timeout is reported by the watchdog, which logs the stacks
-        self._hosts = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._control = Channel()
         self._step_timeout, self._watchdog = step_timeout, Watchdog(step_timeout)
         self.timeout_s = file_timeout_s(step_timeout)
         self._failed: Callable[[str], None] = lambda _: None
         self._dying = threading.Lock()
 
-    def broadcast(self, arrays: object | None, like: type, source: int) -> object:
-        """Broadcast a dataclass of 1-D NumPy arrays: one message of sizes, then one per field.
+    def new_channel(self) -> Channel:
+        """For another thread of each rank. A collective."""
+        return Channel()
 
-        Nothing is pickled: `like` gives the fields, and the dtype code of each field is sent with its size.
-        """
-        fields = [f.name for f in dataclasses.fields(like)]
-        header = torch.zeros(len(fields), 2, dtype=torch.int64)
-        if self.rank == source:
-            local = [np.ascontiguousarray(getattr(arrays, name)) for name in fields]
-            header = torch.tensor([[len(a), _DTYPES.index(a.dtype)] for a in local], dtype=torch.int64)
-        dist.broadcast(header, source, group=self._hosts)
-        received = []
-        for i, (size, code) in enumerate(header.tolist()):
-            array = local[i] if self.rank == source else np.empty(size, _DTYPES[code])
-            if size:
-                dist.broadcast(torch.from_numpy(array.view(np.uint8)), source, group=self._hosts)
-            received.append(array)
-        return like(**dict(zip(fields, received, strict=True)))
+    def broadcast(self, arrays: T | None, like: type[T], source: int) -> T:
+        """Broadcast a dataclass `like` of 1-D NumPy arrays: its size, then one message."""
+        message = to_message(arrays) if self.rank == source else None
+        size = self._control.all_gather_ints(len(message) if message is not None else 0)[source][0]
+        return from_message(self._control.broadcast(message, size, source), like)
 
     def all_gather_int(self, value: int) -> list[int]:
         """One integer of each rank, on every rank."""
+        return [value for (value,) in self.all_gather_ints(value)]
+
+    def all_gather_ints(self, *values: int) -> list[list[int]]:
+        """Integers of each rank, on every rank."""
         if self._dying.locked():
             threading.Event().wait()  # another thread is ending this process
         self._watchdog.alive()
-        gathered = torch.zeros(self.size, dtype=torch.int64)
-        gathered[self.rank] = value
-        dist.all_reduce(gathered, group=self._hosts)
-        return gathered.tolist()
+        return self._control.all_gather_ints(*values)
 
     def all_true(self, yes: bool) -> bool:
         """Whether it is true on every rank."""
         return min(self.all_gather_int(int(yes))) == 1
 
-    def reduce_sum(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The sum of each scalar over ranks, in float64."""
-        return self._reduced(values, dist.ReduceOp.SUM)
-
-    def reduce_max(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """The maximum of each scalar over ranks, in float64."""
-        return self._reduced(values, dist.ReduceOp.MAX)
-
-    def _reduced(self, values: dict[str, torch.Tensor], how: dist.ReduceOp) -> dict[str, float]:
-        reduced = torch.stack([x.detach().double() for x in values.values()]).cpu()
-        dist.all_reduce(reduced, how, group=self._hosts)
-        return dict(zip(values, reduced.tolist(), strict=True))
+    def reduce(
+        self, sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The sum over ranks of some scalars, and the maximum of others, in float64: one message. NaN is the maximum of what
+        has one."""
+        mine = torch.stack([x.detach().double() for x in (*sums.values(), *maxima.values())]).cpu().numpy()
+        found = self._control.all_gather(mine)
+        summed, highest = found[:, : len(sums)].sum(0).tolist(), found[:, len(sums) :].max(0).tolist()
+        return dict(zip(sums, summed, strict=True)), dict(zip(maxima, highest, strict=True))
 
     def sum_arrays(self, array: np.ndarray) -> np.ndarray:
         """The element-wise sum over ranks of arrays of one shape."""
         summed = torch.from_numpy(array.copy())
-        dist.all_reduce(summed, group=self._hosts)
+        dist.all_reduce(summed, group=self._control.group)
         return summed.numpy()
 
     def broadcast_text(self, text: str) -> str:
@@ -250,7 +239,7 @@ class World:
             self._die(self._first_failure(store, error))
         over.set()
         watch.join()
-        dist.barrier(group=self._hosts)  # the store is on rank 0, which must not end while another rank still polls it
+        dist.barrier(group=self._control.group)  # the store is on rank 0, which must not end while another rank still polls it
 
     def _peers(self) -> list[int]:
         """Process ids of the other ranks on this host."""
@@ -318,6 +307,3 @@ def _sentence(error: BaseException) -> str:
 @dataclasses.dataclass(frozen=True)
 class _Text:
     text: np.ndarray  # [bytes] uint8
-
-
-_DTYPES = [np.dtype(name) for name in ("uint8", "bool", "int64", "float32", "float64")]

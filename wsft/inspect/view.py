@@ -21,7 +21,7 @@ from wsft.device import device_type
 from wsft.errors import UserError
 from wsft.inspect.checks import BatchView, Finding, SpecialTokens, run_checks
 from wsft.loss.objectives import Objective
-from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.loss.terms import LossSettings, TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.model.loading import end_tokens, load_model, load_model_config, load_tokenizer
 from wsft.rollouts.answers import decode
@@ -169,7 +169,8 @@ def weights(config: WeightedSFTConfig, batch: Batch, logp_N: np.ndarray | None) 
 def terms_of(config: WeightedSFTConfig, batch: Batch, rows: list[int]) -> TokenTerms:
     scales_R = batch.scales(config.reduction, config.max_token_len)
     objective = Objective(config.objective, config.objective_args)
-    return token_terms(batch, rows, scales_R, objective, Coefficients(), config.temperature, config.corrections)
+    settings = LossSettings(objective, temperature=config.temperature, corrections=config.corrections)
+    return token_terms(batch, rows, scales_R, settings)
 
 
 def load_policy(policy: str, config: WeightedSFTConfig) -> WeightedSFTModel:

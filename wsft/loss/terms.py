@@ -8,13 +8,12 @@ ranks.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from wsft.device import Movable
 from wsft.loss.corrections import NO_CORRECTIONS, Corrections, Factors
 from wsft.loss.head import HeadOutput, Teacher
 from wsft.loss.objectives import LOG_RATIO_LIMIT, Objective
@@ -36,7 +35,21 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
-class TokenTerms:
+class LossSettings:
+    """What a run's loss is, for all its tokens.
+
+    Args:
+        temperature: of rollouts without their own.
+    """
+
+    objective: Objective
+    coefficients: Coefficients = Coefficients()
+    temperature: float = 1.0
+    corrections: Corrections = NO_CORRECTIONS
+
+
+@dataclass(frozen=True)
+class TokenTerms(Movable):
     """Inputs of the loss for N trained tokens, float32 unless noted, on one device. NaN means unknown."""
 
     objective: Objective
@@ -53,16 +66,6 @@ class TokenTerms:
     corrections: Corrections = NO_CORRECTIONS
     prox_logp_N: torch.Tensor | None = None  # of the policy at the start of the batch; None: the current one
     stale_N: torch.Tensor | None = None  # bool: too old, weight 0
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenTerms:
-        return self._with_each(lambda x: x.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> TokenTerms:
-        return self._with_each(torch.Tensor.pin_memory)
-
-    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenTerms:
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{name: change(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
 
     @property
     def of_sequences(self) -> bool:

@@ -19,7 +19,7 @@ from wsft.device import can_compile
 from wsft.errors import UserError
 from wsft.loss.head import HeadOutput, LossHead, TokenLoss
 from wsft.model.attention import PACKED, kernel
-from wsft.model.packing import Layout, varlen_kwargs
+from wsft.model.packing import VarlenMetadata
 
 LARGE_LOGITS = 300.0  # beyond any soft cap
 
@@ -93,7 +93,7 @@ class WeightedSFTModel(torch.nn.Module):
         tokens_BT: torch.Tensor,
         trained_N: torch.Tensor,
         weights: torch.Tensor | TokenLoss | None,
-        layout: Layout | None = None,
+        packing: VarlenMetadata | None = None,
         **options: Any,
     ) -> HeadOutput | torch.Tensor:
         """The loss of the trained tokens, see `head.head_loss`.
@@ -101,16 +101,16 @@ class WeightedSFTModel(torch.nn.Module):
         Args:
             tokens_BT: [B, T] int64 rows, padded on the right. There is no attention mask: in a causal model no token attends
                 to the padding after it.
-            layout: of the sequences packed in the one row; None: each row is a sequence.
+            packing: of the sequences packed in the one row; None: each row is a sequence.
             trained_N: [N] flat positions in [B, T] of the trained tokens; never the first token of a row, or of a segment of
-                the layout. N may be 0.
+                the packing. N may be 0.
             weights, options: as in `head_loss`, for the N tokens. With weights None, returns the model's logits [B, T, V].
         """
         if weights is None:
             model = text_model_in(self.model) if self.scored_by_text_model else self.model
             return model(input_ids=tokens_BT, use_cache=False).logits
-        packing = varlen_kwargs(layout, tokens_BT.device) if layout else {}
-        hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **packing).last_hidden_state
+        kwargs = packing.kwargs() if packing else {}
+        hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **kwargs).last_hidden_state
         hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
         targets_N, head = tokens_BT.flatten()[trained_N], self.model.get_output_embeddings()
         return head(hidden_NH.to(head.weight.dtype), targets_N, weights, **options, **self.logit_options)

@@ -29,7 +29,7 @@ from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel, noise_in
 from wsft.model.meta_passes import FEW, STOPS, Passes
-from wsft.model.packing import Layout
+from wsft.model.packing import Layout, VarlenMetadata
 from wsft.model.row_layouts import not_causal, position_reaches
 from wsft.model.small import small_copies
 from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
@@ -171,12 +171,13 @@ def _passes_in(
     model, given = WeightedSFTModel(empty), empty.config._attn_implementation
     model.scored_by_text_model = by_text_model
 
-    def loss(tokens: int, layout: Layout | None = None) -> torch.Tensor:
+    def loss(tokens: int, packing: VarlenMetadata | None = None) -> torch.Tensor:
         row, trained = torch.zeros(1, tokens, dtype=torch.int64, device="meta"), torch.arange(1, tokens, device="meta")
-        return model(row, trained, torch.ones(tokens - 1, device="meta"), layout).loss
+        return model(row, trained, torch.ones(tokens - 1, device="meta"), packing).loss
 
     def look(packed: bool) -> Passes:
-        passes = Passes(empty, loss, (lambda: loss(FEW, Layout.of([4, 4]))) if packed else None, longest)
+        packing = VarlenMetadata.of(Layout.of([4, 4])).to("meta")
+        passes = Passes(empty, loss, (lambda: loss(FEW, packing)) if packed else None, longest)
         row = torch.zeros(1, FEW, dtype=torch.int64, device="meta")
         head = passes.head_arithmetic(lambda: model(row, None, None))
         if head and head.unknown:

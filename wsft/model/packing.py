@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from wsft.device import to_device
+from wsft.device import Movable
 
 MIN_SHARED_PREFIX = 8  # tokens; for shorter prefixes the overhead exceeds the saving
 
@@ -82,48 +82,48 @@ class Prefixes:
 
 
 @dataclass(frozen=True)
-class VarlenMetadata:
-    """A layout as arguments of variable-length attention.
+class VarlenMetadata(Movable):
+    """A layout as a model takes it.
 
     Attributes:
+        position_ids_1T: int64, of each token in its sequence.
         cu_seqlens_q, cu_seqlens_k: int32, cumulative lengths of the segments (queries) and of their sequences (keys), from 0.
         max_seqlen_q, max_seqlen_k: the longest of each, in tokens.
         key_indices: [keys] int64, the position in the row of each key; None if keys are the tokens of the row in order.
     """
 
     layout: Layout
+    position_ids_1T: torch.Tensor
     cu_seqlens_q: torch.Tensor
     cu_seqlens_k: torch.Tensor
     max_seqlen_q: int
     max_seqlen_k: int
     key_indices: torch.Tensor | None
 
+    @classmethod
+    def of(cls, layout: Layout) -> VarlenMetadata:
+        """On the CPU."""
+        lengths, parents = np.array(layout.lengths), np.array(layout.parents)
+        prefixes = np.where(parents < 0, 0, lengths[parents])  # tokens of the sequence that are in the parent segment
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(starts[-1]) + np.repeat(prefixes - starts[:-1], lengths)
+        whole, key_indices = lengths + prefixes, None
+        k_starts = np.concatenate([[0], np.cumsum(whole)])
+        if prefixes.any():
+            # position of each key in its sequence: those below `prefixes` are in the parent segment, the others in their own
+            in_sequence = np.arange(k_starts[-1]) - np.repeat(k_starts[:-1], whole)
+            in_own = in_sequence + np.repeat(starts[:-1] - prefixes, whole)
+            in_parent = in_sequence + np.repeat(starts[parents], whole)
+            key_indices = torch.from_numpy(np.where(in_sequence < np.repeat(prefixes, whole), in_parent, in_own))
+        cu_seqlens_q, cu_seqlens_k = (torch.from_numpy(x.astype(np.int32)) for x in (starts, k_starts))
+        longest, position_ids_1T = int(lengths.max()), torch.from_numpy(positions).unsqueeze(0)
+        return cls(layout, position_ids_1T, cu_seqlens_q, cu_seqlens_k, longest, int(whole.max()), key_indices)
 
-def varlen_kwargs(layout: Layout, device: torch.device) -> dict[str, object]:
-    """Keyword arguments for a transformers model: position_ids [1, T], `wsft_varlen` for packed attention and, if no prefix is
-    shared, those of transformers' flash attention."""
-    lengths, parents = torch.tensor(layout.lengths), torch.tensor(layout.parents)
-    prefixes = torch.where(parents < 0, 0, lengths[parents])  # tokens of the sequence that are in the parent segment
-    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    T = int(starts[-1])
-    positions = torch.arange(T) + (prefixes - starts[:-1]).repeat_interleave(lengths)
-    kwargs = {"position_ids": to_device(positions.unsqueeze(0), device)}
-    cu_seqlens_q = to_device(starts.int(), device)
-    if not prefixes.any():
-        longest = max(layout.lengths)
-        kwargs |= {"cu_seq_lens_q": cu_seqlens_q, "cu_seq_lens_k": cu_seqlens_q}
-        kwargs |= {"max_length_q": longest, "max_length_k": longest}
-        return kwargs | {"wsft_varlen": VarlenMetadata(layout, cu_seqlens_q, cu_seqlens_q, longest, longest, None)}
-    whole = lengths + prefixes
-    k_starts = torch.nn.functional.pad(whole.cumsum(0), (1, 0))
-    # position of each key in its sequence: those below `prefixes` are in the parent segment, the others in their own
-    in_sequence = torch.arange(int(k_starts[-1])) - k_starts[:-1].repeat_interleave(whole)
-    in_own = in_sequence + (starts[:-1] - prefixes).repeat_interleave(whole)
-    in_parent = in_sequence + starts[parents].repeat_interleave(whole)
-    key_indices = torch.where(in_sequence < prefixes.repeat_interleave(whole), in_parent, in_own)
-    cu_seqlens_k = to_device(k_starts.int(), device)
-    return kwargs | {
-        "wsft_varlen": VarlenMetadata(
-            layout, cu_seqlens_q, cu_seqlens_k, max(layout.lengths), int(whole.max()), to_device(key_indices, device)
-        )
-    }
+    def kwargs(self) -> dict[str, object]:
+        """Keyword arguments for a transformers model: position_ids, `wsft_varlen` for packed attention and, if no prefix is
+        shared, those of transformers' flash attention."""
+        kwargs = {"position_ids": self.position_ids_1T, "wsft_varlen": self}
+        if self.key_indices is None:
+            kwargs |= {"cu_seq_lens_q": self.cu_seqlens_q, "cu_seq_lens_k": self.cu_seqlens_k}
+            kwargs |= {"max_length_q": self.max_seqlen_q, "max_length_k": self.max_seqlen_k}
+        return kwargs

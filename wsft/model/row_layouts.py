@@ -20,7 +20,7 @@ from wsft.errors import UserError
 from wsft.model.attention import PACKED, learn_masks
 from wsft.model.causal_lm import WeightedSFTModel, body_of
 from wsft.model.meta_passes import STOPS
-from wsft.model.packing import Layout
+from wsft.model.packing import Layout, VarlenMetadata
 from wsft.model.small import small_copies
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they support packed sequences themselves
@@ -197,7 +197,8 @@ class _Probe:
         ends = list(itertools.accumulate(map(len, row)))
         pairs = list(zip(ends, row, strict=True))[scored]
         at = torch.cat([torch.arange(end - len(segment) + 1, end) for end, segment in pairs]).to(row[0].device)
-        return self._model.run(torch.cat(row).unsqueeze(0), at, torch.zeros(len(at), device=at.device), layout).logp_N
+        packing = VarlenMetadata.of(layout).to(at.device) if layout else None
+        return self._model.run(torch.cat(row).unsqueeze(0), at, torch.zeros(len(at), device=at.device), packing).logp_N
 
     def _agree(self, found: torch.Tensor, wanted: list[torch.Tensor]) -> bool:
         found = found.split([len(sequence) for sequence in wanted])

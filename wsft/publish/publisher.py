@@ -164,7 +164,8 @@ class Publisher:
         """The share of the adapters' changes that is lost where they are added to weights. A collective with LoRA."""
         if not self._tensors.adapted or self._adapters:
             return {}
-        sums = self._world.reduce_sum(dict(zip(("lost", "wanted"), map(torch.tensor, self._tensors.take_lost()), strict=True)))
+        lost = dict(zip(("lost", "wanted"), map(torch.tensor, self._tensors.take_lost()), strict=True))
+        sums, _ = self._world.reduce(lost, {})
         share = (sums["lost"] / sums["wanted"]) ** 0.5 if sums["wanted"] else 0.0
         if share > ROUNDING_SAID and not self._warned_of_rounding:
             log.warning(

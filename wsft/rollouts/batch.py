@@ -6,6 +6,7 @@ Knows nothing of ranks, networks or models.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -16,9 +17,9 @@ import numpy as np
 import torch
 
 from wsft.loss.advantages import NORMALIZATIONS, ZEROS, Override, Shaping, override
-from wsft.loss.corrections import NO_CORRECTIONS, Corrections
+from wsft.loss.corrections import Corrections
 from wsft.loss.objectives import Objective
-from wsft.loss.terms import Coefficients, TokenTerms
+from wsft.loss.terms import LossSettings, TokenTerms
 from wsft.model.packing import Layout, Prefixes
 from wsft.rollouts.decoder import REASONS, Decoder, Rollout
 
@@ -98,10 +99,14 @@ class Batch:
 
     def spans(self) -> list[slice]:
         """Slices of the rollouts in the flat arrays."""
-        ends = np.cumsum(self.lengths)
-        return [slice(int(end - n), int(end)) for end, n in zip(ends, self.lengths, strict=True)]
+        return self._spans
 
-    @property
+    @functools.cached_property
+    def _spans(self) -> list[slice]:
+        ends = np.cumsum(self.lengths)
+        return [slice(*span) for span in zip((ends - self.lengths).tolist(), ends.tolist(), strict=True)]
+
+    @functools.cached_property
     def trained_tokens(self) -> np.ndarray:
         """Trained tokens of each rollout, [R] int64."""
         before_N = np.concatenate([[0], np.cumsum(self.loss_mask)])
@@ -285,17 +290,13 @@ def token_terms(
     batch: Batch,
     rows: list[int],
     scales_R: np.ndarray,
-    objective: Objective,
-    coefficients: Coefficients,
-    temperature: float,
-    corrections: Corrections = NO_CORRECTIONS,
+    settings: LossSettings,
     stale_N: np.ndarray | None = None,
     prox_logp_N: np.ndarray | None = None,
 ) -> TokenTerms:
     """Loss inputs of the trained tokens of the given rollouts, in order.
 
     Args:
-        temperature: for rollouts without their own.
         stale_N: bool for each token of the batch, see `Batch.stale`; None: none is.
         prox_logp_N: for each token of the batch its logprob at the start of the batch; None: the current one.
     """
@@ -306,9 +307,10 @@ def token_terms(
         return torch.from_numpy(values.astype(np.float32))
 
     fixed_R = np.select([np.isin(batch.overrides, ZEROS), batch.overrides == Override.SFT], [0.0, 1.0], np.nan)
-    temperatures_R = np.where(np.isnan(batch.temperatures), temperature, batch.temperatures)
+    temperatures_R = np.where(np.isnan(batch.temperatures), settings.temperature, batch.temperatures)
+    coefficients = settings.coefficients
     terms = TokenTerms(
-        objective=objective,
+        objective=settings.objective,
         coefficients=coefficients,
         scale_N=float32(scales_R[row_N]),
         advantages_N=float32(batch.advantages[at_N]),
@@ -316,7 +318,7 @@ def token_terms(
         fixed_weights_N=float32(fixed_R[row_N]),
         temperature_N=float32(temperatures_R[row_N]),
         sequence_N=torch.from_numpy(np.unique(row_N, return_inverse=True)[1].astype(np.int64)),
-        corrections=corrections,
+        corrections=settings.corrections,
         stale_N=None if stale_N is None else torch.from_numpy(stale_N[at_N]),
         prox_logp_N=None if prox_logp_N is None else float32(prox_logp_N[at_N]),
     )

@@ -1,8 +1,9 @@
 """Delivers the same batch to every rank at the same time.
 
-A thread reads from the source (sources.py), `prefetch_batches` ahead of the training step: a batch is fetched, journalled and
-decoded while the one before it trains. Ranks do not wait for data inside one long collective. They exchange their states about
-once a second, so a run may wait for hours without a timeout, and an error on the fetching rank reaches all.
+A thread of each rank works `prefetch_batches` ahead of the training step: on ranks that fetch it reads from the source
+(sources.py), a batch is journalled, decoded, broadcast to the threads of the other ranks and prepared while the one before it
+trains. The ranks themselves do not wait for data inside one long collective. They exchange their states about once a second, so
+a run may wait for hours without a timeout, and an error on the fetching rank reaches all.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from wsft.config import WeightedSFTConfig
+from wsft.distributed.channel import from_message, to_message
 from wsft.distributed.signals import Stop
 from wsft.distributed.world import World
 from wsft.errors import UserError
@@ -27,6 +29,7 @@ from wsft.rollouts.batch import Batch
 from wsft.rollouts.decoder import REASONS
 from wsft.rollouts.sources import EndOfData, GivenSource, Position, Source
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 EMPTY_BATCHES_ALLOWED = 3
@@ -60,7 +63,7 @@ class _Ahead:
                 future.set_exception(error)
 
 
-class _Answer(IntEnum):
+class _State(IntEnum):
     """States that ranks exchange. The reason is added to STOP, which one rank suffices for."""
 
     WAIT = 0
@@ -70,8 +73,30 @@ class _Answer(IntEnum):
     STOP = 100
 
 
-class Feed:
-    """The global batches of a run, the same on every rank; advantages are not yet shaped over the batch.
+class _FailedElsewhere(Exception):
+    """Another rank could not fetch its part of a batch: the message comes from there."""
+
+
+@dataclass(frozen=True)
+class _Ready(Generic[T]):
+    """A batch that was delivered.
+
+    Attributes:
+        rejected: sequences left out since the last batch with a trained token, by reason.
+    """
+
+    prepared: T
+    has_trained: bool
+    rejected: dict[str, int]
+    position: Position | None  # of the source, on the ranks that fetch
+
+
+class Feed(Generic[T]):
+    """The global batches of a run, delivered to every rank and prepared there by a thread, `prefetch_batches` ahead.
+
+    Args:
+        prepare: called on every rank with each batch and the number of optimizer steps before it; pure.
+        step: optimizer steps so far.
 
     Attributes:
         batches: number of batches that the run has taken, and index of the next in the journal.
@@ -80,106 +105,155 @@ class Feed:
         position: of the source on rank 0, after the last batch taken.
     """
 
-    def __init__(self, config: WeightedSFTConfig, source: Source | None, world: World, stop: Stop, metadata: dict[str, Any]):
-        self._config, self._source, self._world, self._stop = config, source, world, stop
-        self._is_given = any(world.all_gather_int(int(isinstance(source, GivenSource))))
+    def __init__(
+        self,
+        config: WeightedSFTConfig,
+        source: Source | None,
+        prepare: Callable[[Batch, int], T],
+        world: World,
+        stop: Stop,
+        metadata: dict[str, Any],
+        step: int,
+    ):
+        self._config, self._source, self._prepare, self._world, self._stop = config, source, prepare, world, stop
+        given, has_source = zip(
+            *world.all_gather_ints(int(isinstance(source, GivenSource)), int(source is not None)), strict=True
+        )
+        self._is_given, self._fetching = any(given), [rank for rank, has in enumerate(has_source) if has]
         self._prefetch = 0 if self._is_given else config.prefetch_batches
-        self._fetching = [rank for rank, has in enumerate(world.all_gather_int(int(source is not None))) if has]
         self.batches, self._lost_before = metadata.get("batches", 0), metadata.get("possibly_lost", 0)
         self.possibly_lost, self.position = self._lost_before, metadata.get("position")
-        self.stopped, self._pruned_gib = 0, self.journal_gib
-        self._over, self._ahead = threading.Event(), _Ahead()
-        self._taking: dict[int, Future] = {}  # batch number -> future of the batch and the position after it
+        self.stopped, self._pruned_bytes, self._since_pruned = 0, self._journal_bytes, 0
+        self._over, self._ahead, self._channel = threading.Event(), _Ahead(), world.new_channel()
+        self._futures: dict[int, Future[_Ready[T]]] = {}  # batch number -> the batch
+        # of the thread: steps before the batch that it prepares, and sequences that were left out with batches passed over
+        self._step_ahead, self._passed_over = step, np.zeros(len(REASONS), dtype=np.int64)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """State for a checkpoint, to resume from."""
         return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
 
-    def next(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
+    def next(self, step: int, waiting: Callable[[str], None]) -> T | None:
         """The next batch with a trained token; None at the end of the data or if the run should stop. Sequences of batches that
         were skipped are counted in it as left out. `waiting` is called with the state every second. A batch that the caller
         gave is returned as it is."""
-        left_out = np.zeros(len(REASONS), dtype=np.int64)
         for _ in range(EMPTY_BATCHES_ALLOWED):
-            batch = self._exchange(step, waiting)
-            if batch is None or self._is_given:
-                return batch
-            if not batch.num_trained:
-                left_out[REASONS.index("no token is trained")] += len(batch.lengths)
-            batch = replace(batch, counts=batch.counts + left_out)
-            if batch.num_trained:
-                return batch
-            left_out = batch.counts
-            log.info(
-                "a batch held no usable sequence (left out since the last step: %s): passed over", batch.rejected or "none"
-            )
+            ready = self._exchange(step, waiting)
+            if ready is None:
+                return None
+            if ready.has_trained or self._is_given:
+                return ready.prepared
+            left_out = ready.rejected or "none"
+            log.info("a batch held no usable sequence (left out since the last step: %s): passed over", left_out)
         raise UserError(
-            f"{EMPTY_BATCHES_ALLOWED} batches in a row held no usable sequence (left out: {batch.rejected or 'none'}): do the "
-            f"environments use the tokenizer of the model, a max_token_len no larger than the trainer's, and masks that train "
-            f"any token?"
+            f"{EMPTY_BATCHES_ALLOWED} batches in a row held no usable sequence (left out: {left_out}): do the environments use "
+            f"the tokenizer of the model, a max_token_len no larger than the trainer's, and masks that train any token?"
         )
 
-    def _exchange(self, step: int, waiting: Callable[[str], None]) -> Batch | None:
-        world, mine, error = self._world, None, None
-        answer = _Answer.WAIT if self._source else _Answer.READY
+    def _exchange(self, step: int, waiting: Callable[[str], None]) -> _Ready[T] | None:
+        """One message between ranks, and one more for each second of waiting."""
+        world, state, ready, error = self._world, _State.WAIT, None, None
         while True:
-            if answer == _Answer.WAIT and not self._stop.code:
+            if state == _State.WAIT and not self._stop.code:
                 try:
-                    mine = self._take(step)
-                    answer = _Answer.READY if mine is not None else _Answer.WAIT
+                    ready = self._ready(step)
+                    state = _State.READY if ready else _State.WAIT
                 except EndOfData:
-                    answer = _Answer.END
+                    state = _State.END
                 except Exception as failure:  # any exception must reach the other ranks
-                    answer, error = _Answer.FAILED, failure
-            stopping = self._stop.code and answer != _Answer.FAILED
-            answers = world.all_gather_int(_Answer.STOP + self._stop.code if stopping else answer)
-            if _Answer.FAILED in answers:
+                    state, error = _State.FAILED, failure
+            stopping = self._stop.code and state != _State.FAILED
+            mine = _State.STOP + self._stop.code if stopping else state
+            lost = self._source.possibly_lost if self._source else 0
+            states, all_lost, since_pruned = zip(
+                *world.all_gather_ints(mine, lost, self._journal_bytes - self._pruned_bytes), strict=True
+            )
+            if _State.FAILED in states:
                 world.raise_on_all_ranks(error)
-            self.stopped = max(0, max(answers) - _Answer.STOP)
-            if self.stopped or _Answer.END in answers:
+            self.stopped = max(0, max(states) - _State.STOP)
+            if self.stopped or _State.END in states:
                 return None  # a batch that is READY here is in the journal, and will be replayed
-            if _Answer.WAIT not in answers:
+            if _State.WAIT not in states:
                 break
             waiting(self._source.state if self._source else "")
-        part, self.position = mine or (None, None)
-        batch = Batch.joined(world.broadcast(part, Batch, source) for source in self._fetching)
-        self._taking.pop(self.batches, None)
+        self._futures.pop(self.batches)
         self.batches += 1
-        self.possibly_lost = self._lost_before + sum(world.all_gather_int(self._source.possibly_lost if self._source else 0))
-        return batch
+        self.position, self.possibly_lost = ready.position, self._lost_before + sum(all_lost)
+        self._since_pruned = max(since_pruned)
+        return ready
 
-    def _take(self, step: int) -> tuple[Batch, Position] | None:
-        """The next batch if it is ready within a second. Schedules the following ones, up to the last step."""
+    def _ready(self, step: int) -> _Ready[T] | None:
+        """The next batch if it is there within a second. Schedules the following ones, up to the last step."""
         batches_left = (self._config.training_steps - step) // self._config.updates_per_batch
         ahead = min(self._prefetch, batches_left - 1)
         for number in range(self.batches, self.batches + ahead + 1):
-            if number not in self._taking:
-                job = functools.partial(self._source.take, number, step, self._over)
-                self._taking[number] = self._ahead.submit(job)
-        first = self._taking[self.batches]
-        return first.result() if wait([first], timeout=POLL_S).done else None
+            if number not in self._futures:
+                self._futures[number] = self._ahead.submit(functools.partial(self._deliver, number, step))
+        first = self._futures[self.batches]
+        try:
+            return first.result() if wait([first], timeout=POLL_S).done else None
+        except _FailedElsewhere:
+            return None
+
+    def _deliver(self, number: int, step: int) -> _Ready[T]:
+        """Take this rank's part of a batch, get those of the others, and prepare the whole. Runs in the thread; a collective of
+        these threads, in the order of the numbers."""
+        state, part, position, error = _State.READY, np.zeros(0, np.uint8), None, None
+        if self._source:
+            try:
+                batch, position = self._source.take(number, step, self._over)
+                part = to_message(batch)
+            except EndOfData:
+                state = _State.END
+            except Exception as failure:  # the threads of the other ranks must not wait for this part
+                state, error = _State.FAILED, failure
+        states, sizes = zip(*self._channel.all_gather_ints(state, len(part)), strict=True)
+        if error:
+            raise error
+        if _State.FAILED in states:
+            raise _FailedElsewhere
+        if _State.END in states:
+            raise EndOfData
+        parts = [self._channel.broadcast(part, sizes[source], source) for source in self._fetching]
+        return self._prepared(Batch.joined(from_message(part, Batch) for part in parts), position)
+
+    def _prepared(self, batch: Batch, position: Position | None) -> _Ready[T]:
+        if not batch.num_trained and not self._is_given:
+            self._passed_over[REASONS.index("no token is trained")] += len(batch.lengths)
+        batch = replace(batch, counts=batch.counts + self._passed_over)
+        has_trained = batch.num_trained > 0
+        self._passed_over = np.zeros_like(batch.counts) if has_trained or self._is_given else batch.counts
+        prepared = self._prepare(batch, self._step_ahead)
+        self._step_ahead += self._config.updates_per_batch if has_trained else 0
+        return _Ready(prepared, has_trained, batch.rejected, position)
+
+    @property
+    def _journal_bytes(self) -> int:
+        return self._source.journal_bytes if self._source else 0
 
     @property
     def journal_gib(self) -> float:
         """Size of this rank's journal on disk."""
-        return self._source.journal_bytes / 2**30 if self._source else 0.0
+        return self._journal_bytes / 2**30
 
     def journal_is_full(self) -> bool:
         """Whether to save now, so that pruning to the oldest of the kept checkpoints holds the journals to journal_gib."""
-        since_last = len(self._fetching) * (self.journal_gib - self._pruned_gib)
-        return any(self._world.all_gather_int(int(since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1))))
+        since_last = len(self._fetching) * self._since_pruned / 2**30
+        return since_last > self._config.journal_gib / (self._config.keep_checkpoints + 1)
 
     def prune(self, below: int) -> None:
         """Delete batches below that number from the journal: all kept checkpoints were trained on them."""
         if self._source:
             self._source.prune(below)
-            self._pruned_gib = self.journal_gib
+            self._pruned_bytes = self._journal_bytes
+        self._since_pruned = 0
 
     def close(self) -> None:
-        """Wait for a request in flight, so that its batch reaches the journal."""
+        """Wait for a request in flight, so that its batch reaches the journal. Called on every rank."""
         self._over.set()
-        if wait(self._taking.values(), timeout=LAST_WORD_S).not_done:
+        leaving = self._ahead.submit(lambda: self._channel.all_gather_ints(_State.END, 0))
+        if wait([leaving], timeout=LAST_WORD_S).not_done and self._source:
             log.warning(
                 "a request to the Atropos server is still unanswered after %.0f s: a batch that it hands out now is lost",
                 LAST_WORD_S,

@@ -100,7 +100,7 @@ def of_batch(batch: Batch, step: int) -> dict[str, float | int]:
         "data/staleness_max": float(age[dated].max(initial=0)) if dated.any() else math.nan,
         "data/no_version": int((~dated).sum()),
         "data/no_behavior_logp": int((~sampled).sum()),
-        "data/no_behavior_sequences": len(np.unique(row)) - len(np.unique(row[sampled])),
+        "data/no_behavior_sequences": int((np.bincount(row) > 0).sum() - (np.bincount(row[sampled]) > 0).sum()),
     }
     scored = np.isfinite(batch.scores)
     of_envs = {f"env_{i}/": scored & (batch.env_ids == i) for i in np.unique(batch.env_ids) if i >= 0}
