@@ -120,6 +120,41 @@ def test_on_a_cpu_half_precision_is_attended_to_in_float32(packed):
     assert found.dtype == torch.bfloat16 and torch.equal(found, exact.bfloat16())
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_heads_repeated_where_no_kernel_groups_them_give_the_same(window, monkeypatch):
+    q, k, v = torch.randn(1, 4, sum(LENGTHS), 8), *torch.randn(2, 1, 2, sum(LENGTHS), 8)
+    kwargs = VarlenMetadata.of(Layout.of(LENGTHS)).kwargs() | {"sliding_window": window}
+    grouped, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, **kwargs)
+    monkeypatch.setattr(attention, "_groups_heads", lambda *_, masked: False)
+    repeated, _ = attention.packed_attention(torch.nn.Module(), q, k, v, None, **kwargs)
+    torch.testing.assert_close(grouped, repeated)
+
+
+def test_only_flash_attention_groups_heads_on_a_gpu():
+    on = lambda device, dtype, masked: attention._groups_heads(torch.device(device), dtype, masked=masked)  # noqa: E731
+    assert on("cpu", torch.float32, True) and on("cuda", torch.bfloat16, False)
+    assert not on("cuda", torch.bfloat16, True) and not on("cuda", torch.float32, False)
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_varlen_attention_is_called_as_its_version_of_torch_takes_it(takes_groups, monkeypatch):
+    """Torch 2.11 takes fewer heads of keys than of queries without being told."""
+    calls = []
+
+    def varlen_attn(q, k, v, *args, **options):
+        calls.append(options)
+        return q
+
+    monkeypatch.setattr(attention, "_is_flash", lambda *_: True)
+    monkeypatch.setattr(attention, "_varlen_attn", lambda: (varlen_attn, takes_groups))
+    kwargs = VarlenMetadata.of(Layout.of(LENGTHS)).kwargs()
+    for head_dim, called in ((8, 1), (12, 1)):  # of another size flash attention has no kernel
+        q, kv = torch.randn(1, 4, sum(LENGTHS), head_dim), torch.randn(1, 2, sum(LENGTHS), head_dim)
+        attention.packed_attention(torch.nn.Module(), q, kv, kv, None, **kwargs)
+        assert len(calls) == called
+    assert calls[0].get("enable_gqa") == (True if takes_groups else None)
+
+
 @pytest.mark.parametrize("strange", [{"s_aux": torch.ones(4)}, {"position_bias": torch.ones(4)}])
 def test_attention_of_a_kind_it_does_not_know_is_not_a_number(strange):
     q = torch.randn(1, 4, 3, 8)

@@ -1,5 +1,6 @@
 """The chunked head compared with its dense twin, the formula under autograd."""
 
+import functools
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wsft import WeightedSFTInterface
 from wsft.loss import head as loss_head
+from wsft.loss import softmax
 from wsft.loss.head import LossHead, Teacher, head_loss, weighted_linear_cross_entropy
 from wsft.loss.objectives import Objective
 from wsft.loss.terms import Coefficients, TokenTerms
@@ -423,6 +425,26 @@ def test_eight_times_the_tokens_take_no_more_memory():
     out = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     few, many = map(int, out.stdout.split())
     assert many - few < 150  # MB; one chunk of logits is 64 MB, those of 4,096 tokens are 512 MB
+
+
+def test_chunks_are_of_one_size_and_graphs_compiled_once_for_all_sizes(monkeypatch):
+    """50 steps with ragged numbers of tokens, as on a GPU, but with the compiler's eager backend."""
+    import torch._dynamo as dynamo
+
+    monkeypatch.setattr(loss_head, "can_compile", lambda device: True)
+    monkeypatch.setattr(softmax, "can_compile", lambda device: True)
+    monkeypatch.setattr(softmax, "_compiled", functools.cache(functools.partial(torch.compile, dynamic=True, backend="eager")))
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    sizes, real = [], loss_head._to_gradient_
+    monkeypatch.setattr(loss_head, "_to_gradient_", lambda block, *args: sizes.append(len(block)) or real(block, *args))
+    for n in range(2, 102, 2):
+        sizes.clear()
+        hidden, lm_head = torch.randn(n, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+        temperature = torch.ones(n)
+        head_loss(hidden, lm_head, torch.randint(V, (n,)), torch.ones(n), temperature, 40).loss.backward()
+        assert sum(sizes) == n and len(sizes) == math.ceil(n / 40) and max(sizes) - min(sizes) < len(sizes)
+    assert dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 @pytest.mark.parametrize("name", ["ppo_clip", "gspo"])

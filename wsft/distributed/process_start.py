@@ -46,6 +46,8 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     os.environ["DS_ACCELERATOR"] = kind
     import deepspeed
 
+    # cuDNN's attention gives NaN gradients with a mask on H100 and H200, up to torch 2.14 (pytorch#196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     deepspeed.logger.setLevel(logging.WARNING)
     _use_zero_at_stage_1()
     tolerate_missing_shared_memory_op()

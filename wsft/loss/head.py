@@ -213,6 +213,8 @@ class _ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, lm_head_VH, bias_V, terms, shape, chunk_tokens, wanted):
         N, exact = len(hidden_NH), torch.promote_types(hidden_NH.dtype, torch.float32)
+        chunks = max(1, math.ceil(N / chunk_tokens))
+        chunk_tokens = max(1, math.ceil(N / chunks))  # of one size: a small last chunk would be inefficient
         product = hidden_NH.dtype if has_native_matmul(hidden_NH.device, hidden_NH.dtype) else exact
         wants_hidden, wants_lm_head, wants_bias = wanted
         grad_NH = torch.empty_like(hidden_NH) if wants_hidden else None
@@ -221,8 +223,9 @@ class _ChunkedHead(torch.autograd.Function):
         if isinstance(shape.temperature, torch.Tensor):
             shape = shape._replace(temperature=shape.temperature.detach().to(exact))
         found_4N = torch.zeros(4, N, dtype=exact, device=hidden_NH.device)  # loss, logp, entropy, divergence
-        buffer_CV = hidden_NH.new_empty(min(chunk_tokens, N), len(lm_head_VH), dtype=product)
-        block_rows = math.ceil(len(buffer_CV) / (1 if can_compile(hidden_NH.device) else BLOCKS_PER_CHUNK))
+        # a row more than is used, since compiled functions would be specialized to blocks that are the whole of their tensor
+        buffer_CV = hidden_NH.new_empty(chunk_tokens + 1, len(lm_head_VH), dtype=product)
+        block_rows = math.ceil(chunk_tokens / (1 if can_compile(hidden_NH.device) else BLOCKS_PER_CHUNK))
 
         def blocks(chunk: slice, hidden_CH: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
             """Compute the chunk's logits into the buffer, block by block."""
@@ -266,7 +269,14 @@ class _ChunkedHead(torch.autograd.Function):
             raise RuntimeError("the chunked head frees its gradients in the first backward; run its forward again")
         gradients, ctx.gradients = ctx.gradients, None
         # also scaled by 1, since reading grad_loss would synchronize
-        return *(g if g is None else g.mul_(grad_loss).to(ctx.dtype) for g in gradients), None, None, None, None
+        return *(g if g is None else _scaled(g, grad_loss, ctx.dtype) for g in gradients), None, None, None, None
+
+
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient * scale in another type: in place, or read and written once."""
+    if gradient.dtype == dtype:
+        return gradient.mul_(scale)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _to_gradient_(logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: LogitShape, wants_gradient: bool) -> torch.Tensor:
@@ -307,7 +317,7 @@ def _add_product_(sum_VH: torch.Tensor, left_VC: torch.Tensor, right_CH: torch.T
     """sum += left @ right in the type of the sum; if the device cannot, a block of rows at a time."""
     if left_VC.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_VC, right_CH)
-    elif sum_VH.device.type != "cpu":
+    elif sum_VH.device.type == "cuda":  # neither on a CPU nor, before torch 2.13, on the meta device
         torch.addmm(sum_VH, left_VC, right_CH, out_dtype=sum_VH.dtype, out=sum_VH)
     else:
         for part in _slices(0, len(sum_VH), max(1, CONVERTED_BYTES // (4 * right_CH.shape[1]))):

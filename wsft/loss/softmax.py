@@ -22,8 +22,10 @@ class LogitShape(NamedTuple):
     softcap: float | None
 
     def of_rows(self, rows: slice) -> LogitShape:
-        one_number = not isinstance(self.temperature, torch.Tensor)
-        return self if one_number else self._replace(temperature=self.temperature[rows].unsqueeze(1))
+        if not isinstance(self.temperature, torch.Tensor):
+            return self
+        # a copy: compiled functions would be specialized to a view of a tensor of as many rows, and compiled again for others
+        return self._replace(temperature=self.temperature[rows, None].clone())
 
     @property
     def logit_scale(self) -> float | torch.Tensor:

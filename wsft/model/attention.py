@@ -8,6 +8,8 @@ ranks.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,16 +148,17 @@ def packed_attention(
         query, key, value = (x.to(torch.promote_types(dtype, torch.float32)) for x in (query, key, value))
     if wsft_varlen is None:
         return _sequence(query, key, value, scaling, dropout, mask, softcap).transpose(1, 2).to(dtype).contiguous(), None
-    if _is_flash(query.device, dtype) and query.shape[-1] <= 256 and softcap is None and not dropout and not mask.allows:
-        from torch.nn.attention.varlen import varlen_attn
-
+    fits_flash = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    if _is_flash(query.device, dtype) and fits_flash and softcap is None and not dropout and not mask.allows:
+        varlen_attn, takes_groups = _varlen_attn()
         window = (-1 if mask.window is None else mask.window - 1, 0)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         if wsft_varlen.key_indices is not None:
             k, v = k[wsft_varlen.key_indices], v[wsft_varlen.key_indices]
+        options = {"enable_gqa": q.shape[1] != k.shape[1]} if takes_groups else {}
         found = varlen_attn(
             q, k, v, wsft_varlen.cu_seqlens_q, wsft_varlen.cu_seqlens_k, wsft_varlen.max_seqlen_q, wsft_varlen.max_seqlen_k,
-            scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1],
+            scale=scaling, window_size=window, **options,
         )  # fmt: skip
         return found.unsqueeze(0).contiguous(), None
     # split, since the gradient of a slice is as large as the row
@@ -165,6 +168,15 @@ def packed_attention(
         k, v = (x[i] if parent < 0 else torch.cat([x[parent], x[i]], dim=2) for x in (ks, vs))
         parts.append(_sequence(qs[i], k, v, scaling, dropout, mask, softcap))
     return torch.cat(parts, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+
+
+@functools.cache
+def _varlen_attn() -> tuple[Callable[..., torch.Tensor], bool]:
+    """Torch's variable-length attention, and whether fewer heads of keys than of queries must be announced: torch 2.11 takes
+    them without."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def kernel(device: torch.device, dtype: torch.dtype) -> str:
@@ -196,15 +208,22 @@ def _sequence(
         seen = (places <= queries) & (places > queries - (mask.window or S))
         if mask.allows:
             seen = seen & mask.allows(0, 0, queries, places)
+    if grouped and (softcap is not None or not _groups_heads(query.device, query.dtype, masked=seen is not None)):
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, seen, dropout, is_causal=seen is None, scale=scaling, enable_gqa=grouped
         )
-    if grouped:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     scores = softcap * torch.tanh(query @ key.mT * (scaling or query.shape[-1] ** -0.5) / softcap)
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, dtype=torch.float32).to(query.dtype)
     return torch.nn.functional.dropout(weights, dropout) @ value
+
+
+def _groups_heads(device: torch.device, dtype: torch.dtype, masked: bool) -> bool:
+    """Whether SDPA has a fused kernel for fewer heads of keys than of queries. On a GPU without cuDNN only flash attention has,
+    which takes neither a mask nor float32; the others would materialize the scores."""
+    return device.type != "cuda" or (not masked and dtype in (torch.bfloat16, torch.float16))
 
 
 class _Fused(torch.autograd.Function):

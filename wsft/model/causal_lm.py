@@ -80,7 +80,8 @@ class WeightedSFTModel(torch.nn.Module):
                 type(self.model).__name__,
             )
             return
-        self.model.activation_checkpointing_enable({"use_reentrant": False})
+        # nothing in it is random (see `train`), so no state of random generators is to be kept for each layer
+        self.model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         asking = [module for module in self.model.modules() if getattr(module, "gradient_checkpointing", False)]
         layers = [module for module in asking if isinstance(module, GradientCheckpointingLayer)]
         self._recomputing = layers or asking
@@ -111,7 +112,8 @@ class WeightedSFTModel(torch.nn.Module):
             return model(input_ids=tokens_BT, use_cache=False).logits
         kwargs = packing.kwargs() if packing else {}
         hidden_BTH = body_of(self.model)(input_ids=tokens_BT, use_cache=False, **kwargs).last_hidden_state
-        hidden_NH = hidden_BTH.flatten(0, 1)[trained_N - 1]  # the one shift: position t-1 scores token t
+        # the one shift: position t-1 scores token t. By index_select, whose backward pass does not sort the indices
+        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, trained_N - 1)
         targets_N, head = tokens_BT.flatten()[trained_N], self.model.get_output_embeddings()
         return head(hidden_NH.to(head.weight.dtype), targets_N, weights, **options, **self.logit_options)
 
