@@ -131,8 +131,8 @@ def test_publishing_takes_a_bucket_of_the_gpu_and_two_of_the_host_or_over_nccl_o
     "row, shape, name, ranks",
     [
         ("7B on 8 GPUs", QWEN_7B, "zero3", 8),
-        ("7B on 1 GPU", QWEN_7B, "zero3_offload_optimizer", 1),
-        ("70B on 4 x 8 GPUs", LLAMA_70B, "zero3", 32),
+        pytest.param("7B on 1 GPU", QWEN_7B, "zero3_offload_optimizer", 1, marks=pytest.mark.slow),
+        pytest.param("70B on 4 x 8 GPUs", LLAMA_70B, "zero3", 32, marks=pytest.mark.slow),
     ],
 )
 def test_what_fits_where_in_the_launchers_readme_is_what_the_dry_run_says(row, shape, name, ranks, settings, tmp_path, capsys):

@@ -52,7 +52,15 @@ def logps(folder, rows):
     return [x.gather(1, torch.tensor(row[1:])[:, None]).squeeze(1) for x, row in zip(logp, rows, strict=True)]
 
 
-@pytest.mark.parametrize("kind, recomputed", [("gpt2", True), ("opt", False), ("opt", True), ("phimoe", False)])
+@pytest.mark.parametrize(
+    "kind, recomputed",
+    [
+        ("gpt2", True),
+        ("opt", True),
+        pytest.param("opt", False, marks=pytest.mark.slow),
+        pytest.param("phimoe", False, marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_random_happens_in_training(kind, recomputed, tmp_path, rng, capfd):
     folder = save_model(tmp_path / "model", AutoConfig.for_model(kind, **NOISY[kind]))
     group = make_group(rng, [10, 14, 7])

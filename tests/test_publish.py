@@ -58,7 +58,7 @@ def test_every_version_is_the_model_of_that_step(ranks, stage, tied, tmp_path, r
     assert [line["publish/version"] for line in metrics] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_5"])
+@pytest.mark.parametrize("name", ["mixtral", pytest.param("qwen3_5", marks=pytest.mark.slow)])
 def test_names_are_those_of_the_files_and_what_is_not_trained_is_linked(name, tmp_path, rng):
     """Experts that transformers keeps as one parameter are separate tensors in the files; a vision tower is not trained; nor is
     a tensor that transformers does not load."""

@@ -58,6 +58,7 @@ def test_every_launcher_starts_the_same_train_py(launcher, run_flags, tmp_path):
     assert (f"starting {1 if launcher == 'python' else 2} rank(s) on cpu") in output
 
 
+@pytest.mark.slow
 def test_a_batch_eight_times_as_large_takes_no_more_memory(tmp_path, monkeypatch):
     """At one `micro_batch_tokens`, in the precision that the machine is fast at. malloc is made to give back what is freed."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
