@@ -5,8 +5,12 @@ import torch
 from conftest import VOCAB, make_model
 from torch.overrides import TorchFunctionMode
 
+from wsft.loss import head as loss_head
+from wsft.loss.objectives import Objective
+from wsft.loss.terms import Coefficients, TokenTerms
 from wsft.model import attention
 from wsft.model.attention import PACKED
+from wsft.model.causal_lm import WeightedSFTModel
 from wsft.model.packing import Layout, VarlenMetadata
 
 CPU = torch.device("cpu")
@@ -98,6 +102,28 @@ def test_a_packed_row_runs_without_synchronizing(family, tmp_path):
     with Looks() as looks:
         model(torch.zeros(1, sum(LENGTHS), dtype=torch.int64), use_cache=False, **output)
     assert looks.count == 0
+
+
+@pytest.mark.parametrize("name", ["ppo_clip", "gspo"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_on_a_packed_row_looks_at_no_value(family, name, tmp_path, monkeypatch):
+    """Forward pass, loss, backward pass with recomputed activations and metrics, on a device that has none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setattr(loss_head, "memory_bytes", lambda _: 2**30)
+    attention.register()
+    config = AutoConfig.from_pretrained(make_model(tmp_path / "model", family=family, **FAMILIES[family]))
+    with torch.device("meta"):
+        model = WeightedSFTModel(AutoModelForCausalLM.from_config(config, attn_implementation=PACKED))
+        model.recompute_activations()
+        model.train()
+        tokens, trained = torch.zeros(1, sum(LENGTHS), dtype=torch.int64), torch.arange(1, LENGTHS[0])
+        some = [torch.zeros(len(trained)) for _ in range(5)]
+        terms = TokenTerms(Objective(name), Coefficients(entropy=0.1), *some, trained - 1)
+    out = model(tokens, trained, terms, VarlenMetadata.of(Layout.of(LENGTHS)).to("meta"), **terms.head_options())
+    out.loss.backward()
+    assert all(x.is_meta for x in terms.sums(out)[0].values())
+    assert all(param.grad is not None for param in model.parameters())
 
 
 def test_it_costs_the_sum_of_the_squares(monkeypatch):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from wsft.distributed.process_start import collective_timeout, gpu_of_this_rank
+from wsft.distributed.process_start import collective_timeout, gpu_of_this_rank, set_for_gpus
 from wsft.distributed.world import file_timeout_s, first_host, ranks_from_environment
 from wsft.errors import UserError
 
@@ -93,3 +93,13 @@ def test_collectives_outlast_the_watchdog():
         timeout_s = file_timeout_s(step_timeout, size)
         assert collective_timeout(timeout_s).total_seconds() > timeout_s >= max(600, 10 * step_timeout)
     assert timeout_s > 24 * 3600  # a tebibyte on the slowest of disks
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_set_for_the_gpu_stays(name):
+    env = {}
+    set_for_gpus(env)
+    assert env[name] == "expandable_segments:True" and env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    env = {name: "max_split_size_mb:64", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    set_for_gpus(given := dict(env))
+    assert given == env

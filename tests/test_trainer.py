@@ -39,6 +39,7 @@ def test_a_run_leaves_config_metrics_and_a_model_that_loads(settings, tmp_path):
 
     final, steps = train(settings, learning_rate=0.1)
     assert [s["step"] for s in steps] == [1, 2, 3] and all(key in s for s in steps for key in KEYS)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["learning_rate"] == 0.1 and config["micro_batch_tokens"] == 8192
     WeightedSFTConfig(**config)

@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
 from typing import Any
 
@@ -35,6 +35,7 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     if kind == "cuda":
         local_rank = gpu_of_this_rank(os.environ, torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads this, too
+        set_for_gpus(os.environ)
         torch.cuda.set_device(local_rank)
     else:
         if "OMP_NUM_THREADS" not in os.environ:  # without it, each rank would use all cores
@@ -61,6 +62,16 @@ def start_ranks(config: WeightedSFTConfig) -> World:
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     set_seed(config.seed)
     return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"), config.step_timeout)
+
+
+def set_for_gpus(env: MutableMapping[str, str]) -> None:
+    """Variables that torch reads once it uses the GPU, where the user has not set them."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the older is that of torch 2.11
+    if not any(name in env for name in names):
+        # micro-batches differ in size, and fixed segments would be left with holes
+        env |= dict.fromkeys(names, "expandable_segments:True")
+    # few kernels are compiled, for which torch would start up to 32 processes on every rank
+    env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def _meet_anew(backend: str, timeout: timedelta) -> None:
