@@ -42,6 +42,27 @@ class Events:
         self.write("end", folder and folder.name)
 
 
+class Gathers:
+    """For --callbacks: prints for each step how often rank 0 gathered parameters, in forward and in backward passes."""
+
+    def __init__(self):
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+        name, self.counts = "_PartitionedParameterCoordinator__all_gather_params_", {True: 0, False: 0}
+        gather = getattr(Coordinator, name)
+
+        def counted(coordinator, params, forward, *args, **kwargs):
+            self.counts[forward] += 1
+            return gather(coordinator, params, forward, *args, **kwargs)
+
+        setattr(Coordinator, name, counted)
+
+    def on_step(self, trainer, metrics):
+        if trainer.world.rank == 0:
+            print("gathers", json.dumps([*self.counts.values()]), flush=True)
+        self.counts |= dict.fromkeys(self.counts, 0)
+
+
 def main():
     from wsft import WeightedSFTConfig, WeightedSFTTrainer
 

@@ -2,10 +2,12 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
-from conftest import make_group, run_ranks, write_groups
+from conftest import make_group, make_model, run_ranks, write_groups
+from fed_run import flags
 from safetensors.torch import load_file
 
 # at 1.0 the reference itself, run in float32, is up to 3e-5 from float64: five steps make that of what float32 rounds
@@ -25,7 +27,7 @@ def batches_of_uneven_groups(rng):
 
 
 def reference(model_name, batches, normalize, **loading):
-    """SGD with momentum on the loss as the issue states it: one rollout at a time, no padding, float64."""
+    """SGD with momentum on the loss as it is documented: one rollout at a time, no padding, float64."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float64, attn_implementation="eager", **loading)
@@ -135,3 +137,19 @@ def test_second_shares_within_hosts_change_nothing(tiny_model, tiny_untied_model
     plain, hpz = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("plain", "hpz"))
     for name, value in plain.items():
         assert ((hpz[name] - value).norm() / value.norm()).item() < 1e-6, name
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+def test_layers_are_gathered_as_a_whole(lora_rank, tmp_path, rng):
+    """Embedding, four layers, norm and head: not each matrix by itself, and in backward passes not twice."""
+    ds = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    ds = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": ds}
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])
+    settings = {"model_name": make_model(tmp_path / "model", num_hidden_layers=4), "deepspeed": tmp_path / "ds.json"}
+    settings |= {"data": data, "batch_size": 4, "device": "cpu", "output_dir": tmp_path / "run"}
+    settings |= {"callbacks": "tests.own_loop:Gathers"} | ({"lora_rank": lora_rank} if lora_rank else {})
+    (code, output), _ = run_ranks(["train.py", *flags(settings)], 2)
+    assert code == 0, output
+    _, *steps = re.findall(r"gathers \[(\d+), (\d+)\]", output)  # the first is that of checks at the start, too
+    assert steps and all(int(forward) <= 7 and int(backward) <= 7 for forward, backward in steps)

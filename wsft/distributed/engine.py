@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wsft.config import WeightedSFTConfig
 from wsft.device import Movable, PeakMemory
@@ -316,13 +317,21 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[Any]:
 
 
 def _set_leaf_modules(model: WeightedSFTModel) -> None:
-    """Make modules that route by data, such as mixtures of experts, leaf modules of ZeRO-3, whose parameters are gathered
-    together. Else an expert is gathered on the ranks with tokens for it only, and the others do not enter that collective."""
+    """Choose the leaf modules of ZeRO-3, whose parameters are gathered together.
+
+    Modules that route by data, such as mixtures of experts: else an expert is gathered on the ranks with tokens for it only,
+    and the others do not enter that collective. And layers: else each matrix is gathered by itself, twice in a backward pass
+    that recomputes activations.
+    """
     from deepspeed.utils import set_z3_leaf_module
 
     for module in model.modules():
-        if type(module) in model.routed:
+        if type(module) in model.routed or isinstance(module, GradientCheckpointingLayer):
             set_z3_leaf_module(module, True)
+    # DeepSpeed reduces a leaf's gradients once that of its input is there: with a frozen embedding, too, it must have one
+    model.model.get_input_embeddings().register_forward_hook(
+        lambda _, __, states: states.requires_grad_() if torch.is_grad_enabled() and states.is_leaf else states
+    )
 
 
 def _require_rates(engine: Any, ds: dict[str, Any]) -> None:
