@@ -21,8 +21,8 @@ def held():
 ranks_from_environment()
 config = WeightedSFTConfig(model_name=sys.argv[1], deepspeed=sys.argv[2], device="cpu")
 world = start_ranks(config)
-hidden_size = load_model_config(config.model_name, config).hidden_size
-config, ds = deepspeed_config.resolve(config, world.size, 1, hidden_size, native_bf16=False)
+sizes = deepspeed_config.ModelSizes(load_model_config(config.model_name, config).hidden_size, layer=0)
+config, ds = deepspeed_config.resolve(config, world.size, 1, sizes, native_bf16=False)
 before, peak, over = held(), 0, threading.Event()
 
 

@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from wsft import WeightedSFTConfig
-from wsft.distributed.deepspeed_config import resolve
+from wsft.distributed.deepspeed_config import ModelSizes, resolve
 from wsft.errors import UserError
 
 
@@ -126,7 +126,8 @@ def test_help_explains_every_setting(capsys):
 
 def resolved(ds, ranks=(2, 2), **settings):
     """On that many ranks, of which as many on a host."""
-    return resolve(WeightedSFTConfig(model_name="m", deepspeed=ds, **settings), *ranks, hidden_size=64, native_bf16=True)
+    config, sizes = WeightedSFTConfig(model_name="m", deepspeed=ds, **settings), ModelSizes(hidden=64, layer=50_000)
+    return resolve(config, *ranks, sizes, native_bf16=True)
 
 
 def test_auto_is_filled_from_the_run():
@@ -139,7 +140,8 @@ def test_auto_is_filled_from_the_run():
     _, out = resolved(ds, learning_rate=2e-5, weight_decay=0.1, max_grad_norm=0.7)
     assert out["optimizer"]["params"] == {"lr": 2e-5, "weight_decay": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
     assert out["gradient_clipping"] == 0.7 and out["bf16"]["enabled"] is True
-    assert out["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 4096, "stage3_param_persistence_threshold": 640}
+    assert out["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 50_000, "stage3_param_persistence_threshold": 640}
+    assert resolved(ds, lora_rank=4)[1]["zero_optimization"]["reduce_bucket_size"] == 64 * 64
     assert (out["train_batch_size"], out["train_micro_batch_size_per_gpu"], out["gradient_accumulation_steps"]) == (2, 1, 1)
 
 

@@ -208,5 +208,5 @@ def test_check_json_takes_what_is_shipped():
     from wsft.distributed import deepspeed_config
 
     for path in (ROOT / "ds_configs").glob("*.json"):
-        config = WeightedSFTConfig(model_name="m", deepspeed=str(path))
-        check_json(deepspeed_config.resolve(config, num_ranks=2, ranks_a_host=2, hidden_size=64, native_bf16=True)[1])
+        config, sizes = WeightedSFTConfig(model_name="m", deepspeed=str(path)), deepspeed_config.ModelSizes(64, 50_000)
+        check_json(deepspeed_config.resolve(config, num_ranks=2, ranks_a_host=2, sizes=sizes, native_bf16=True)[1])

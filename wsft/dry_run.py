@@ -28,7 +28,7 @@ from wsft.inspect.view import batch_view, take
 from wsft.logs import configure_logging
 from wsft.loss.head import tokens_of_chunk
 from wsft.model.attention import register
-from wsft.model.causal_lm import WeightedSFTModel, vocab_size_of
+from wsft.model.causal_lm import WeightedSFTModel, largest_layer, vocab_size_of
 from wsft.model.loading import (
     empty_model,
     freeze_unreached,
@@ -97,8 +97,9 @@ class _Run:
         require_wandb(config)
         self.shape = load_model_config(config.model_name, config)
         native = config.device != "cpu" if machine.gpu_bytes else has_native_matmul(torch.device("cpu"), torch.bfloat16)
-        hidden = self.shape.get_text_config().hidden_size
-        self.config, self.ds = deepspeed_config.resolve(config, machine.num_ranks, machine.ranks_here, hidden, native)
+        layer = largest_layer(empty_model(self.shape, config.trust_remote_code))
+        sizes = deepspeed_config.ModelSizes(self.shape.get_text_config().hidden_size, layer)
+        self.config, self.ds = deepspeed_config.resolve(config, machine.num_ranks, machine.ranks_here, sizes, native)
         check_json(self.ds)
         self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)

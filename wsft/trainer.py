@@ -31,6 +31,7 @@ from wsft.errors import UserError
 from wsft.evaluation import Evaluation
 from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
+from wsft.model.causal_lm import largest_layer
 from wsft.model.flops import StepFlops, rated_flops, step_flops
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.lora import Adapters, as_if_trained
@@ -228,9 +229,8 @@ class WeightedSFTTrainer:
         world.expect_files(CHECKPOINT_BYTES * sum(param.numel() for param in empty.parameters()))
         self.tokenizer = load_tokenizer(self.config)
         native_bf16 = has_native_matmul(world.device, torch.bfloat16)
-        self.config, ds = deepspeed_config.resolve(
-            self.config, world.size, ranks_on_this_host(), shape.hidden_size, native_bf16
-        )
+        sizes = deepspeed_config.ModelSizes(shape.hidden_size, largest_layer(empty))
+        self.config, ds = deepspeed_config.resolve(self.config, world.size, ranks_on_this_host(), sizes, native_bf16)
         objective = Objective(self.config.objective, self.config.objective_args)
         if self.config.corrections.reweighs and objective.needs_behavior:
             log.info(

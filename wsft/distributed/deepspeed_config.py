@@ -9,7 +9,7 @@ import difflib
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wsft.config import WeightedSFTConfig
 from wsft.errors import UserError
@@ -46,16 +46,18 @@ _SCHEDULERS = {
 }
 _OF_OTHER_RATES = ("LRRangeTest", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau")
 
-# The model gives these sizes; H is its hidden size (the formulas are those of the DeepSpeed guide of transformers).
-_SIZED_BY_HIDDEN = {
-    "reduce_bucket_size": lambda h: h * h,
-    "stage3_prefetch_bucket_size": lambda h: int(0.9 * h * h),
-    "stage3_param_persistence_threshold": lambda h: 10 * h,
-}
+LARGEST_BUCKET = 250_000_000  # parameters: 0.5 GB in bf16; what is gained by larger messages is gained by then
+
+
+class ModelSizes(NamedTuple):
+    """Of the model, for what is "auto" in the JSON: its hidden size, and the parameters of its largest layer."""
+
+    hidden: int
+    layer: int
 
 
 def resolve(
-    config: WeightedSFTConfig, num_ranks: int, ranks_a_host: int, hidden_size: int, native_bf16: bool
+    config: WeightedSFTConfig, num_ranks: int, ranks_a_host: int, sizes: ModelSizes, native_bf16: bool
 ) -> tuple[WeightedSFTConfig, dict[str, Any]]:
     """The run's config and the resolved DeepSpeed JSON.
 
@@ -83,9 +85,9 @@ def resolve(
         raise UserError(f"zero_optimization.stage is {zero['stage']!r}, expected 0, 1, 2 or 3")
     if ds["bf16"]["enabled"]:
         _accumulate_in_float32(ds, zero)
-    for name, size in _SIZED_BY_HIDDEN.items():
+    for name, size in _automatic(sizes, config.lora_rank is not None).items():
         if zero.get(name) == "auto":
-            zero[name] = size(hidden_size)
+            zero[name] = size
     _hierarchy(zero, num_ranks, ranks_a_host)
     if zero.get("stage3_gather_16bit_weights_on_model_save") == "auto":
         zero["stage3_gather_16bit_weights_on_model_save"] = True
@@ -93,6 +95,17 @@ def resolve(
     ds.setdefault("zero_allow_untested_optimizer", True)  # allows any optimizer of torch
     _refuse_auto(ds)
     return agree.config(), ds
+
+
+def _automatic(sizes: ModelSizes, adapters: bool) -> dict[str, int]:
+    """A layer is gathered and reduced as a whole (engine.py), so buckets hold one. Gradients of adapters are smaller: for their
+    bucket, and for the parameters that stay on every rank, the formulas of the DeepSpeed guide of transformers are used."""
+    layer = min(LARGEST_BUCKET, max(sizes.layer, sizes.hidden**2))
+    return {
+        "reduce_bucket_size": sizes.hidden**2 if adapters else layer,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_param_persistence_threshold": 10 * sizes.hidden,
+    }
 
 
 def what_learns(ds: dict[str, Any]) -> dict[str, Any]:

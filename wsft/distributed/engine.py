@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wsft.config import WeightedSFTConfig
 from wsft.device import Movable, PeakMemory
@@ -321,13 +320,13 @@ def _set_leaf_modules(model: WeightedSFTModel) -> None:
 
     Modules that route by data, such as mixtures of experts: else an expert is gathered on the ranks with tokens for it only,
     and the others do not enter that collective. And layers: else each matrix is gathered by itself, twice in a backward pass
-    that recomputes activations.
+    that recomputes activations. Not those that run several times in a pass, for which DeepSpeed has no place in its trace.
     """
     from deepspeed.utils import set_z3_leaf_module
 
-    for module in model.modules():
-        if type(module) in model.routed or isinstance(module, GradientCheckpointingLayer):
-            set_z3_leaf_module(module, True)
+    routed = [module for module in model.modules() if type(module) in model.routed]
+    for module in [*routed, *map(model.model.get_submodule, model.layers)]:
+        set_z3_leaf_module(module, True)
     # DeepSpeed reduces a leaf's gradients once that of its input is there: with a frozen embedding, too, it must have one
     model.model.get_input_embeddings().register_forward_hook(
         lambda _, __, states: states.requires_grad_() if torch.is_grad_enabled() and states.is_leaf else states

@@ -35,8 +35,10 @@ class WeightedSFTModel(torch.nn.Module):
         self.model = model
         # ZeRO-3 gathers parameters around the forward of the module that owns them, so the loss is computed in that forward
         model.get_output_embeddings().__class__ = LossHead
-        # found on the meta device (meta_passes.py): classes of modules that route by data, and whether to try packed rows
+        # found on the meta device (meta_passes.py): classes of modules that route by data, names of layers that run once in a
+        # pass, and whether to try packed rows
         self.routed: set[type[torch.nn.Module]] = set()
+        self.layers: list[str] = []
         self.takes_packed_rows = True
         # rows are padded to so many tokens, so that all modules run on every rank: else ZeRO-3's collectives would not match
         self.shortest = 2
@@ -175,6 +177,18 @@ class WeightedSFTModel(torch.nn.Module):
         except ValueError:  # a model without a choice of attention
             return False
         return True
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Its layers, those of encoders beside the language model included."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {id(part) for layer in found for part in layer.modules() if part is not layer}
+    return [layer for layer in found if id(layer) not in inner]
+
+
+def largest_layer(model: torch.nn.Module) -> int:
+    """Parameters of the largest of its layers."""
+    return max((sum(param.numel() for param in layer.parameters()) for layer in layers_of(model)), default=0)
 
 
 def vocab_size_of(model: PreTrainedModel, logit_options: dict[str, float | int]) -> int:

@@ -302,6 +302,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     if passes.attention == "eager" and not config.attn_implementation:
         wrapped.attend_by("eager")  # its own attention needs a mask
     wrapped.routed, wrapped.takes_packed_rows = passes.routed, passes.takes_packed_rows()
+    wrapped.layers = passes.layers
     wrapped.shortest, wrapped.logit_options = passes.shortest, passes.logit_options
     wrapped.scored_by_text_model = passes.scored_by_text_model
     wrapped.untrained, wrapped.not_loaded = untrained, len(others)

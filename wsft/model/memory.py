@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from wsft.model.causal_lm import layers_of
 from wsft.model.meta_passes import OneSequence
 
 # bytes of optimizer state per parameter, in float32
@@ -219,13 +220,16 @@ def _reduction(zero: dict[str, Any], sizes: list[int], on_gpu: bool) -> tuple[in
 def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
     """The most parameters that ZeRO-3 has gathered at a time: between the forward and the backward pass.
 
-    A module's parameters are kept after its forward pass if its backward pass follows within `stage3_max_reuse_distance`
-    parameters, of which those above the module count twice. Prefetched parameters come in addition.
+    Layers are gathered as a whole (`engine.Engine`). A module's parameters are kept after its forward pass if its backward
+    pass follows within `stage3_max_reuse_distance` parameters, of which those above the module count twice. Prefetched
+    parameters come in addition.
     """
     reach, above, kept = int(zero.get("stage3_max_reuse_distance", 1e9)), 0, {}
     largest, whole = 0, sum(p.numel() for p in model.parameters())
-    for module in reversed(list(model.modules())):
-        own = {id(p): p.numel() for p in module.parameters(recurse=False)}
+    layers = {id(layer) for layer in layers_of(model)}
+    inner = {id(part) for layer in layers_of(model) for part in layer.modules()} - layers
+    for module in reversed([module for module in model.modules() if id(module) not in inner]):
+        own = {id(p): p.numel() for p in module.parameters(recurse=id(module) in layers)}
         largest = max(largest, sum(own.values()))
         if 2 * above < reach:
             kept |= own

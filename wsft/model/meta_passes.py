@@ -9,6 +9,7 @@ import functools
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 from transformers import PretrainedConfig, PreTrainedModel
 
 from wsft.errors import UserError
+from wsft.model.causal_lm import layers_of
 from wsft.model.head_arithmetic import HeadArithmetic
 
 # exceptions of code that needs values, or does not support the given arguments
@@ -65,10 +67,10 @@ FEW = 8
 
 @dataclass(frozen=True)
 class _Pass:
-    """Names of the parameters without a gradient after backward, and the modules that were run."""
+    """Names of the parameters without a gradient after backward, and how often each module was run."""
 
     unreached: set[str]
-    ran: set[torch.nn.Module]
+    ran: Counter[torch.nn.Module]
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Passes:
         routed: classes of modules that route by data, such as mixtures of experts with a loop over the experts that have
             tokens: which of their children run depends on values.
         mixes_types, sees_later: see `OneSequence`.
+        layers: names of the layers that run once in every pass; none if the model does not run.
         shortest: the number of tokens from which a sequence runs all modules that sequences of up to `longest` run.
         failure: an exception of the model's code that is not due to missing values.
         scored_by_text_model: see `WeightedSFTModel`.
@@ -94,6 +97,7 @@ class Passes:
     longest: int
     whole: bool = False
     routed: set[type[torch.nn.Module]] = field(default_factory=set)
+    layers: list[str] = field(default_factory=list)
     shortest: int = LENGTHS[0]
     mixes_types: bool = False
     sees_later: bool = False
@@ -114,7 +118,11 @@ class Passes:
         found = [first, *(self._pass(length, backward=bool(first.unreached)) for length in self._others)] if first else []
         passes = [each for each in found if each]
         self._unreached = set.intersection(*(each.unreached for each in passes)) if self.whole else self._not_of_the_decoder()
-        while passes and self.shortest < self._others[-1] and passes[-1].ran - passes[1].ran:
+        if self.whole:
+            named = {module: name for name, module in self.model.named_modules()}
+            once = [layer for layer in layers_of(self.model) if all(each.ran[layer] == 1 for each in passes)]
+            self.layers = [named[layer] for layer in once]
+        while passes and self.shortest < self._others[-1] and passes[-1].ran.keys() - passes[1].ran.keys():
             self.shortest = min(length for length in (*LENGTHS, self._others[-1]) if length > self.shortest)
             passes[1] = self._pass(self.shortest, backward=False) or passes[-1]
 
@@ -129,8 +137,8 @@ class Passes:
 
     def _pass(self, length: int, backward: bool = True) -> _Pass | None:
         """Forward and, if asked for, backward; without backward `unreached` is empty. None if the model does not run."""
-        ran: set[torch.nn.Module] = set()
-        hooks = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in self.model.modules()]
+        ran: Counter[torch.nn.Module] = Counter()
+        hooks = [module.register_forward_pre_hook(lambda module, _: ran.update([module])) for module in self.model.modules()]
         self.model.zero_grad()
         try:
             with self.standing_for_routed(), torch.set_grad_enabled(backward):
