@@ -320,7 +320,7 @@ def _set_leaf_modules(model: WeightedSFTModel) -> None:
 
     Modules that route by data, such as mixtures of experts: else an expert is gathered on the ranks with tokens for it only,
     and the others do not enter that collective. And layers: else each matrix is gathered by itself, twice in a backward pass
-    that recomputes activations. Not those that run several times in a pass, for which DeepSpeed has no place in its trace.
+    that recomputes activations. Not those that run several times in a pass, with which DeepSpeed 0.19.8 fails.
     """
     from deepspeed.utils import set_z3_leaf_module
 
