@@ -18,7 +18,8 @@ import time
 
 import torch
 
-from benchmarks.head import H, V, forget_peak, peak_bytes
+from benchmarks.head import DEFAULTS
+from wsft.device import PeakMemory
 from wsft.loss.corrections import NO_CORRECTIONS, Corrections
 from wsft.loss.head import head_loss, tokens_of_chunk
 from wsft.loss.objectives import OBJECTIVES, Objective
@@ -35,6 +36,7 @@ CORRECTIONS = {
 }
 NAMES = (*OBJECTIVES, *CORRECTIONS, MORE, PASS)
 SEQUENCE = 128  # tokens
+H, V = DEFAULTS["cpu"]["hidden"], DEFAULTS["cpu"]["vocab"]
 
 
 def make(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,10 +93,10 @@ def main() -> None:
     inputs = make(args)
     if args.only:
         torch.mm(torch.randn(64, 64), torch.randn(64, 64))  # the library's own buffers
-        forget_peak()
-        before = peak_bytes()
+        memory = PeakMemory(torch.device("cpu"))
+        before = memory.gib()
         seconds(args.only, *inputs)
-        print((peak_bytes() - before) / 2**20)
+        print(1024 * (memory.gib() - before))
         return
     for name in NAMES:
         seconds(name, *inputs)  # not counted
