@@ -15,6 +15,8 @@ are among it. What cannot run here is reported and left out; benchmarks/requirem
     liger       fused linear cross-entropy of Liger, reduction "none" for the sake of the weights, sums in float32
     liger_sum   the same with reduction "sum": every token weighs 1
     cce         cut-cross-entropy, without its filter for small gradients
+    torch_none  torch's linear_cross_entropy in chunks, from torch 2.13 on, reduction "none" for the sake of the weights
+    torch_sum   the same with reduction "sum": every token weighs 1
 """
 
 import argparse
@@ -93,7 +95,21 @@ def cce(hidden, lm_head, targets, weights, trained):
     return (losses * weights).sum()
 
 
-HEADS = {head.__name__: head for head in (wsft, products, dense, checkpoint, deepspeed, trl, liger, liger_sum, cce)}
+def torch_none(hidden, lm_head, targets, weights, trained, reduction="none"):
+    given = targets.where(trained, -100)
+    options = torch.nn.LinearCrossEntropyOptions()  # without, it is the dense path
+    losses = torch.nn.functional.linear_cross_entropy(hidden, lm_head, given, reduction=reduction, options=options)
+    return (losses * weights).sum() if reduction == "none" else losses
+
+
+def torch_sum(*inputs):
+    return torch_none(*inputs, reduction="sum")
+
+
+HEADS = {
+    head.__name__: head
+    for head in (wsft, products, dense, checkpoint, deepspeed, trl, liger, liger_sum, cce, torch_none, torch_sum)
+}
 OF_A_GPU = ("liger", "liger_sum", "cce")
 
 

@@ -36,6 +36,7 @@ from wsft.rollouts.batch import Batch
 from wsft.rollouts.decoder import REASONS
 from wsft.rollouts.feed import Feed
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, looks for another and warns
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(128, 8), (1024, 32), (4096, 32)]  # rollouts, ranks
 GROUP, VOCAB = 16, 150_000
