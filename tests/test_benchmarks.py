@@ -10,7 +10,7 @@ from conftest import ROOT, clean_environment
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py"))
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", MODULES, ids="{}.py".format)
 def test_a_benchmark_finds_what_it_measures(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     importlib.import_module(f"benchmarks.{name}")
