@@ -48,6 +48,7 @@ class Pass:
     micro_batches: list[MicroBatch]
     positions: list[np.ndarray]  # of each, int64 [N]: its trained tokens in the flat arrays of the batch
     num_tokens: int  # of the batch
+    flops: float  # of all ranks, backward passes included
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Plan:
         training: forward and backward passes.
         at_start: passes that score its trained tokens under the policy at the start of the batch; None: that policy is trained.
         metrics: of the batch and of its assignment to ranks; every rank has the same.
-        flops: of all ranks.
+        flops: of all ranks, those of scoring the whole batch included in the first step.
         has_ref_logp: whether the records have reference logprobs of all trained tokens.
     """
 
@@ -110,12 +111,14 @@ class Planner:
             return PlannedBatch([], {})
         parts = batch.with_final_advantages(self._shaping).minibatches(self._config.updates_per_batch)
         plans = [self._step(part, step + number, is_first=number == 0) for number, part in enumerate(parts)]
+        forward_only = sum(plan.at_start.flops for plan in plans[1:]) / 3
+        plans[0] = replace(plans[0], flops=plans[0].flops + forward_only)
         return PlannedBatch(plans, missing(batch, self._config.needs_behavior, self._has_reference))
 
     def scoring(self, batch: Batch) -> Pass:
         """Passes for the logprobs of the trained tokens of a batch."""
-        assignment, _, prefixes = self._assign(batch, np.flatnonzero(batch.trained_tokens).tolist())
-        return self._pass(batch, assignment, np.ones(len(batch.lengths)), prefixes)
+        assignment, load = self._assign(batch, np.flatnonzero(batch.trained_tokens).tolist())
+        return self._pass(batch, assignment, np.ones(len(batch.lengths)), load)
 
     def _step(self, batch: Batch, step: int, is_first: bool) -> Plan:
         config, whole = self._config, batch
@@ -127,33 +130,34 @@ class Planner:
         if config.skip_zero_weight and not self.loss.coefficients.concern_every_token:
             batch = batch.of_weight(self.loss.objective, config.corrections, stale_N)
         rows = np.flatnonzero(batch.trained_tokens if config.skip_zero_weight else batch.lengths).tolist()
-        assignment, load, prefixes = self._assign(batch, rows)
-        flops = sum(load.of(rows) for of_rank in assignment for rows in of_rank)
+        assignment, load = self._assign(batch, rows)
+        training = self._pass(batch, assignment, scales_R, load, stale_N)
         return Plan(
-            training=self._pass(batch, assignment, scales_R, prefixes, stale_N),
+            training=training,
             at_start=None if is_first else self.scoring(whole),
             metrics=values | of_plan(assignment, load, self._rows.packs),
-            flops=flops + self._flops.per_trained_token * batch.num_trained,
+            flops=training.flops,
             has_ref_logp=bool(len(batch.ref_logp)) and not np.isnan(batch.ref_logp[batch.loss_mask]).any(),
         )
 
-    def _assign(self, batch: Batch, rows: list[int]) -> tuple[list[list[list[int]]], Load, Prefixes]:
+    def _assign(self, batch: Batch, rows: list[int]) -> tuple[list[list[list[int]]], Load]:
         prefixes = batch.prefixes(rows) if self._rows.shares else Prefixes.none(len(batch.lengths))
         load = Load(batch.lengths, Cost(self._flops.per_token, self._flops.per_pair), prefixes)
-        assignment = assign_rollouts(load, rows, self._num_ranks, self._rows.micro_batch_tokens, self._rows.packs)
-        return assignment, load, prefixes
+        return assign_rollouts(load, rows, self._num_ranks, self._rows.micro_batch_tokens, self._rows.packs), load
 
     def _pass(
         self,
         batch: Batch,
         assignment: list[list[list[int]]],
         scales_R: np.ndarray,
-        prefixes: Prefixes,
+        load: Load,
         stale_N: np.ndarray | None = None,
     ) -> Pass:
         mine = assignment[self._rank]
-        micro_batches = [self._micro_batch(batch, rows, scales_R, prefixes, stale_N) for rows in mine]
-        return Pass(micro_batches, [batch.trained_positions(rows) for rows in mine], len(batch.tokens))
+        micro_batches = [self._micro_batch(batch, rows, scales_R, load.prefixes, stale_N) for rows in mine]
+        flops = sum(load.of(rows) for of_rank in assignment for rows in of_rank)
+        flops += self._flops.per_trained_token * batch.num_trained
+        return Pass(micro_batches, [batch.trained_positions(rows) for rows in mine], len(batch.tokens), flops)
 
     def _micro_batch(
         self, batch: Batch, rows: list[int], scales_R: np.ndarray, prefixes: Prefixes, stale_N: np.ndarray | None
