@@ -224,44 +224,61 @@ class WeightedSFTTrainer:
         self.world = world
         world.on_rank_0(lambda: require_wandb(self.config))
         model_config = load_model_config(self.config.model_name, self.config)
-        shape = model_config.get_text_config()
         empty = empty_model(model_config, self.config.trust_remote_code)
         world.expect_files(CHECKPOINT_BYTES * sum(param.numel() for param in empty.parameters()))
         self.tokenizer = load_tokenizer(self.config)
-        native_bf16 = has_native_matmul(world.device, torch.bfloat16)
-        sizes = deepspeed_config.ModelSizes(shape.hidden_size, largest_layer(empty))
-        self.config, ds = deepspeed_config.resolve(self.config, world.size, ranks_on_this_host(), sizes, native_bf16)
-        objective = Objective(self.config.objective, self.config.objective_args)
-        if self.config.corrections.reweighs and objective.needs_behavior:
+        ds = self._resolve_json(empty)
+        contents = contents_of(self.config, model_config, self.tokenizer)
+        self.saved = self._open_folder(contents)
+        progress = {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
+        progress = self.saved.metadata if self.saved else progress
+        self.processor = processor_of(self.config, model_config.get_text_config().vocab_size, self.tokenizer)
+        with _private_files():
+            self.source = self._open_source(progress["feed"].get("position"))
+        self.metadata = {
+            "num_ranks": world.size,
+            "stage": ds["zero_optimization"]["stage"],
+            "precision": "bf16" if ds["bf16"]["enabled"] else "fp32",
+            "optimizer": ds["optimizer"]["type"],
+            "revision": getattr(model_config, "_commit_hash", None),
+            "contents": contents,
+            "deepspeed": deepspeed_config.what_learns(ds),
+        }
+        self._load(ds, empty)
+        self._begin(empty, progress)
+
+    def _resolve_json(self, empty: PreTrainedModel) -> dict[str, Any]:
+        """The DeepSpeed JSON; the run's config adopts values from it."""
+        native_bf16 = has_native_matmul(self.world.device, torch.bfloat16)
+        sizes = deepspeed_config.ModelSizes(empty.config.get_text_config().hidden_size, largest_layer(empty))
+        self.config, ds = deepspeed_config.resolve(self.config, self.world.size, ranks_on_this_host(), sizes, native_bf16)
+        if self.config.corrections.reweighs and Objective(self.config.objective, self.config.objective_args).needs_behavior:
             log.info(
                 "%s counts the mismatch with the sampler, so the ratio of %s is to the policy at the start of the batch: with "
                 "one optimizer step per batch it is 1, and clips nothing",
                 "icepop" if self.config.icepop else "mismatch_cap",
                 self.config.objective,
             )
-        contents = contents_of(self.config, model_config, self.tokenizer)
+        if ds["bf16"]["enabled"] and not native_bf16:
+            log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
+        return ds
+
+    def _open_folder(self, contents: dict[str, str | None]) -> Checkpoint | None:
+        """The checkpoint to resume from, which rank 0 has verified."""
+        world = self.world
         with _private_files():
             start = world.on_rank_0(lambda: self.folder.open(self.config, contents))
         token = world.broadcast_text(self.folder.token)
         world.run_on_all_ranks(lambda: self.folder.require_shared(token))
-        saved = json.loads(world.broadcast_text(json.dumps(start.metadata if start else None)))  # which rank 0 has verified
-        self.saved = start = Checkpoint(self.folder.checkpoints / f"step_{saved['step']}", saved) if saved else None
-        metadata = start.metadata if start else {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
-        self.processor = processor_of(self.config, shape.vocab_size, self.tokenizer)
-        with _private_files():
-            self.source = self._open_source(metadata["feed"].get("position"))
-        precision, stage = "bf16" if ds["bf16"]["enabled"] else "fp32", ds["zero_optimization"]["stage"]
-        if precision == "bf16" and not native_bf16:
-            log.info('this device is slow at bf16, having none of its own: "auto" for bf16.enabled in the JSON takes fp32 here')
-        log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, stage)
-        self.metadata = {"num_ranks": world.size, "stage": stage, "precision": precision, "optimizer": ds["optimizer"]["type"]}
-        self.metadata |= {
-            "revision": getattr(model_config, "_commit_hash", None),
-            "contents": contents,
-            "deepspeed": deepspeed_config.what_learns(ds),
-        }
+        metadata = json.loads(world.broadcast_text(json.dumps(start.metadata if start else None)))
+        return Checkpoint(self.folder.checkpoints / f"step_{metadata['step']}", metadata) if metadata else None
+
+    def _load(self, ds: dict[str, Any], empty: PreTrainedModel) -> None:
+        """The models, and the engine with the state of the checkpoint."""
+        start, precision = self.saved, self.metadata["precision"]
+        log.info("loading %s in %s, ZeRO stage %d", self.config.model_name, precision, self.metadata["stage"])
         dtype = "bfloat16" if precision == "bf16" else "float32"
-        self.base_files = world.on_rank_0(
+        self.base_files = self.world.on_rank_0(
             lambda: read_files(start.folder / HUGGING_FACE) if start else base_files(self.config, dtype)
         )
         self._stop_if_asked()
@@ -272,28 +289,32 @@ class WeightedSFTTrainer:
         self.metadata |= {"untrained": sorted(self.model.untrained), "not_loaded": self.model.not_loaded}
         self._stop_if_asked()
         self.reference = self._load_reference(ds, self.model.vocab_size)
-        with resumable(start, self.metadata, ds, world) as saved:
-            self.engine = Engine(self.config, ds, self.model, world)
+        with resumable(start, self.metadata, ds, self.world) as saved:
+            self.engine = Engine(self.config, ds, self.model, self.world)
             with as_if_trained(self.model):
-                self.model.check_head(world.device)
+                self.model.check_head(self.world.device)
             if saved:
                 self.engine.load(saved)
         if self.config.lora_rank and self.config.kl_coef and not self.reference:
             log.info("kl_coef: to ref_logprobs where records have them, else to the base model, with the adapters switched off")
             self.reference = BaseReference(self.engine)
-        planner = self._planner(step_flops(empty, self.model.untrained))
-        self.take_step = TrainingStep(self.engine, planner, self.reference, world)
-        self.rated_flops = rated_flops(world.device) if precision == "bf16" else None
+
+    def _begin(self, empty: PreTrainedModel, progress: dict[str, Any]) -> None:
+        """What the loop works with, from where it was."""
+        planner, precision = self._planner(step_flops(empty, self.model.untrained)), self.metadata["precision"]
+        self.take_step = TrainingStep(self.engine, planner, self.reference, self.world)
+        self.rated_flops = rated_flops(self.world.device) if precision == "bf16" else None
         self.evaluation = self._open_evaluation()
-        if start:
-            load_random(start, world.rank)
-        self.said, self.state = set(), metadata.get("caller", {})
-        self.step_number, self.not_finite, self.bad = metadata["step"], metadata["not_finite"], metadata["bad"]
-        self.without_signal = metadata["without_signal"]
+        if self.saved:
+            load_random(self.saved, self.world.rank)
+        self.said, self.state = set(), progress.get("caller", {})
+        self.step_number, self.not_finite, self.bad = progress["step"], progress["not_finite"], progress["bad"]
+        self.without_signal = progress["without_signal"]
         self.publisher = self._publisher(empty, precision)
-        self.feed = Feed(self.config, self.source, planner, world, self.stop, metadata["feed"], self.step_number)
+        self.feed = Feed(self.config, self.source, planner, self.world, self.stop, progress["feed"], self.step_number)
         with _private_files():
-            self.metrics = Metrics(self.config, self.folder.path, self.step_number) if world.rank == 0 else NullMetrics()
+            of_rank_0 = self.world.rank == 0
+            self.metrics = Metrics(self.config, self.folder.path, self.step_number) if of_rank_0 else NullMetrics()
         shown = self.config.public()
         source = "the caller" if self._is_given else shown["data"] or shown["source"] or shown["atropos_url"]
         log.info("batches from %s; results in %s", source, self.folder.path)
