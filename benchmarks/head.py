@@ -14,6 +14,7 @@ are among it. What cannot run here is reported and left out; benchmarks/requirem
     trl         the fused head of TRL's trainers
     liger       fused linear cross-entropy of Liger, reduction "none" for the sake of the weights, sums in float32
     liger_sum   the same with reduction "sum": every token weighs 1
+    liger_scaled  its loss of each token at one temperature, which takes four products
     cce         cut-cross-entropy, without its filter for small gradients
     torch_none  torch's linear_cross_entropy in chunks, from torch 2.13 on, reduction "none" for the sake of the weights
     torch_sum   the same with reduction "sum": every token weighs 1
@@ -88,6 +89,12 @@ def liger_sum(*inputs):
     return liger(*inputs, reduction="sum")
 
 
+def liger_scaled(hidden, lm_head, targets, weights, trained):
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    return (Function.apply(hidden, lm_head, targets.where(trained, -100)) * weights).sum()
+
+
 def cce(hidden, lm_head, targets, weights, trained):
     from cut_cross_entropy import linear_cross_entropy
 
@@ -108,9 +115,9 @@ def torch_sum(*inputs):
 
 HEADS = {
     head.__name__: head
-    for head in (wsft, products, dense, checkpoint, deepspeed, trl, liger, liger_sum, cce, torch_none, torch_sum)
+    for head in (wsft, products, dense, checkpoint, deepspeed, trl, liger, liger_sum, liger_scaled, cce, torch_none, torch_sum)
 }
-OF_A_GPU = ("liger", "liger_sum", "cce")
+OF_A_GPU = ("liger", "liger_sum", "liger_scaled", "cce")
 
 
 def make(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, ...]:
