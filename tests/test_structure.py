@@ -23,12 +23,14 @@ distributed
 model
 config
 loss
+command_line
 logs device settings_files atomic_files connections user_code
 errors
 """
 FLOOR_OF = {name: -i for i, floor in enumerate(FLOORS.split("\n")) for name in floor.split()}
 
 NEVER_KNOWS = {
+    "command_line": {"torch", "requests", "deepspeed"},
     "config": {"torch", "requests", "deepspeed"},
     "connections": {"torch", "deepspeed", "transformers"},
     "device": {"transformers", "requests", "deepspeed", "torch.distributed"},

@@ -5,17 +5,13 @@ Knows nothing of torch, DeepSpeed or HTTP. `distributed/deepspeed_config.py` res
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import os
 import re
-import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from wsft.command_line import from_args, unknown_setting
 from wsft.loss.corrections import SEQUENCE_MASKS, Bounds, Corrections
 from wsft.loss.objectives import OBJECTIVES, Objective
 from wsft.settings_files import expand_path, parse_yaml
@@ -42,14 +38,6 @@ RESUME_MAY_CHANGE = {
     *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
     *("publish_lora", "publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
-}
-
-RENAMED = {"skip_weightless": "skip_zero_weight"}
-NOT_SUPPORTED = {
-    "load_in_4bit": "is not supported: under ZeRO-3 each rank would hold the whole 4-bit model while it loads; take a base in "
-    "bf16",
-    "lora_dropout": "is not supported: with dropout the trained policy is not that of the sampler",
-    "use_rslora": "is not supported: SGLang ignores it; set lora_alpha",
 }
 
 # settings that may name a file or folder
@@ -345,7 +333,7 @@ class WeightedSFTConfig(BaseModel):
     def _refuse_unknown_names(cls, values: Any) -> Any:
         unknown = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
         if unknown:
-            raise ValueError("; ".join(map(_unknown_setting, unknown)))
+            raise ValueError("; ".join(unknown_setting(name, cls.model_fields) for name in unknown))
         return values
 
     @field_validator("*", mode="before")
@@ -425,25 +413,7 @@ class WeightedSFTConfig(BaseModel):
     @classmethod
     def from_args(cls, argv: list[str] | None = None, prog: str = "train.py") -> WeightedSFTConfig:
         """Settings from `--config run.yaml` with flags on top. Errors go to stderr, with exit code 2."""
-        parser = _parser(cls, prog)
-        flags, unknown_args = parser.parse_known_args(argv)
-        given = vars(flags)
-        given.pop("local_rank")  # passed by the deepspeed launcher; equal to LOCAL_RANK
-        path = given.pop("config")
-        try:
-            _require_home()
-            if unknown_args:
-                name = unknown_args[0].split("=")[0]
-                known = name.startswith("--")
-                raise ValueError(_unknown_setting(name[2:], "--") if known else f"unexpected argument {name!r}")
-            return cls(**{**(_read_yaml(path) if path else {}), **given})
-        except ValidationError as error:
-            message = "; ".join(map(_sentence, error.errors()))
-        except (ValueError, OSError) as error:
-            message = str(error)
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # print it once, not on every rank
-            print(f"{parser.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(2)
+        return from_args(cls, argv, prog)
 
     @property
     def needs_behavior(self) -> bool:
@@ -481,70 +451,3 @@ def _masked(value: Any, name: str = "") -> Any:
 def without_password(url: str) -> str:
     """The URL with user and password masked."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", url)
-
-
-def _unknown_setting(name: str, prefix: str = "") -> str:
-    if name in RENAMED:
-        return f"{prefix}{name} is called {prefix}{RENAMED[name]} now"
-    if name in NOT_SUPPORTED:
-        return f"{prefix}{name} {NOT_SUPPORTED[name]}"
-    near = difflib.get_close_matches(name, WeightedSFTConfig.model_fields, n=1, cutoff=0.5)
-    hint = f", did you mean {prefix}{near[0]}?" if near else "; --help lists all settings"
-    return f"unknown setting {prefix}{name}{hint}"
-
-
-def _sentence(error: dict[str, Any]) -> str:
-    """One pydantic error as a sentence: the setting, what was found, what was expected."""
-    message = error["msg"].removeprefix("Value error, ")
-    if not error["loc"]:
-        return message
-    if error["type"] == "missing":
-        return f"{error['loc'][0]} is not set: give --{error['loc'][0]}"
-    return f"{error['loc'][0]} is {error['input']!r}: {message}"
-
-
-def _require_home() -> None:
-    if os.path.expanduser("~") == "~":  # else packages would create a folder named ~ here
-        raise ValueError(
-            f"there is no HOME, and user {os.getuid()} has no entry in /etc/passwd: set HOME to a folder that may be written, "
-            f"where packages keep what they download and compile"
-        )
-
-
-def _parser(cls: type[WeightedSFTConfig], prog: str) -> argparse.ArgumentParser:
-    """Flags from the fields. Values stay strings, which pydantic parses and validates as it does those from YAML.
-
-    pydantic-settings' CLI is not used, since its errors for unknown flags do not suggest the right one.
-    """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Train a causal language model by loss-masked, advantage-weighted SFT on Atropos rollouts.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
-    )
-    parser.add_argument("--config", default=None, metavar="RUN.YAML", help="Settings from a YAML file; flags take precedence.")
-    parser.add_argument("--local_rank", default=None, help=argparse.SUPPRESS)
-    for name, field in cls.model_fields.items():
-        choices = getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
-        metavar = "|".join(choices) or name.split("_")[-1].upper()
-        default = "required" if field.is_required() else f"default: {field.default}"
-        switch = {"nargs": "?", "const": True} if "bool" in str(field.annotation) else {}
-        text = f"{field.description} ({default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", metavar=metavar, help=text, **switch)
-    return parser
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        settings = parse_yaml(Path(expand_path(path)).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds {type(settings).__name__}, expected lines of `setting: value`")
-    strange = [key for key in settings if not isinstance(key, str)]
-    if strange:
-        raise ValueError(f"{path} names a setting {strange[0]!r}, expected a name (YAML reads on, off, yes and no as booleans)")
-    return settings
