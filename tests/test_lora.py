@@ -386,3 +386,24 @@ def test_checks_at_the_start_run_with_adapters_that_do_something(tmp_path):
 def test_a_low_learning_rate_is_warned_of(trains, tmp_path):
     output = trains(llama(tmp_path / "model", True), ranks=1, training_steps=1, learning_rate=1e-6)
     assert "LoRA learns at about 10 times that" in output
+
+
+def test_a_run_in_bf16_follows_its_twin_in_float32(tmp_path, rng):
+    """What the adapters add to the weights, over all matrices: the base, the copies of adapters in the forward pass and the
+    gradients are rounded to 8 bits."""
+    model, groups = llama(tmp_path / "model", False), batches(rng)
+    data, added = write_groups(tmp_path / "data.jsonl", [group for batch in groups for group in batch]), {}
+    runs = [
+        SETTINGS
+        | dict(model_name=model, data=data, deepspeed=sgd(3) | {"bf16": {"enabled": on}}, output_dir=str(tmp_path / name))
+        for name, on in (("bf16", True), ("fp32", False))
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    for code, output in run_ranks(["tests/train_many.py", tmp_path / "runs.json"], 2):
+        assert code == 0, output[-4000:]
+    for name in ("bf16", "fp32"):
+        A, B = adapter_of(tmp_path / name / "final")
+        added[name] = torch.cat([(B[matrix] @ A[matrix]).flatten() for matrix in sorted(A)])
+    error = ((added["bf16"] - added["fp32"]).norm() / added["fp32"].norm()).item()
+    print(f"relative difference {error:.4f}")
+    assert 0 < error < 0.05
