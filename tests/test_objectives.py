@@ -238,7 +238,7 @@ def test_tokens_cost_three_products_sequences_four_and_no_tensor_holds_all_logit
     with FlopCounterMode(display=False) as counter, LargestTensor() as largest:
         head_loss(*leaves, data.targets, terms, chunk_tokens=48, **terms.head_options()).loss.backward()
     assert counter.get_total_flops() == (4 if terms.of_sequences else 3) * 2 * N * H * V
-    assert largest.entries == 48 * V
+    assert 0 < largest.entries <= (48 + 1) * V < N * V
 
 
 # -- the terms beside the objective ----------------------------------------------------------------------------------------

@@ -82,6 +82,8 @@ class Batch:
     @classmethod
     def joined(cls, parts: Iterable[Batch]) -> Batch:
         parts = list(parts)
+        if len(parts) == 1:
+            return parts[0]
         fields = {f.name: [getattr(part, f.name) for part in parts] for f in dataclasses.fields(cls)}
         counts = sum(fields.pop("counts"))
         numbers = np.cumsum([0, *(part.groups.max(initial=-1) + 1 for part in parts)])
