@@ -215,7 +215,8 @@ class WeightedSFTTrainer:
         """Save a checkpoint, and write the model into a Hugging Face folder. A collective."""
         self.save()
         folder = Path(folder)
-        log.info("trained %d step(s); writing the model to %s", self.step_number, folder)
+        what = "adapter" if self.config.lora_rank else "model"
+        log.info("trained %d step(s); writing the %s to %s", self.step_number, what, folder)
         with self.world.extended_timeout():
             self.world.on_rank_0(lambda: export(self.saved, folder))
         self._exported = folder

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from wsft.config import WeightedSFTConfig
-from wsft.errors import UserError
+from wsft.errors import UserError, first_line
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel, noise_in
 from wsft.model.meta_passes import FEW, STOPS, Passes
@@ -48,7 +48,7 @@ def load_tokenizer(config: WeightedSFTConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({_first_line(error)})"
+            f"no tokenizer in {name!r}: give --tokenizer_name a folder or hub name ({first_line(error)})"
         ) from error
     return tokenizer
 
@@ -67,7 +67,7 @@ def load_model_config(name: str, config: WeightedSFTConfig) -> Any:
     try:
         found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({_first_line(error)})") from error
+        raise UserError(f"no model in {name!r}: expected a Hugging Face folder or hub name ({first_line(error)})") from error
     lacking = [key for key in ("hidden_size", "vocab_size") if not hasattr(found.get_text_config(), key)]
     if lacking:
         raise UserError(
@@ -98,7 +98,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.
         with torch.device("meta"):
             return class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
-        raise UserError(f"a model of {type(config).__name__} cannot be made: {_first_line(error)}") from error
+        raise UserError(f"a model of {type(config).__name__} cannot be made: {first_line(error)}") from error
 
 
 def require_trainable(model: PreTrainedModel, config: WeightedSFTConfig) -> None:
@@ -156,7 +156,7 @@ def passes_of(config: PretrainedConfig, trust_remote_code: bool, longest: int, d
                     f'code expects some in float32): train it in float32 (bf16 {{"enabled": false}} in the DeepSpeed JSON)'
                 )
             return passes
-        failure = f"{type(passes.failure).__name__}: {_first_line(passes.failure)}"
+        failure = f"{type(passes.failure).__name__}: {first_line(passes.failure)}"
     raise UserError(
         f"{type(passes.model).__name__} does not run on a sequence of tokens alone, in this version of transformers "
         f"({failure}): wsft cannot train it"
@@ -234,7 +234,7 @@ def require_complete(name: str, config: WeightedSFTConfig, dtype: torch.dtype) -
             ignore_mismatched_sizes=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model in {name!r} cannot be loaded: {first_line(error)}") from error
     missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     there = f"{len(others)} that are not of the model ({some(others)})"
     if missing:
@@ -280,7 +280,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
                 output_loading_info=True,
             )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise UserError(f"the model in {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"the model in {name!r} cannot be loaded: {first_line(error)}") from error
     files = files_of(name)
     made, others = made_of(empty, files)
     lost = sorted(info["missing_keys"]) or (differing(model, files, made) if zero3 else [])
@@ -320,7 +320,3 @@ def load_reference(config: WeightedSFTConfig, ds: dict[str, Any], vocab_size: in
             f"it must know the same tokens"
         )
     return load_model(config.ref_model_name, config, ds).requires_grad_(False).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -22,7 +22,7 @@ from requests.utils import get_netrc_auth
 from tqdm import tqdm
 
 from wsft.config import WeightedSFTConfig, without_password
-from wsft.errors import UserError
+from wsft.errors import UserError, first_line
 from wsft.logs import write_line
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Metrics:
             if name not in self._said:
                 others = "is given up" if name == "W&B" else "is not whole"
                 log.warning(
-                    "%s fails, and %s; the run continues (%s: %s)", name, others, type(error).__name__, _first_line(error)
+                    "%s fails, and %s; the run continues (%s: %s)", name, others, type(error).__name__, first_line(error)
                 )
             self._said.add(name)
             if name == "W&B":
@@ -234,7 +234,3 @@ def _finish(run: Any, failed: bool) -> None:
         raise TimeoutError("it has not taken the last steps yet")
     if errors:
         raise errors[0]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
