@@ -10,6 +10,7 @@ a prompt of its own. A step is what each takes for all rollouts, waiting for dat
 All compute in `--dtype` (float32 where the device has no bf16), with or without activation checkpointing, the same for all.
 
     wsft         train.py as it is
+    wsft equal   the same without sharing prefixes and without skipping tokens of weight 0: as many tokens run as the others run
     wsft lora    the same with --lora_rank; `trl lora` and `trl lora packing` are TRL with peft's adapters of that rank
     trl          TRL's SFTTrainer at its defaults, 8 sequences a micro-batch. It has no advantages: it trains all tokens that
                  carry loss alike
@@ -36,6 +37,7 @@ import numpy as np
 from wsft.distributed.world import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS = ("wsft", "wsft equal")  # to which the others are compared
 PER_DEVICE = 8  # sequences in a micro-batch, for peers with such an option
 QWEN = {
     "qwen2.5-1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
@@ -85,7 +87,7 @@ def ds_config(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 3}, "bf16": {"enabled": args.dtype == "bfloat16"}, "optimizer": adam, **more}
 
 
-def wsft(args: argparse.Namespace, folder: Path, lora: bool) -> list[float]:
+def wsft(args: argparse.Namespace, folder: Path, name: str) -> list[float]:
     (folder / "ds.json").write_text(json.dumps(ds_config(args)))
     flags = {
         "model_name": args.model, "data": folder / "groups.jsonl", "deepspeed": folder / "ds.json",
@@ -93,11 +95,12 @@ def wsft(args: argparse.Namespace, folder: Path, lora: bool) -> list[float]:
         "batch_size": args.rollouts, "training_steps": args.steps + 1, "learning_rate": 1e-5, "max_grad_norm": 0,
         "micro_batch_tokens": args.micro_batch_tokens, "gradient_checkpointing": str(args.checkpointing).lower(),
     }  # fmt: skip
-    flags |= {"lora_rank": args.lora_rank} if lora else {}
+    flags |= {"lora_rank": args.lora_rank} if "lora" in name else {}
+    flags |= {"share_prefixes": "false", "skip_zero_weight": "false"} if "equal" in name else {}
     run_ranks(["train.py", *(f"--{name}={value}" for name, value in flags.items())], args.ranks, folder / "wsft.log")
     steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()][1:]
     shown = ("plan/micro_batches", "plan/shared", "plan/skipped", "memory/peak_gib", "compute/tflops_per_rank", "compute/mfu")
-    print("wsft:", {key: round(steps[-1][key], 3) for key in shown if key in steps[-1]}, file=sys.stderr)
+    print(f"{name}:", {key: round(steps[-1][key], 3) for key in shown if key in steps[-1]}, file=sys.stderr)
     return [step["time/step"] for step in steps]
 
 
@@ -258,7 +261,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--micro_batch_tokens", type=int, default=2048)
     parser.add_argument("--lora_rank", type=int, default=16, help="of the peers with lora in their names")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--peers", default="wsft,trl,trl packing,example")
+    parser.add_argument("--peers", default="wsft,wsft equal,trl,trl packing,example")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--as_peer", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -293,7 +296,7 @@ def main() -> None:
                 if name in failed:
                     continue
                 try:
-                    seconds += wsft(args, folder, "lora" in name) if name.startswith("wsft") else peer(args, folder, name)
+                    seconds += wsft(args, folder, name) if name.startswith("wsft") else peer(args, folder, name)
                 except RuntimeError as error:
                     failed[name] = str(error)
                 print(f"{name}: {seconds or failed.get(name)}", file=sys.stderr)
@@ -302,9 +305,9 @@ def main() -> None:
             print(f"{name:16} left out: {failed[name]}")
             continue
         median = statistics.median(seconds)
-        ratio = f"  wsft is {median / statistics.median(found['wsft']):.2f} x as fast" if found.get("wsft") else ""
+        ratios = [f"{own} is {median / statistics.median(found[own]):.2f} x as fast" for own in OURS if found.get(own)]
         spread = f"{median:7.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
-        print(f"{name:16} {spread}  {tokens / median:6.0f} tokens/s{ratio}")
+        print(f"{name:16} {spread}  {tokens / median:6.0f} tokens/s  {', '.join(ratios)}")
     if out:
         out.write_text(json.dumps(found, indent=1))
 
