@@ -19,8 +19,11 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def compiling_ops() -> Iterator[None]:
-    """A context for everything that may compile an op of DeepSpeed. torch's lock is a file: a process that is killed leaves it,
-    and all others would wait for ever. Inside, it is a lock that the kernel releases with its process."""
+    """A context for everything that may compile an op of DeepSpeed. The lock of torch before 2.14 is a file: a process that is
+    killed leaves it, and all others would wait for ever. Inside, it is a lock that the kernel releases with its process."""
+    if not hasattr(cpp_extension, "FileBaton"):
+        yield
+        return
     before, cpp_extension.FileBaton = cpp_extension.FileBaton, _FileLock
     try:
         yield
