@@ -164,7 +164,7 @@ def test_only_flash_attention_groups_heads_on_a_gpu():
 
 @pytest.mark.parametrize("takes_groups", [True, False])
 def test_varlen_attention_is_called_as_its_version_of_torch_takes_it(takes_groups, monkeypatch):
-    """Torch 2.11 takes fewer heads of keys than of queries without being told."""
+    """Torch 2.11 takes fewer heads of keys than of queries without `enable_gqa`."""
     calls = []
 
     def varlen_attn(q, k, v, *args, **options):
