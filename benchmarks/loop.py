@@ -19,16 +19,20 @@ from pathlib import Path
 
 FOLDER = Path("runs/benchmark_loop")
 SAMPLING = ["--objective", "importance_sampling", "--objective_args", "{cap: 2.0}"]
+PPO = ["--objective", "ppo_clip", "--objective_args", "{eps_low: 0.2, eps_high: 0.28}"]
 RUNS = {
     "weighted_sft": [],
     "importance_sampling": SAMPLING,
-    "ppo_clip": ["--objective", "ppo_clip", "--objective_args", "{eps_low: 0.2, eps_high: 0.28}"],
+    "ppo_clip": PPO,
     "gspo": ["--objective", "gspo"],
     "example_update": [],  # benchmarks/example_update.py
     "lora_16": ["--lora_rank", "16", "--learning_rate", "5e-4"],
     "every_2": ["--publish_steps", "2"],
     "every_4": ["--publish_steps", "4"],
     "every_4_importance_sampling": ["--publish_steps", "4", *SAMPLING],
+    "every_4_ppo_clip": ["--publish_steps", "4", *PPO],
+    "every_4_dppo": ["--publish_steps", "4", "--objective", "dppo"],
+    "every_4_off_policy_mask": ["--publish_steps", "4", *SAMPLING, "--off_policy_mask", "0.05"],
 }
 REACHED = 0.7  # mean reward of three steps
 

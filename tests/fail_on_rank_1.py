@@ -6,7 +6,7 @@ import signal
 import sys
 
 from wsft import WeightedSFTConfig, WeightedSFTTrainer
-from wsft.distributed.engine import Engine
+from wsft.distributed.state_writer import StateWriter
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.run import checkpoint
 from wsft.run import output_folder as run_folder
@@ -29,11 +29,11 @@ def verify(folder):
     raise RuntimeError(f"{folder} is rank 0's to look at")
 
 
-write = Engine._write
+write = StateWriter._write
 
 
-def write_elsewhere(self, state_dict, path):
-    write(self, state_dict, os.path.join(os.environ["OTHER_DISK"], "lost"))
+def write_elsewhere(self, state, path):
+    write(self, state, os.path.join(os.environ["OTHER_DISK"], "lost"))
 
 
 WeightedSFTModel.forward = fail_late
@@ -44,5 +44,5 @@ if os.environ["RANK"] == "1":
     elif how == "apart":
         argv += ["--output_dir", os.environ["OTHER_DISK"]]
     elif how == "lost":
-        Engine._write = write_elsewhere
+        StateWriter._write = write_elsewhere
 WeightedSFTTrainer(WeightedSFTConfig.from_args(argv)).train()

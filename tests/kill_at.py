@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from wsft import trainer  # noqa: E402
-from wsft.distributed import engine  # noqa: E402
+from wsft.distributed.state_writer import StateWriter  # noqa: E402
 from wsft.rollouts import journal  # noqa: E402
 from wsft.run import checkpoint  # noqa: E402
 
@@ -57,6 +58,33 @@ def filling(function):
     return wrapped
 
 
+def never(*args):
+    threading.Event().wait()
+
+
+def late(function):
+    """The function; the first time once `count` more steps are in metrics.jsonl."""
+    wanted, steps, note, start = [left], threading.Semaphore(0), trainer.WeightedSFTTrainer._warn, StateWriter.start
+
+    def noted(*args):
+        steps.release()
+        return note(*args)
+
+    def started(self):
+        while wanted[0] and steps.acquire(blocking=False):
+            pass  # those before
+        start(self)
+
+    def wrapped(*args):
+        while wanted[0]:
+            assert steps.acquire(timeout=120), "training waits for the checkpoint"
+            wanted[0] -= 1
+        return function(*args)
+
+    trainer.WeightedSFTTrainer._warn, StateWriter.start = noted, started
+    return wrapped
+
+
 def half_written(descriptor, buffers):
     os.write(descriptor, buffers[0])
     os.write(descriptor, buffers[1][: len(buffers[1]) // 2])
@@ -64,8 +92,14 @@ def half_written(descriptor, buffers):
 
 Journal, os_of_journal = journal.Journal, types.SimpleNamespace(**vars(os))
 match place:
-    case "step":  # a step is taken and in metrics.jsonl
+    case "step":  # a step is taken and in metrics.jsonl; the checkpoint before it is complete
+        StateWriter.busy = property(lambda self: bool(self._thread and self._thread.join()))
         trainer.WeightedSFTTrainer._warn = killing(trainer.WeightedSFTTrainer._warn)
+    case "unwritten":  # a step is taken, while nothing is written of the checkpoint before it
+        StateWriter._write = never
+        trainer.WeightedSFTTrainer._warn = killing(trainer.WeightedSFTTrainer._warn)
+    case "late":  # steps are taken while a checkpoint is written: no death
+        StateWriter._write = late(StateWriter._write)
     case "fetch":  # a batch has come, and is not in the journal
         Journal.append = killing(Journal.append)
     case "append":  # half of a record is written
@@ -77,9 +111,9 @@ match place:
     case "appended":  # a batch is in the journal, and not decoded
         Journal.append = killing(Journal.append, last=Journal.append)
     case "save":  # some files of a checkpoint are written
-        engine.Engine._write = killing(engine.Engine._write)
+        StateWriter._write = killing(StateWriter._write)
     case "full":  # the disk is full: no death, an error
-        engine.Engine._write = filling(engine.Engine._write)
+        StateWriter._write = filling(StateWriter._write)
     case "finish":  # all but its last
         checkpoint.atomic_write = killing(checkpoint.atomic_write)
     case "prune":  # a checkpoint is complete, the old ones are still there

@@ -29,6 +29,7 @@ from fed_run import (
     wait_until,
 )
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from wsft.run.checkpoint import all_in
 
@@ -61,6 +62,31 @@ def test_kills_at_exact_places_change_nothing(places, settings, groups, tmp_path
     if "fsync" in places:
         assert "is lost" in output["fsync"] and "bytes off the end of" in output["fsync"]
     assert_bitwise_equal(folder, untouched(settings, groups, tmp_path / "untouched"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(settings, groups, tmp_path):
+    """Killed before anything of it is written, there is none; written two steps late, it is that of its own step."""
+    settings |= {"data": write_groups(tmp_path / "data.jsonl", groups)}
+    killed, late, waiting = tmp_path / "killed", tmp_path / "late", tmp_path / "waiting"
+    train(settings, script="tests/kill_at.py unwritten 5@0", codes=(1, -signal.SIGKILL), output_dir=killed)
+    assert not all_in(killed / "checkpoints") and len(steps_of(killed)) == 5 and state_of(killed)["step"] == 0
+    output = train(settings, script="tests/kill_at.py late 2", output_dir=late, keep_checkpoints=9)
+    said = [line.split("/")[0] if line.startswith("step ") else line for line in output.splitlines()]
+    saved = next(i for i, line in enumerate(said) if line.startswith("saved") and "step_3:" in line)
+    assert said.index("step 5") < saved < said.index("step 8")
+    train(settings, output_dir=waiting, background_save=False, keep_checkpoints=9)
+    train(settings, output_dir=killed)
+    for folder in (killed, late):
+        assert_bitwise_equal(folder, waiting)
+    for ours, theirs in zip(all_in(late / "checkpoints"), all_in(waiting / "checkpoints"), strict=True):
+        assert ours.step == theirs.step and ours.metadata["feed"] == theirs.metadata["feed"]
+        for name in (path.name for path in (theirs.folder / "deepspeed").glob("*_states.pt")):
+            a, b = (torch.load(each.folder / "deepspeed" / name, weights_only=False) for each in (ours, theirs))
+            assert all(map(same, tree_leaves(a), tree_leaves(b))), name
+
+
+def same(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else type(a) is type(b)
 
 
 def test_a_run_killed_between_the_updates_of_a_batch_trains_the_whole_batch_again(settings, groups, tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
 """Rank and GPU of a process, from the environment of launchers and SLURM."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from wsft.distributed.process_start import collective_timeout, gpu_of_this_rank, set_for_gpus
+from wsft.distributed.process_start import collective_timeout, gpu_of_this_rank, set_for_gpus, threads_of_rank
 from wsft.distributed.world import file_timeout_s, first_host, ranks_from_environment
 from wsft.errors import UserError
 
@@ -95,11 +96,27 @@ def test_collectives_outlast_the_watchdog():
     assert timeout_s > 24 * 3600  # a tebibyte on the slowest of disks
 
 
+@pytest.mark.parametrize("env, cores, threads", [
+    ({"WORLD_SIZE": "8"}, 64, 8),  # deepspeed
+    ({"WORLD_SIZE": "8"}, 4, 1),
+    ({"WORLD_SIZE": "8", "OMP_NUM_THREADS": "3"}, 64, None),
+    ({"WORLD_SIZE": "8", "OMP_NUM_THREADS": "1"}, 64, None),
+    ({"WORLD_SIZE": "8", "OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, 64, 8),  # set by torchrun itself
+    ({"WORLD_SIZE": "8", "OMP_NUM_THREADS": "2", "TORCHELASTIC_RUN_ID": "none"}, 64, None),
+    ({"WORLD_SIZE": "16", "SLURM_CPUS_PER_TASK": "12", "SLURM_STEP_NUM_TASKS": "16"}, 12, 12),  # srun, bound
+    ({"WORLD_SIZE": "16", "SLURM_CPUS_PER_TASK": "12", "SLURM_STEP_NUM_TASKS": "16"}, 96, 12),  # and not bound
+    ({"WORLD_SIZE": "16", "SLURM_CPUS_PER_TASK": "96", "SLURM_STEP_NUM_TASKS": "2"}, 96, 12),  # a launcher per host
+])  # fmt: skip
+def test_a_rank_takes_its_share_of_the_cores(env, cores, threads):
+    assert threads_of_rank(env, cores, 8) == threads
+
+
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_what_the_user_set_for_the_gpu_stays(name):
     env = {}
     set_for_gpus(env)
     assert env[name] == "expandable_segments:True" and env["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
-    env = {name: "max_split_size_mb:64", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
+    assert env["TORCHINDUCTOR_CACHE_DIR"] == str(Path.home() / ".cache" / "wsft" / "torchinductor")
+    env = {name: "max_split_size_mb:64", "TORCHINDUCTOR_COMPILE_THREADS": "4", "TORCHINDUCTOR_CACHE_DIR": "/c"}
     set_for_gpus(given := dict(env))
     assert given == env

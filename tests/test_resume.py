@@ -512,7 +512,7 @@ def test_the_journal_is_pruned_to_the_oldest_checkpoint_and_its_limit_is_held(ti
         train(settings, 1, script="tests/kill_at.py step 11", codes=(-signal.SIGKILL,), atropos_url=server.url)
         feeder.run_is_dead()  # the batch that it was fetching may be lost
         kept = sorted(int(path.name[5:]) for path in (folder / "checkpoints").iterdir())
-        assert len(kept) == 2 and max(s["journal/gib"] for s in steps_of(folder)) < 6.5 / 1024
+        assert len(kept) == 2 and max(s["journal/gib"] for s in steps_of(folder)) < 8 / 1024  # of 11 MiB
         assert min(Journal(folder / "journal" / "0_of_1", read_only=True).numbers) <= kept[0]
         train(settings, 1, atropos_url=server.url)
     assert [s["step"] for s in steps_of(folder)] == list(range(1, len(groups) + 1))

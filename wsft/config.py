@@ -34,7 +34,8 @@ RESUME_MAY_CHANGE = {
         "step_timeout",
         "strict",
     ),
-    *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "resume", "journal_gib"),
+    *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "background_save", "resume"),
+    "journal_gib",
     *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
     *("publish_lora", "publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
@@ -256,6 +257,10 @@ class WeightedSFTConfig(BaseModel):
     )
     save_steps: int = Field(100, ge=1, description="Steps between checkpoints; there is always one at the end.")
     keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are deleted.")
+    background_save: bool = Field(
+        True,
+        description="Write checkpoints while training goes on, from a copy in host memory; without room for it training waits.",
+    )
     resume: bool | str = Field(
         False,
         description="Continue from the newest checkpoint in output_dir, or start at step 0 if there is none; "

@@ -1,7 +1,8 @@
-"""Capabilities of a device, and its peak memory. Knows nothing of models, batches or ranks."""
+"""Capabilities of a device, its peak memory, and free memory of the host. Knows nothing of models, batches or ranks."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -114,3 +115,15 @@ class PeakMemory:
             return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
         except (OSError, TypeError):  # not Linux: the peak since the process started
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def free_host_memory() -> float | None:
+    """Free bytes of this machine's memory, within the limit of the job's control group; None where it cannot be read."""
+    free = []
+    with contextlib.suppress(OSError, TypeError):
+        free.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):
+            root = Path("/sys/fs/cgroup")
+            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+    return min(free, default=None)

@@ -6,7 +6,6 @@ Knows nothing of process groups: one process estimates for any number of ranks, 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 
 from wsft.config import WeightedSFTConfig
-from wsft.device import device_type, has_native_matmul, memory_bytes
+from wsft.device import device_type, free_host_memory, has_native_matmul, memory_bytes
 from wsft.distributed import deepspeed_config
 from wsft.distributed.engine import check_json
 from wsft.errors import UserError
@@ -68,7 +67,7 @@ class Machine:
         if config.gpu_memory_gib:
             return cls(ranks, min(ranks, GPUS_A_HOST), config.gpu_memory_gib * 2**30, None, libraries)
         here = min(ranks, gpus) if gpus else ranks
-        return cls(ranks, here, memory_bytes(torch.device("cuda", 0)) if gpus else None, _free_memory(), libraries)
+        return cls(ranks, here, memory_bytes(torch.device("cuda", 0)) if gpus else None, free_host_memory(), libraries)
 
     def shortage(self, need: Needs) -> str:
         """What there is not enough of, as a sentence; empty if it fits."""
@@ -298,26 +297,17 @@ def _table(run: _Run, need: Needs) -> str:
     lines += ["", f"{'GiB of a host':<44}{'memory':>10}", _row("Python and libraries", machine.ranks_here * machine.libraries)]
     lines += [_row(name, machine.ranks_here * size) for name, size in need.host.items()]
     lines += [_row("of all its ranks", machine.on_host(need))]
+    if config.background_save:
+        share = machine.ranks_here / machine.num_ranks if zero["stage"] else 1
+        lines += [_row("copy of a checkpoint, if there is room", need.checkpoint * share)]
     lines += ["", f"{'GiB on disk':<44}", _row("a checkpoint", need.checkpoint), _row("the exported model", need.model), ""]
     return "\n".join(lines)
 
 
-def _row(name: str, size: int) -> str:
+def _row(name: str, size: float) -> str:
     return f"  {name:<42}{size / 2**30:>10.2f}"
 
 
 def _memory_of_this_process() -> int:
     status = Path("/proc/self/status")
     return int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]) * 1024 if status.exists() else 0
-
-
-def _free_memory() -> float | None:
-    """Free memory of this machine, within the limit of the job's control group; None where it cannot be read."""
-    free = []
-    with contextlib.suppress(OSError, TypeError):
-        free.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):
-            root = Path("/sys/fs/cgroup")
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
-    return min(free, default=None)

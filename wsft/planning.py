@@ -179,9 +179,11 @@ def loss_settings(config: WeightedSFTConfig) -> LossSettings:
 
 
 def with_proximal(training: Pass, prox_logp_N: np.ndarray) -> Pass:
-    """The passes with the logprobs of the policy at the start of the batch, one for each token of the batch."""
+    """The passes with the logprobs of the policy at the start of the batch, one for each token of the batch. They are pinned if
+    the tokens are."""
     micro_batches = []
     for mb, at_N in zip(training.micro_batches, training.positions, strict=True):
         prox = torch.from_numpy(prox_logp_N[at_N].astype(np.float32))
+        prox = prox.pin_memory() if mb.tokens_BT.is_pinned() else prox
         micro_batches.append(replace(mb, terms=replace(mb.terms, prox_logp_N=prox)))
     return replace(training, micro_batches=micro_batches)

@@ -47,7 +47,7 @@ from wsft.rollouts.records import is_group
 from wsft.rollouts.sources import GivenSource, Position, Source, groups_of, open_source, processor_of
 from wsft.run.adapter import peft_config
 from wsft.run.base_files import base_files, read_files
-from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, load_random, prune, resumable, save
+from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, Save, load_random, prune, resumable
 from wsft.run.export import export
 from wsft.run.fingerprint import contents_of
 from wsft.run.measurements import of_speed, of_tokens
@@ -106,6 +106,7 @@ class WeightedSFTTrainer:
         self.folder = RunFolder(config)
         self.state: dict[str, Any] = {}
         self._is_given, self._exported = True, None
+        self._saving: Save | None = None
 
     def train(self) -> Path | None:
         """Train to the end; the folder of the trained model, or None if the run was asked to stop and can be resumed.
@@ -200,9 +201,11 @@ class WeightedSFTTrainer:
         return [[found.get((id(group), i)) for i in range(len(group["tokens"]) if is_group(group) else 0)] for group in groups]
 
     def save(self) -> Path:
-        """Save a checkpoint of the last step; returns its folder. A collective."""
+        """Save a checkpoint of the last step; returns its folder, which is complete then. A collective."""
+        self._finish_save()
         if self.step_number > (self.saved.step if self.saved else 0):
-            self._save()
+            self._begin_save()
+            self._finish_save()
         return self.folder.checkpoints / f"step_{self.step_number}"
 
     def publish(self) -> None:
@@ -387,8 +390,7 @@ class WeightedSFTTrainer:
 
     def _end_unless_published(self, failure: str) -> None:
         if failure:
-            if self.step_number > (self.saved.step if self.saved else 0):
-                self._save()
+            self.save()
             raise UserError(failure)
 
     def _load_reference(self, ds: dict[str, Any], vocab_size: int) -> Reference | None:
@@ -420,8 +422,11 @@ class WeightedSFTTrainer:
             return False
         if batch.plans:
             self._train_on(batch, start, time.monotonic() - start)
+            if self.feed.journal_is_full():  # a checkpoint makes room
+                self._finish_save()
             if self._is_due(self.config.save_steps) or self.feed.journal_is_full():
-                self._save()
+                self._finish_save()
+                self._begin_save()
         return True
 
     def _is_due(self, every: int) -> bool:
@@ -449,6 +454,8 @@ class WeightedSFTTrainer:
                 published, failure = self._publish()
                 values |= published
             values |= of_speed(values["tokens/total"], plan.flops, spent, wait, self.world.size, self.rated_flops)
+            if result.saved:
+                self._finish_save()
             self._write_metrics(values, result)
             self._end_unless_published(failure)
             start, wait = time.monotonic(), 0.0
@@ -478,27 +485,39 @@ class WeightedSFTTrainer:
             self.callbacks.call("on_end", self, self._exported)
         self.metrics.close()
 
-    def _save(self) -> None:
+    def _begin_save(self) -> None:
         try:
-            json.dumps(self.state)
+            caller = json.loads(json.dumps(self.state))
         except (TypeError, ValueError) as error:
             raise UserError(f"trainer.state cannot be saved as JSON: {error}") from error
         self.metrics.set_status("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
         counts = {"not_finite": self.not_finite, "without_signal": self.without_signal, "bad": self.bad}
-        metadata = self.metadata | {"step": self.step_number, "feed": self.feed.metadata, "caller": self.state} | counts
+        metadata = self.metadata | {"step": self.step_number, "feed": self.feed.begin_checkpoint(), "caller": caller} | counts
         metadata["config"] = self.config.public()
         metadata["versions"] = {name: version(name) for name in PACKAGES}
         with self.world.extended_timeout():
-            self.saved = save(self.folder.checkpoints, metadata, self.engine, self.base_files, self.world)
-        self.folder.step = self.step_number
+            self._saving = Save(self.folder.checkpoints, metadata, self.engine, self.base_files, self.world)
+        self._save_began, self._save_waited = start, time.monotonic() - start
+
+    def _finish_save(self) -> None:
+        """Make the checkpoint complete that is being saved, if any."""
+        if self._saving is None:
+            return
+        start = time.monotonic()
+        with self.world.extended_timeout():
+            self.saved, self._saving = self._saving.finish(), None
+        self.folder.step = self.saved.step
         self.world.on_rank_0(lambda: self.folder.write_state("running", ""))
         kept = self.world.on_rank_0(lambda: prune(self.folder.checkpoints, self.config.keep_checkpoints))
         self.feed.prune(self.world.all_gather_int(kept[0].metadata["feed"]["batches"] if kept else 0)[0])
-        size, spent = sum(self.saved.metadata["files"].values()) / 2**30, time.monotonic() - start
+        size, now = sum(self.saved.metadata["files"].values()) / 2**30, time.monotonic()
         self.callbacks.call("on_save", self, self.saved.folder)
-        log.info("saved %s: %.2f GiB in %.1f s; journal %.2f GiB", self.saved.folder, size, spent, self.feed.journal_gib)
+        log.info(
+            "saved %s: %.2f GiB in %.1f s, of which training waited %.1f s; journal %.2f GiB",
+            self.saved.folder, size, now - self._save_began, self._save_waited + now - start, self.feed.journal_gib,
+        )  # fmt: skip
 
     def _require_what_the_loss_needs(self, missing: dict[str, str]) -> None:
         for name, instead in missing.items():
@@ -553,6 +572,7 @@ class WeightedSFTTrainer:
         what = "gradients are not finite, the step was skipped" if skipped else "the loss is not finite"
         self.metrics.warn(f"step {step}: {what} (loss {result.loss}, grad_norm {result.grad_norm}); {self.bad} in a row")
         if self.bad >= BAD_STEPS_ALLOWED:
+            self._finish_save()
             raise TrainingDiverged(
                 f"{self.bad} steps in a row were not finite, the last at step {step}: lower learning_rate, set "
                 f"max_grad_norm, or look at the advantages of the batches"

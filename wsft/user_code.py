@@ -26,8 +26,8 @@ def load(name: str, what: str) -> Callable:
 class Callbacks:
     """What the setting `callbacks` names, called on every rank after each event. Methods that it lacks are left out.
 
-    on_step(trainer, metrics), on_save(trainer, folder), on_publish(trainer, version), on_end(trainer, folder of the model or
-    None). An exception ends the run on all ranks.
+    on_step(trainer, metrics), on_save(trainer, folder) once a checkpoint is complete, on_publish(trainer, version),
+    on_end(trainer, folder of the model or None). An exception ends the run on all ranks.
     """
 
     EVENTS = ("on_step", "on_save", "on_publish", "on_end")

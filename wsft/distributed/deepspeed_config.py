@@ -46,7 +46,7 @@ _SCHEDULERS = {
 }
 _OF_OTHER_RATES = ("LRRangeTest", "CyclicLR", "OneCycleLR", "ReduceLROnPlateau")
 
-LARGEST_BUCKET = 250_000_000  # parameters: 0.5 GB in bf16; what is gained by larger messages is gained by then
+LARGEST_BUCKET = 250_000_000  # parameters: 0.5 GB in bf16; a guess, until it is measured with GPUs
 
 
 class ModelSizes(NamedTuple):

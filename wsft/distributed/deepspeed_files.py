@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from wsft.device import free_host_memory
 from wsft.errors import UserError
+
+MOST_WORKERS = 16
 
 
 def trust_no_pickle() -> None:
@@ -29,13 +32,15 @@ def trust_no_pickle() -> None:
 def convert(folder: Path, out: Path) -> None:
     """Convert a checkpoint to DeepSpeed's "universal checkpoint", which any number of ranks can load. Called by one rank.
 
-    Runs in a process of its own, since it takes the memory of several ranks.
+    Runs in processes of their own, since each takes the memory of a rank or more.
     """
-    code = (
+    workers = num_workers(max(path.stat().st_size for path in folder.glob("*.pt")))
+    code = (  # forked, so that they trust no pickle either
+        "import multiprocessing; multiprocessing.set_start_method('fork')\n"
         "from wsft.distributed.deepspeed_files import trust_no_pickle; trust_no_pickle()\n"
         "from deepspeed.checkpoint.ds_to_universal import main, parse_arguments; main(parse_arguments())"
     )
-    arguments = {"input_folder": folder, "output_folder": out, "num_extract_workers": 1, "num_merge_workers": 1}
+    arguments = {"input_folder": folder, "output_folder": out, "num_extract_workers": workers, "num_merge_workers": workers}
     flags = [f"--{name}={value}" for name, value in arguments.items()]
     command = [sys.executable, "-c", code, *flags, "--inject_missing_state"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
@@ -44,6 +49,14 @@ def convert(folder: Path, out: Path) -> None:
             f"DeepSpeed cannot convert {folder} to another number of ranks (it knows Adam's state only): resume on as many "
             f"ranks as saved it. Its last line: {done.stderr.strip().splitlines()[-1:]}"
         )
+
+
+def num_workers(largest_file: int) -> int:
+    """Processes that convert a checkpoint side by side: one per core of the job, as far as memory goes. One loads the file of
+    a rank (bytes) and holds what it makes of it."""
+    free = free_host_memory()
+    room = MOST_WORKERS if free is None else int(free // (3 * largest_file))
+    return max(1, min(room, MOST_WORKERS, len(os.sched_getaffinity(0))))
 
 
 def saved_parameters(folder: Path) -> dict[str, torch.Tensor]:

@@ -26,7 +26,8 @@ from wsft.device import Movable, PeakMemory
 from wsft.distributed.deepspeed_files import quietly, saved_names
 from wsft.distributed.op_compilation import choose_adam, compiling_ops
 from wsft.distributed.process_start import collective_timeout
-from wsft.distributed.world import World
+from wsft.distributed.state_writer import StateWriter
+from wsft.distributed.world import World, ranks_on_this_host
 from wsft.errors import UserError
 from wsft.loss.terms import TokenTerms
 from wsft.model.causal_lm import WeightedSFTModel
@@ -77,6 +78,7 @@ class StepResult:
     sums: dict[str, float]  # over all trained tokens of the global batch, under the names of `TokenTerms.sums`
     maxima: dict[str, float]
     peak_gib: float  # peak memory since the last step, of the rank with the highest
+    saved: bool  # whether all ranks have written what `Engine.save` began
 
 
 class Engine:
@@ -110,39 +112,38 @@ class Engine:
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):
             _undo_warm_up(self._engine.optimizer)
         self._without_gradient = _note_gradients(model)
-        self._unwritten: Exception | None = None
+        self._writer = StateWriter(config.background_save, ranks_on_this_host())
         # DeepSpeed has no public way to choose how a file is written, nor to leave its recovery script out
-        self._engine.checkpoint_engine.save = self._write
+        self._engine.checkpoint_engine.save = self._writer.add
         self._engine._copy_recovery_script = lambda folder: None
 
     def step(self, micro_batches: list[MicroBatch], reference: Reference | BaseReference | None = None) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one optimizer step. All ranks pass equally many.
 
         A reference scores the tokens for the KL term that have no ref_logp. There are two messages between ranks beside
-        DeepSpeed's: the results before the optimizer step, which must know whether any token has a weight, and peak memory.
+        DeepSpeed's: the results before the optimizer step, which must know whether any token has a weight, and what is known
+        at its end.
         """
         engine, found = self._engine, []
         for i, micro_batch in enumerate(micro_batches):
             mb = micro_batch.to(self.world.device, non_blocking=True)
             terms = mb.terms
             if reference:
-                scored_N, known_N = (
-                    reference.logp(mb.tokens_BT, mb.trained_N, terms.temperature_N, mb.packing),
-                    terms.ref_logp_N,
-                )
+                scored_N = reference.logp(mb.tokens_BT, mb.trained_N, terms.temperature_N, mb.packing)
+                known_N = terms.ref_logp_N
                 terms = replace(terms, ref_logp_N=scored_N if known_N is None else known_N.where(~known_N.isnan(), scored_N))
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             out = engine(mb.tokens_BT, mb.trained_N, terms, mb.packing, **terms.head_options())
             engine.backward(out.loss * self.world.size)  # DeepSpeed averages over ranks; the loss is a share of a sum
             sums, maxima = terms.sums(out)
             found.append(({"loss": out.loss.detach().double()} | sums, maxima | {"signal": terms.has_signal(sums)}))
-        of_rank = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
-        sums, maxima = of_rank
+        sums, maxima = ({name: torch.stack([x[name] for x in each]) for name in each[0]} for each in zip(*found, strict=True))
         sums, maxima = self.world.reduce(
             {name: x.sum() for name, x in sums.items()}, {name: x.amax() for name, x in maxima.items()}
         )
         learning_rate, signal = engine.get_lr()[0], maxima.pop("signal") > 0
         grad_norm, applied = self._apply(signal)
+        _, at_end = self.world.reduce({}, {"gib": torch.tensor(self._peak.gib()), "busy": torch.tensor(self._writer.busy)})
         return StepResult(
             loss=sums.pop("loss"),
             grad_norm=float(grad_norm) if applied or not signal else math.nan,
@@ -152,7 +153,8 @@ class Engine:
             without_gradient=self._parameters_without_gradient() if signal else [],
             sums=sums,
             maxima=maxima,
-            peak_gib=self.world.reduce({}, {"gib": torch.tensor(self._peak.gib())})[1]["gib"],
+            peak_gib=at_end["gib"],
+            saved=not at_end["busy"],
         )
 
     @torch.no_grad()
@@ -201,25 +203,16 @@ class Engine:
         with deepspeed.zero.GatheredParameters(params, enabled=self.stage == 3):
             yield
 
-    def save(self, folder: Path) -> tuple[int, Exception | None]:
+    def save(self, folder: Path) -> None:
         """Save the sharded parameters (with LoRA those of the adapters), optimizer and schedule into a new folder. A
-        collective, which completes also if writing fails on a rank. Returns the bytes that this rank wrote, and its error, if
-        any."""
-        self._written, frozen = 0, {"exclude_frozen_parameters": self._saves_trained_only}
+        collective, after which training can go on: `wait_saved` says how it ended."""
+        frozen = {"exclude_frozen_parameters": self._saves_trained_only}
         quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False, **frozen)
-        failure, self._unwritten = self._unwritten, None
-        return self._written, failure
+        self._writer.start()
 
-    def _write(self, state_dict: dict, path: str) -> None:
-        """Replaces DeepSpeed's torch.save: with fsync, and without an exception between its barriers."""
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
-                self._written += file.tell()
-        except Exception as error:
-            self._unwritten = self._unwritten or error
+    def wait_saved(self) -> tuple[int, Exception | None]:
+        """Wait until this rank has written what `save` began; the bytes that it wrote, and its error, if any."""
+        return self._writer.wait()
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote, or `convert` made of it. A collective, called before the first step.

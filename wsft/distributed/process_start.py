@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from wsft.config import WeightedSFTConfig
 from wsft.device import device_type
 from wsft.distributed.deepspeed_files import trust_no_pickle
 from wsft.distributed.op_compilation import compiling_ops, tolerate_missing_shared_memory_op
-from wsft.distributed.world import World, file_timeout_s, ranks_on_this_host
+from wsft.distributed.world import World, file_timeout_s, ranks_on_this_host, tasks_of_step
 from wsft.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,14 +33,15 @@ KERNELS_KEPT = "128"
 def start_ranks(config: WeightedSFTConfig) -> World:
     """Join the process group (gloo on CPU, NCCL on CUDA) and take this rank's device."""
     kind = device_type(config.device)
+    threads = threads_of_rank(os.environ, len(os.sched_getaffinity(0)), ranks_on_this_host())
+    if threads:
+        torch.set_num_threads(threads)
     if kind == "cuda":
         local_rank = gpu_of_this_rank(os.environ, torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed reads this, too
         set_for_gpus(os.environ)
         torch.cuda.set_device(local_rank)
     else:
-        if "OMP_NUM_THREADS" not in os.environ:  # without it, each rank would use all cores
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_on_this_host()))
         for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
             os.environ.setdefault(cache, KERNELS_KEPT)
     once = " (the first start on a machine compiles an op for it: a minute or two)" if kind == "cpu" else ""
@@ -64,6 +66,17 @@ def start_ranks(config: WeightedSFTConfig) -> World:
     return World(torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"), config.step_timeout)
 
 
+def threads_of_rank(env: Mapping[str, str], cores: int, ranks_here: int) -> int | None:
+    """Threads on the CPU, which also runs offloaded optimizers; None where the user has set them. `cores`: those that this
+    process may use, which it shares with the other ranks of this host unless each is a task of srun."""
+    own_choice = env.get("OMP_NUM_THREADS")
+    if own_choice and not (own_choice == "1" and "TORCHELASTIC_RUN_ID" in env):  # torchrun sets 1 where there is none
+        return None
+    if "SLURM_CPUS_PER_TASK" in env and tasks_of_step(env) == env["WORLD_SIZE"]:
+        return min(cores, int(env["SLURM_CPUS_PER_TASK"]))
+    return max(1, cores // ranks_here)
+
+
 def set_for_gpus(env: MutableMapping[str, str]) -> None:
     """Variables that torch reads once it uses the GPU, where the user has not set them."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the older is that of torch 2.11
@@ -72,6 +85,9 @@ def set_for_gpus(env: MutableMapping[str, str]) -> None:
         env |= dict.fromkeys(names, "expandable_segments:True")
     # few kernels are compiled, for which torch would start up to 32 processes on every rank
     env.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # torch's default is in /tmp, which many clusters make anew for each job
+    caches = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    env.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "wsft" / "torchinductor"))
 
 
 def _meet_anew(backend: str, timeout: timedelta) -> None:

@@ -60,15 +60,15 @@ def _is_of_a_step(env: Mapping[str, str]) -> bool:
     """Whether `srun` started this process as one of several tasks. The shell of an allocation has the variables of a step, too,
     but is a single task, whatever the size of the job."""
     step = int(env.get("SLURM_STEP_ID", _SLURM_INTERACTIVE_STEP))
-    return step < _SLURM_INTERACTIVE_STEP and int(_tasks(env)) > 1
+    return step < _SLURM_INTERACTIVE_STEP and int(tasks_of_step(env)) > 1
 
 
-def _tasks(env: Mapping[str, str]) -> str:
+def tasks_of_step(env: Mapping[str, str]) -> str:
     return env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))
 
 
 def _take_ranks_from_slurm(env: MutableMapping[str, str]) -> None:
-    env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": _tasks(env), "LOCAL_RANK": env["SLURM_LOCALID"]}
+    env |= {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": tasks_of_step(env), "LOCAL_RANK": env["SLURM_LOCALID"]}
     if "MASTER_ADDR" not in env:
         env["MASTER_ADDR"] = first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
     # several steps of one job may run at the same time

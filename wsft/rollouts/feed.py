@@ -123,15 +123,17 @@ class Feed(Generic[T]):
         self._prefetch = 0 if self._is_given else config.prefetch_batches
         self.batches, self._lost_before = metadata.get("batches", 0), metadata.get("possibly_lost", 0)
         self.possibly_lost, self.position = self._lost_before, metadata.get("position")
-        self.stopped, self._pruned_bytes, self._since_pruned = 0, self._journal_bytes, 0
+        self.stopped, self._since_pruned = 0, 0
+        # of this rank's journal: bytes that the last checkpoint needed as it was complete, and as the newest began
+        self._pruned_bytes = self._at_save = self._journal_bytes
         self._over, self._ahead, self._channel = threading.Event(), _Ahead(), world.new_channel()
         self._futures: dict[int, Future[_Ready[T]]] = {}  # batch number -> the batch
         # of the thread: steps before the batch that it prepares, and sequences that were left out with batches passed over
         self._step_ahead, self._passed_over = step, np.zeros(len(REASONS), dtype=np.int64)
 
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """State for a checkpoint, to resume from."""
+    def begin_checkpoint(self) -> dict[str, Any]:
+        """State for a checkpoint that is saved now, to resume from; `prune` follows once it is complete."""
+        self._at_save = self._journal_bytes
         return {"batches": self.batches, "possibly_lost": self.possibly_lost, "position": self.position}
 
     def next(self, step: int, waiting: Callable[[str], None]) -> T | None:
@@ -245,8 +247,9 @@ class Feed(Generic[T]):
     def prune(self, below: int) -> None:
         """Delete batches below that number from the journal: all kept checkpoints were trained on them."""
         if self._source:
+            before = self._journal_bytes
             self._source.prune(below)
-            self._pruned_bytes = self._journal_bytes
+            self._pruned_bytes = self._at_save - (before - self._journal_bytes)
         self._since_pruned = 0
 
     def close(self) -> None:

@@ -118,35 +118,45 @@ def folders_in(folder: Path, suffix: str = "") -> list[Path]:
     return [path for path in found if path.is_dir() and not path.is_symlink()]
 
 
-def save(
-    folder: Path,
-    metadata: dict[str, Any],
-    engine: Engine,
-    files: dict[str, bytes] | None,
-    world: World,
-) -> Checkpoint:
-    """Save a checkpoint of step `metadata["step"]`. A collective. `files` (rank 0 only) are those of the base model. On rank
-    0 the returned checkpoint's metadata is complete. UserError if it cannot be written: then nothing of it remains, and older
-    checkpoints are unchanged."""
-    final = folder / f"step_{metadata['step']}"
-    aside = folder / f"{final.name}{_PARTIAL}"
-    try:
-        world.on_rank_0(lambda: _recreate(aside))
-        written, error = engine.save(aside / DEEPSPEED)
-        world.raise_on_all_ranks(error)
-        written += world.run_on_all_ranks(lambda: _save_random(aside / f"random_{world.rank}.pt"))
-        written = sum(world.all_gather_int(written))
-        sizes = world.on_rank_0(lambda: _finish(aside, final, metadata, files, written))
-    except Exception as error:
-        if world.rank == 0:
-            _remove(aside)
-        older = all_in(folder)[-1:]
-        raise UserError(
-            f"checkpoint {final.name} cannot be saved in {folder} ({_root(error)}). "
-            f"{f'{older[0].folder.name} there is complete' if older else 'There is no older one'}; fetched batches are in the "
-            f"journal. Fix that and continue with --resume"
-        ) from error
-    return Checkpoint(final, metadata | {"files": sizes or {}})
+class Save:
+    """A checkpoint of step `metadata["step"]`, being saved in the folder. A collective, as `finish`; between the two training
+    goes on. UserError if it cannot be written: then nothing of it remains, and older checkpoints are unchanged.
+
+    Args:
+        files: those of the base model (rank 0 only).
+    """
+
+    def __init__(self, folder: Path, metadata: dict[str, Any], engine: Engine, files: dict[str, bytes] | None, world: World):
+        self.step, self._metadata, self._engine, self._files, self._world = metadata["step"], metadata, engine, files, world
+        self._final = folder / f"step_{self.step}"
+        self._aside = folder / f"{self._final.name}{_PARTIAL}"
+        with self._explained():
+            world.on_rank_0(lambda: _recreate(self._aside))
+            engine.save(self._aside / DEEPSPEED)
+            self._written = world.run_on_all_ranks(lambda: _save_random(self._aside / f"random_{world.rank}.pt"))
+
+    def finish(self) -> Checkpoint:
+        """The complete checkpoint; on rank 0 its metadata is complete, too."""
+        with self._explained():
+            written, error = self._engine.wait_saved()
+            self._world.raise_on_all_ranks(error)
+            written = sum(self._world.all_gather_int(self._written + written))
+            sizes = self._world.on_rank_0(lambda: _finish(self._aside, self._final, self._metadata, self._files, written))
+        return Checkpoint(self._final, self._metadata | {"files": sizes or {}})
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._world.rank == 0:
+                _remove(self._aside)
+            older = all_in(self._final.parent)[-1:]
+            raise UserError(
+                f"checkpoint {self._final.name} cannot be saved in {self._final.parent} ({_root(error)}). "
+                f"{f'{older[0].folder.name} there is complete' if older else 'There is no older one'}; fetched batches are in "
+                f"the journal. Fix that and continue with --resume"
+            ) from error
 
 
 @contextlib.contextmanager
