@@ -196,6 +196,7 @@ def step(tiny: bool, results: Results) -> None:
     """Each case in a process of its own, which ends without saving."""
     cases = [
         ("qwen2.5-1.5b", "512:4096", {}),
+        ("qwen2.5-1.5b", "512:4096", {"kernels": "none"}),
         ("qwen2.5-7b", "512:4096", {"lora_rank": 16}),
         ("qwen2.5-7b", "4096:8192", {"lora_rank": 16}),
     ]

@@ -117,6 +117,18 @@ def test_the_shipped_configs_train_on_a_gpu_as_on_a_cpu(name, tiny_model, tmp_pa
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.02)
 
 
+def test_fused_kernels_train_as_the_models_own_code(tiny_model, tmp_path, rng):
+    pytest.importorskip("liger_kernel")
+    data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14, 9, 22]) for _ in range(3)])
+    settings = {"deepspeed": "ds_configs/zero3.json", "model_name": tiny_model, "data": data, "batch_size": 4, "device": "cuda"}
+    losses = {}
+    for kernels in ("none", "liger"):
+        output = train(settings, 1, output_dir=tmp_path / kernels, kernels=kernels)
+        assert ("kernels of liger-kernel" in output) == (kernels == "liger")
+        losses[kernels] = [step["loss"] for step in steps_of(tmp_path / kernels)]
+    assert losses["liger"] == pytest.approx(losses["none"], rel=0.05, abs=0.02)
+
+
 @pytest.mark.parametrize("name", ["zero3", "zero2", "zero3_offload", "zero3_offload_optimizer"])
 def test_a_run_killed_on_a_gpu_resumes_with_the_same_losses(name, tiny_model, tmp_path, rng):
     data = write_groups(tmp_path / "data.jsonl", [make_group(rng, [10, 14]) for _ in range(6)])

@@ -20,22 +20,11 @@ _SECRET_NAME = re.compile(r"(api_?key|password|secret|token)$", re.IGNORECASE)
 
 # settings that may differ on resume: they do not change what is learned, except for rounding and the run's length
 RESUME_MAY_CHANGE = {
-    *("attn_implementation", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code", "micro_batch_tokens"),
-    *("packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
-    *(
-        "eval_data",
-        "eval_steps",
-        "source",
-        "callbacks",
-        "atropos_url",
-        "atropos_timeout",
-        "fetch_mode",
-        "training_steps",
-        "step_timeout",
-        "strict",
-    ),
-    *("output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints", "background_save", "resume"),
-    "journal_gib",
+    *("attn_implementation", "kernels", "gradient_checkpointing", "device", "deepspeed", "trust_remote_code"),
+    *("micro_batch_tokens", "packing", "share_prefixes", "skip_zero_weight", "prefetch_batches"),
+    *("eval_data", "eval_steps", "source", "callbacks", "atropos_url", "atropos_timeout", "fetch_mode"),
+    *("training_steps", "step_timeout", "strict", "output_dir", "overwrite_output_dir", "save_steps", "keep_checkpoints"),
+    *("background_save", "resume", "journal_gib"),
     *("publish_folder", "publish_steps", "publish_keep", "publish_bucket_mib", "publish_to", "publish_transport"),
     *("publish_lora", "publish_pause", "publish_timeout", "publish_failures", "publish_verify_steps", "publish_tolerance"),
     *("wandb_project", "wandb_group", "wandb_run_name"),
@@ -72,6 +61,11 @@ class WeightedSFTConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         True,
         description="Recompute each layer's activations in the backward pass: less memory, about a third more time.",
+    )
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto",
+        description="liger: fused kernels of liger-kernel for RMSNorm, gated MLPs and rotary embeddings. auto: where there is "
+        "a GPU, it is installed, knows the model, and a trial gives the results of the model's own code.",
     )
     trust_remote_code: bool = Field(False, description="Run the model's own Python code, from its folder or the hub.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses CUDA if available.")

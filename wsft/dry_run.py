@@ -28,6 +28,7 @@ from wsft.logs import configure_logging
 from wsft.loss.head import tokens_of_chunk
 from wsft.model.attention import register
 from wsft.model.causal_lm import WeightedSFTModel, largest_layer, vocab_size_of
+from wsft.model.kernels import find_kernels
 from wsft.model.loading import (
     empty_model,
     freeze_unreached,
@@ -103,6 +104,8 @@ class _Run:
         self.dtype = torch.bfloat16 if self.ds["bf16"]["enabled"] else torch.float32
         self.model = empty_model(self.shape, config.trust_remote_code, self.dtype)
         require_trainable(self.model, config)
+        if not config.gpu_memory_gib:  # else that is another machine
+            find_kernels(self.model, config, machine.gpu_bytes is not None)
         if any(Path(config.model_name).glob("*.safetensors*")):  # weights are not needed for the estimate
             require_complete(config.model_name, config, self.dtype)
         self.passes = passes_of(self.shape, config.trust_remote_code, config.max_token_len, self.dtype)

@@ -33,6 +33,7 @@ from wsft.logs import configure_logging
 from wsft.loss.objectives import Objective
 from wsft.model.causal_lm import largest_layer
 from wsft.model.flops import StepFlops, rated_flops, step_flops
+from wsft.model.kernels import fuse
 from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
 from wsft.model.lora import Adapters, as_if_trained
 from wsft.planning import Plan, PlannedBatch, Planner
@@ -287,6 +288,7 @@ class WeightedSFTTrainer:
         )
         self._stop_if_asked()
         self.model = load_model(self.config.model_name, self.config, ds)
+        fuse(self.model.model, self.config, self.world.device, self.world.all_true)
         self.processor.decoder.vocab_size = self.model.vocab_size
         if self.config.lora_rank:
             self._add_adapters(empty)
@@ -398,7 +400,9 @@ class WeightedSFTTrainer:
             return None
         log.info("loading the reference model %s", self.config.ref_model_name)
         ds = deepspeed_config.for_reference(ds)
-        reference = Reference(ds, load_reference(self.config, ds, vocab_size), self.world)
+        model = load_reference(self.config, ds, vocab_size)
+        fuse(model.model, self.config, self.world.device, self.world.all_true)
+        reference = Reference(ds, model, self.world)
         self._stop_if_asked()
         return reference
 

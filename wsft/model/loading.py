@@ -25,9 +25,11 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 
 from wsft.config import WeightedSFTConfig
+from wsft.device import device_type
 from wsft.errors import UserError, first_line
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel, noise_in
+from wsft.model.kernels import find_kernels
 from wsft.model.meta_passes import FEW, STOPS, Passes
 from wsft.model.packing import Layout, VarlenMetadata
 from wsft.model.row_layouts import not_causal, position_reaches
@@ -266,6 +268,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
     dtype = torch.bfloat16 if ds["bf16"]["enabled"] else torch.float32
     empty = empty_model(load_model_config(name, config), config.trust_remote_code, dtype)
     require_trainable(empty, config)
+    find_kernels(empty, config, device_type(config.device) == "cuda")
     require_complete(name, config, dtype)
     passes = passes_of(empty.config, config.trust_remote_code, config.max_token_len, dtype)
     # from_pretrained finds this object by a global weak reference, and partitions while loading

@@ -1,0 +1,128 @@
+"""Fused kernels in the place of a model's own code. Those of liger-kernel need a GPU (test_gpu.py); here the model is changed
+as liger-kernel changes it, to code that is right or wrong.
+"""
+
+import types
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from wsft.config import WeightedSFTConfig
+from wsft.dry_run import dry_run
+from wsft.errors import UserError
+from wsft.model import kernels
+from wsft.model.kernels import find_kernels, fuse
+
+CPU = torch.device("cpu")
+
+
+class LigerRMSNorm(torch.nn.Module):
+    def forward(self, states):
+        return torch.nn.functional.rms_norm(states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class LigerWrongForward(torch.nn.Module):
+    def forward(self, states):
+        return LigerRMSNorm.forward(self, states) * 1.01
+
+
+class LigerWrongBackward(torch.nn.Module):
+    def forward(self, states):
+        return LigerRMSNorm.forward(self, states).detach() + 0 * states
+
+
+class LigerFailing(torch.nn.Module):
+    def forward(self, states):
+        raise RuntimeError("no kernel image is available")
+
+
+def liger_rope(q, k, cos, sin, unsqueeze_dim=1):
+    return own_rope(q, k, cos, sin, unsqueeze_dim)
+
+
+own_rope, own_norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
+
+
+def change_to(norm):
+    def change(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, model=None):
+        assert not cross_entropy and not fused_linear_cross_entropy
+        if rope:
+            modeling_llama.apply_rotary_pos_emb = liger_rope
+        modeling_llama.LlamaRMSNorm = norm
+        for module in model.modules():
+            if "RMSNorm" in type(module).__name__:
+                module.forward = types.MethodType(norm.forward, module)
+
+    return change
+
+
+@pytest.fixture
+def model(tmp_path):
+    yield AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model"), dtype=torch.float32)
+    modeling_llama.apply_rotary_pos_emb = own_rope
+
+
+def config_of(**settings):
+    return WeightedSFTConfig(model_name="model", atropos_url="http://localhost:1", **settings)
+
+
+def logits_of(model):
+    return model(torch.arange(3, 20).unsqueeze(0)).logits
+
+
+@pytest.mark.parametrize("settings", [{}, {"ref_model_name": "reference", "kl_coef": 0.1}])
+def test_a_model_is_changed_and_no_other(model, settings, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(kernels, "find_kernels", lambda *_: change_to(LigerRMSNorm))
+    monkeypatch.setattr(kernels, "version", lambda _: "0.8.5")
+    before = logits_of(model)
+    fuse(model, config_of(**settings), CPU)
+    assert "kernels of liger-kernel 0.8.5: LigerRMSNorm (5)" in caplog.text
+    assert vars(model.model.norm)["forward"].__func__ is LigerRMSNorm.forward
+    torch.testing.assert_close(logits_of(model), before, rtol=1e-5, atol=1e-5)
+    assert modeling_llama.LlamaRMSNorm is own_norm
+    assert modeling_llama.apply_rotary_pos_emb is (own_rope if settings else liger_rope)
+
+
+@pytest.mark.parametrize("norm", [LigerWrongForward, LigerWrongBackward, LigerFailing])
+def test_kernels_that_give_other_results_are_not_used(model, norm, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "find_kernels", lambda *_: change_to(norm))
+    before = logits_of(model)
+    fuse(model, config_of(), CPU)
+    assert "of liger-kernel for LlamaForCausalLM give other results than its own code, or do not run" in caplog.text
+    with pytest.raises(UserError, match=r"give other results than its own code.*leave kernels at auto"):
+        fuse(model, config_of(kernels="liger"), CPU)
+    assert "forward" not in vars(model.model.norm) and torch.equal(logits_of(model), before)
+    assert modeling_llama.LlamaRMSNorm is own_norm and modeling_llama.apply_rotary_pos_emb is own_rope
+
+
+def test_all_ranks_run_the_same_code(model, monkeypatch):
+    monkeypatch.setattr(kernels, "find_kernels", lambda *_: change_to(LigerRMSNorm))
+    fuse(model, config_of(), CPU, all_true=lambda mine: False)
+    assert "forward" not in vars(model.model.norm)
+
+
+def test_what_was_asked_for_and_cannot_be_used_is_said(model, monkeypatch, tiny_model):
+    assert find_kernels(model, config_of(), on_gpu=False) is None
+    assert find_kernels(model, config_of(kernels="none"), on_gpu=True) is None
+    with pytest.raises(UserError, match=r"kernels is liger, but there is no GPU to run them\. Fix that, or leave kernels"):
+        find_kernels(model, config_of(kernels="liger"), on_gpu=False)
+    with pytest.raises(UserError, match=r"no GPU"):
+        dry_run(config_of(kernels="liger", device="cpu").model_copy(update={"model_name": str(tiny_model)}))
+    monkeypatch.setitem(kernels.sys.modules, "liger_kernel", None)
+    assert find_kernels(model, config_of(), on_gpu=True) is None
+    with pytest.raises(UserError, match=r"liger-kernel cannot be imported.*pip install liger-kernel"):
+        find_kernels(model, config_of(kernels="liger"), on_gpu=True)
+    table = types.ModuleType("liger_kernel.transformers.monkey_patch")
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen2": change_to(LigerRMSNorm)}
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(kernels.sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(kernels.sys.modules, table.__name__, table)
+    assert find_kernels(model, config_of(), on_gpu=True) is None
+    with pytest.raises(UserError, match=r"it has none for models of type 'llama'"):
+        find_kernels(model, config_of(kernels="liger"), on_gpu=True)
+    table.MODEL_TYPE_TO_APPLY_LIGER_FN["llama"] = find_kernels
+    assert find_kernels(model, config_of(), on_gpu=True) is find_kernels
