@@ -59,37 +59,44 @@ def measure_journal(folder: Path, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def run(args: argparse.Namespace, folder: Path, steps: int, resume: bool) -> tuple[float, list[float], list[float]]:
-    """Seconds to the first wait for a batch; seconds of each step; seconds of each checkpoint."""
+def run(
+    args: argparse.Namespace, folder: Path, steps: int, resume: bool, background: bool
+) -> tuple[float, list[float], list[tuple[float, float]]]:
+    """Seconds to the first wait for a batch; seconds of each step; of each checkpoint but the last, at whose end nothing is
+    trained, the seconds until it was complete, and those for which training waited."""
     command = ["deepspeed", "--num_gpus", str(args.ranks), "--no_local_rank", "--log_level", "error", "train.py"]
     command += ["--deepspeed=ds_configs/zero3_cpu.json", f"--model_name={args.model}", f"--data={folder / 'groups.jsonl'}"]
     command += [f"--output_dir={folder / 'run'}", "--batch_size=4", "--save_steps=1", f"--training_steps={steps}"]
-    command += ["--gradient_checkpointing=false", f"--resume={resume}"]
+    command += ["--gradient_checkpointing=false", f"--resume={resume}", f"--background_save={background}"]
     start, waited, saves = time.perf_counter(), 0.0, []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     for line in process.stderr:
         print(line, end="", file=sys.stderr)
         waited = waited or (time.perf_counter() - start if line.startswith("waiting for a batch") else 0.0)
-        saves += [float(spent) for spent in re.findall(r"^saved .* in ([\d.]+) s;", line)]
+        found = re.search(r"^saved .* in ([\d.]+) s, of which training waited ([\d.]+) s;", line)
+        saves += [(float(found[1]), float(found[2]))] if found else []
     if process.wait():
         sys.exit("the run failed")
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").open()]
-    return waited, [m["time/step"] for m in metrics], saves
+    return waited, [m["time/step"] for m in metrics], saves[:-1]
 
 
 def measure_checkpoints(args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     writing = ["-m", "wsft.environment", "--tokenizer", args.model, "--pattern", "mixed", "--groups", "16", "--group_size", "4"]
     subprocess.run([sys.executable, *writing, "--output", folder / "groups.jsonl"], check=True, stdout=subprocess.DEVNULL)
     times = {"start afresh": [], "start with --resume": [], "a step": [], "a checkpoint": []}
+    times |= {"one in the background": [], "training waits for it": []}
     for _ in range(max(1, args.rounds // 2)):
         shutil.rmtree(folder / "run", ignore_errors=True)
-        afresh, _, saves = run(args, folder, 2, resume=False)
-        resumed, steps, more = run(args, folder, 4, resume=True)
+        afresh, _, saves = run(args, folder, 3, resume=False, background=False)
+        resumed, steps, in_background = run(args, folder, 6, resume=True, background=True)
         times["start afresh"].append(afresh)
         times["start with --resume"].append(resumed)
         times["a step"] += steps
-        times["a checkpoint"] += saves[:2] + more[:2]
-    size = sum(path.stat().st_size for path in (folder / "run" / "checkpoints" / "step_4").rglob("*") if path.is_file())
+        times["a checkpoint"] += [spent for spent, _ in saves]
+        times["one in the background"] += [spent for spent, _ in in_background]
+        times["training waits for it"] += [waited for _, waited in in_background]
+    size = sum(path.stat().st_size for path in (folder / "run" / "checkpoints" / "step_6").rglob("*") if path.is_file())
     print(f"a checkpoint of {size / 2**30:.2f} GiB", file=sys.stderr)
     return times
 
