@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -228,23 +229,40 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_server_as_it_was(vllm, smol
         assert there.version() == str(STEPS)
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how, said", [
+    ("missing", "applies a part"),
+    ("renamed", "lora_adapter with|applies a part"),
+    ("nan", "is not finite"),
+])  # fmt: skip
+def test_a_broken_adapter_ends_the_run_and_not_the_server(how, said, adapted, smollm2_model, tmp_path):
+    """vLLM answers 200 to an adapter that lacks a layer, and applies the rest."""
+    changes = dict(data=texts(tmp_path, smollm2_model), publish_to=adapted.url, learning_rate=3e-2, lora_rank=8)
+    arguments = settings_of(tmp_path, smollm2_model, publish_lora="adapter", publish_timeout=60, **changes)
+    ((code, output),) = run_together([[sys.executable, "tests/break_adapter.py", how, *arguments]], [clean_environment()])
+    assert code == 1 and re.search(said, output) and "Traceback" not in output, output
+    assert state_of(tmp_path / "run")["step"] == 1  # saved
+    assert len(connect(adapted.url, 60).sample([1, 4093, 198], 4)[0]) == 4
+
+
 def is_connected(process, port):
     connections = psutil.Process(process.pid).net_connections("tcp")
     return any(connection.raddr and connection.raddr.port == port for connection in connections)
 
 
 @pytest.mark.timeout(1800)
-def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm2_model, tmp_path, rng):
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_survives_its_servers_and_its_servers_survive_the_run(lora, vllm, smollm2_model, tmp_path, rng):
     """A server that hangs; a run that is killed while it publishes, and resumed; a server that is killed and started again."""
     groups = [make_group(rng, [10, 14, 12, 13], words=60) for _ in range(9)]
     (tmp_path / "ds.json").write_text(json.dumps(ADAM | {"zero_optimization": {"stage": 3}}))
     with contextlib.ExitStack() as opened:
-        server = opened.enter_context(serving(vllm, smollm2_model, tmp_path))
+        server = opened.enter_context(serving(vllm, smollm2_model, tmp_path, lora=lora))
         _, feeder = opened.enter_context(fed(tmp_path / "run", groups, released=1))
         settings = dict(
             model_name=smollm2_model, output_dir=tmp_path / "run", deepspeed=tmp_path / "ds.json", device="cpu", batch_size=4,
             training_steps=9, max_token_len=64, resume=True, publish_to=server.url, atropos_url=feeder.url, learning_rate=1e-4,
-            publish_verify_steps=1, save_steps=99,
+            publish_verify_steps=1, save_steps=99, **({"lora_rank": 8, "publish_lora": "adapter"} if lora else {}),
         )  # fmt: skip
 
         def run(**changes):
@@ -260,8 +278,8 @@ def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm
             assert serves(step) and answers()
 
         def answers():
-            body = {"model": str(smollm2_model), "prompt": "Hello", "max_tokens": 5}
-            return requests.post(f"{server.url}/v1/completions", json=body, timeout=60).ok
+            body = {"prompt": {"prompt_token_ids": [1, 4093, 198]}, "max_tokens": 5, "weight_versions": True}
+            return requests.post(f"{server.url}/generate", json=body, timeout=60).ok
 
         worker = server.processes[-1]
         assert "Worker" in worker.name() or "Worker" in " ".join(worker.cmdline())
@@ -287,7 +305,7 @@ def test_a_run_survives_its_servers_and_its_servers_survive_the_run(vllm, smollm
             process.kill()
         psutil.wait_procs(server.processes, 60)
         feeder.release(4)
-        server = opened.enter_context(serving(vllm, smollm2_model, tmp_path, port=server.port))
+        server = opened.enter_context(serving(vllm, smollm2_model, tmp_path, port=server.port, lora=lora))
         until_published(4)
         feeder.release(9)
         assert survivor.wait(300) == 0, (tmp_path / "output.txt").read_text()

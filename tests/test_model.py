@@ -18,6 +18,7 @@ from wsft.errors import UserError
 from wsft.model.attention import PACKED, register
 from wsft.model.causal_lm import WeightedSFTModel
 from wsft.model.loading import empty_model, load_model_config, passes_of, require_trainable
+from wsft.model.rotary import stop_growth
 from wsft.model.row_layouts import RowLayouts, find_row_layouts
 from wsft.model.small import small_copies
 
@@ -182,6 +183,21 @@ def test_rotary_embeddings_that_remember_the_longest_sequence_are_refused(tmp_pa
         train(folder, tmp_path, [make_group(rng, [10, 14])])
     (step,) = train(folder, tmp_path, [make_group(rng, [10, 14])], max_token_len=16)
     assert step["tokens/trained"] == 20
+
+
+def test_rotary_embeddings_that_may_grow_are_not_looked_at():
+    """On the meta device nothing can be."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    config = AutoConfig.for_model("llama", **SHAPE | {"max_position_embeddings": 16, "rope_parameters": rope})
+    model, tokens = AutoModelForCausalLM.from_config(config), torch.arange(3, 19).unsqueeze(0)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    before, at = model(tokens).logits, (torch.zeros(1, device="meta"), torch.arange(16, device="meta").unsqueeze(0))
+    with pytest.raises(RuntimeError, match="meta"):
+        empty.model.rotary_emb(*at)
+    for each in (model, empty):
+        stop_growth(each)
+    assert torch.equal(model(tokens).logits, before) and empty.model.rotary_emb(*at)[0].shape == (1, 16, 8)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

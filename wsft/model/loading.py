@@ -32,7 +32,8 @@ from wsft.model.causal_lm import WeightedSFTModel, noise_in
 from wsft.model.kernels import find_kernels
 from wsft.model.meta_passes import FEW, STOPS, Passes
 from wsft.model.packing import Layout, VarlenMetadata
-from wsft.model.row_layouts import not_causal, position_reaches
+from wsft.model.rotary import position_reaches, stop_growth
+from wsft.model.row_layouts import not_causal
 from wsft.model.small import small_copies
 from wsft.model.weight_files import differing, files_of, loading_as_without_zero3, made_of
 
@@ -293,6 +294,7 @@ def load_model(name: str, config: WeightedSFTConfig, ds: dict[str, Any]) -> Weig
             f"({some(lost)}): they would be random; another version of transformers may load them, or another ZeRO stage"
         )
     del zero3
+    stop_growth(model)  # beyond their reach they were refused
     untrained = freeze_unreached(model, passes)
     noise = ", ".join(f"{key} {value}" for key, value in noise_in(model.config.to_dict()).items())
     if noise:

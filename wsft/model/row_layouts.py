@@ -9,18 +9,19 @@ import inspect
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from wsft.errors import UserError
 from wsft.model.attention import PACKED, learn_masks
 from wsft.model.causal_lm import WeightedSFTModel, body_of
 from wsft.model.meta_passes import STOPS
 from wsft.model.packing import Layout, VarlenMetadata
+from wsft.model.rotary import position_reaches
 from wsft.model.small import small_copies
 
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they support packed sequences themselves
@@ -216,19 +217,6 @@ def not_causal(model: PreTrainedModel) -> UserError:
         f"in {type(model).__name__} tokens attend to later tokens: wsft trains causal language models (if its config has "
         f"is_decoder, set it to true)"
     )
-
-
-def position_reaches(config: PretrainedConfig, types: Collection[str] = ("dynamic", "longrope")) -> list[int]:
-    """Sequence lengths from which rotary embeddings change, for the types that depend on the longest position."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(value for value in rope.values() if isinstance(value, dict)),
-    ]  # for all layers, or per type of layer
-    grows = [kind for kind in kinds if kind.get("rope_type") in types]
-    names = ("original_max_position_embeddings", "max_position_embeddings")
-    found = [[place.get(name) for name in names for place in (kind, config.to_dict())] for kind in grows]
-    return [next(filter(None, reaches), 0) for reaches in found]
 
 
 def _spans_in(config: dict[str, Any], most: int) -> list[int]:
