@@ -7,7 +7,7 @@ weights published every 1, 2 or 4 steps.
 
 All runs share one vLLM server, which gets the base model before each. With weights published every K steps, K batches are
 sampled with the same weights: they are 0 to K - 1 steps old. Runs are in runs/benchmark_loop/NAME_SEED; finished ones are not
-run again. `python -m wsft.report runs/benchmark_loop/*` draws them.
+run again. `python -m wsft.report runs/benchmark_loop/*` draws them; `--picture OUT` draws the rewards of the steps.
 """
 
 import argparse
@@ -16,6 +16,9 @@ import os
 import statistics
 import subprocess
 from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 
 FOLDER = Path("runs/benchmark_loop")
 SAMPLING = ["--objective", "importance_sampling", "--objective_args", "{cap: 2.0}"]
@@ -34,6 +37,11 @@ RUNS = {
     "every_4_dppo": ["--publish_steps", "4", "--objective", "dppo"],
     "every_4_off_policy_mask": ["--publish_steps", "4", *SAMPLING, "--off_policy_mask", "0.05"],
 }
+LABELS = {
+    "weighted_sft": "weights published every step",
+    "every_4": "every 4 steps",
+    "every_4_off_policy_mask": "every 4 steps, importance_sampling and off_policy_mask",
+}
 REACHED = 0.7  # mean reward of three steps
 
 
@@ -43,6 +51,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--only", default=",".join(RUNS), help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--picture", type=Path, help="reward over rollouts, mean and range of the seeds")
     args = parser.parse_args()
     names = args.only.split(",")
     for seed in args.seeds:
@@ -62,6 +71,8 @@ def main() -> None:
         stale = statistics.mean(line["data/staleness"] for run in runs for line in metrics_of(run))
         rollouts, seconds = (", ".join("not" if r is None else f"{r[i]:.0f}" for r in reached) for i in (0, 1))
         print(f"| {name} | {', '.join(f'{reward:.2f}' for reward in after)} | {rollouts} | {seconds} | {stale:.2f} |")
+    if args.picture:
+        draw({name: [metrics_of(FOLDER / f"{name}_{seed}") for seed in args.seeds] for name in names}, args.picture)
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -76,6 +87,21 @@ def until_reached(run: Path) -> tuple[int, float] | None:
             done = lines[: last + 1]
             return sum(line["data/sequences"] for line in done), done[-1]["time/at"] - done[0]["time/at"]
     return None
+
+
+def draw(runs: dict[str, list[list[dict]]], path: Path) -> None:
+    figure = Figure(figsize=(7, 3.4), dpi=200)
+    axes = figure.add_subplot()
+    for name, seeds in runs.items():
+        rollouts = np.cumsum([line["data/sequences"] for line in seeds[0]])
+        rewards = np.array([[line["score/mean"] for line in lines] for lines in seeds])
+        (line,) = axes.plot(rollouts, rewards.mean(0), lw=1.6, label=LABELS.get(name, name))
+        axes.fill_between(rollouts, rewards.min(0), rewards.max(0), color=line.get_color(), alpha=0.12, lw=0)
+    axes.set(xlabel="rollouts", ylabel="reward of the model's own answers", ylim=(0, 1.02), xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,9 @@ def cannot_copy(state):
 
 
 @pytest.mark.parametrize("ranks, free, copies, said", [
-    (1, 5001.0, None, ""),
-    (2, 5001.0, None, "copies on 2 rank(s) of this host would take"),
-    (1, 4999.0, None, "would take"),
+    (1, 8001.0, None, ""),
+    (2, 8001.0, None, "copies on 2 rank(s) of this host would take"),
+    (1, 7999.0, None, "would take"),
     (1, None, None, ""),
     (1, None, cannot_copy, "no page is left"),
 ])  # fmt: skip
@@ -81,7 +81,7 @@ def test_without_room_for_copies_files_are_written_at_once_and_that_is_said(
     writer = StateWriter(True, ranks)
     if copies:
         monkeypatch.setattr(writer, "_copied", copies)
-    x = torch.ones(1000)  # 4,000 bytes, of which 0.8 of the free memory is 4,000.8 or 3,999.2
+    x = torch.ones(1000)  # 4,000 bytes; half of the free memory is 4,000.5 or 3,999.5
     for name in ("a.pt", "b.pt"):
         writer.add({"x": x, "same": x[:10]}, str(tmp_path / name))
         assert (tmp_path / name).exists() == bool(said)

@@ -15,7 +15,7 @@ from wsft.device import free_host_memory
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_FREE = 0.8  # of the host's free memory, which copies of all its ranks may take
+SHARE_OF_FREE = 0.5  # of the host's free memory, which copies of all its ranks may take
 
 
 class StateWriter:
