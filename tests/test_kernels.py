@@ -2,11 +2,14 @@
 as liger-kernel changes it, to code that is right or wrong.
 """
 
+import json
+import subprocess
 import types
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import ROOT, clean_environment, make_model
+from inference_servers import environment_with
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -46,9 +49,11 @@ def liger_rope(q, k, cos, sin, unsqueeze_dim=1):
 own_rope, own_norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
 
 
-def change_to(norm):
+def change_to(norm, knows_rope=True):
     def change(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, model=None):
         assert not cross_entropy and not fused_linear_cross_entropy
+        if rope and not knows_rope:
+            raise NotImplementedError
         if rope:
             modeling_llama.apply_rotary_pos_emb = liger_rope
         modeling_llama.LlamaRMSNorm = norm
@@ -80,11 +85,20 @@ def test_a_model_is_changed_and_no_other(model, settings, monkeypatch, caplog):
     monkeypatch.setattr(kernels, "version", lambda _: "0.8.5")
     before = logits_of(model)
     fuse(model, config_of(**settings), CPU)
-    assert "kernels of liger-kernel 0.8.5: LigerRMSNorm (5)" in caplog.text
+    assert "kernels of liger-kernel 0.8.5 for LlamaRMSNorm (5)" in caplog.text
+    assert caplog.text.endswith("rotary embeddings\n") == (not settings)
     assert vars(model.model.norm)["forward"].__func__ is LigerRMSNorm.forward
     torch.testing.assert_close(logits_of(model), before, rtol=1e-5, atol=1e-5)
     assert modeling_llama.LlamaRMSNorm is own_norm
     assert modeling_llama.apply_rotary_pos_emb is (own_rope if settings else liger_rope)
+
+
+def test_rotary_embeddings_that_the_kernels_lack_are_the_models_own(model, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(kernels, "find_kernels", lambda *_: change_to(LigerRMSNorm, knows_rope=False))
+    monkeypatch.setattr(kernels, "version", lambda _: "0.8.5")
+    fuse(model, config_of(), CPU)
+    assert vars(model.model.norm)["forward"].__func__ is LigerRMSNorm.forward and "rotary" not in caplog.text
 
 
 @pytest.mark.parametrize("norm", [LigerWrongForward, LigerWrongBackward, LigerFailing])
@@ -97,6 +111,24 @@ def test_kernels_that_give_other_results_are_not_used(model, norm, monkeypatch, 
         fuse(model, config_of(kernels="liger"), CPU)
     assert "forward" not in vars(model.model.norm) and torch.equal(logits_of(model), before)
     assert modeling_llama.LlamaRMSNorm is own_norm and modeling_llama.apply_rotary_pos_emb is own_rope
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "types_of_models", ["llama,qwen2,qwen3,mistral,olmo2,phi3,granite,smollm3", "gemma,gemma2,gemma3_text,glm4"]
+)
+def test_models_with_the_kernels_of_liger_have_the_results_of_their_own_code(types_of_models):
+    """The real ones, by Triton's interpreter, in an environment of their own."""
+    files = ("requirements.txt", "launch/requirements.txt")
+    lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
+    packages = [line for line in lines if line and not line.startswith(("#", "-r"))]
+    python = environment_with("liger-0.8.5", ["install", "-q", *packages, "triton==3.7.1", "liger-kernel==0.8.5"])
+    command, env = [python, "tests/liger_on_cpu.py", types_of_models], clean_environment(TRITON_INTERPRET="1")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert isinstance(found, dict) and len(found["fused"]) == 2 and found["difference"] < 1e-5, (name, found)
 
 
 def test_all_ranks_run_the_same_code(model, monkeypatch):
