@@ -1,14 +1,15 @@
 """train.py whose adapters, from the first step on, lack a layer (missing), have another module's name (renamed), or hold a
 number that is none (nan); then train.py's own flags."""
 
+import runpy
 import sys
+from pathlib import Path
 
 import torch
 
-from wsft import WeightedSFTConfig, WeightedSFTTrainer
 from wsft.publish.adapters import AdapterFolder
 
-how, argv, write = sys.argv[1], sys.argv[2:], AdapterFolder._write
+how, write = sys.argv[1], AdapterFolder._write
 
 
 def broken(self, step, tensors):
@@ -22,4 +23,5 @@ def broken(self, step, tensors):
 
 
 AdapterFolder._write = broken
-WeightedSFTTrainer(WeightedSFTConfig.from_args(argv)).train()
+sys.argv = [str(Path(__file__).resolve().parent.parent / "train.py"), *sys.argv[2:]]
+runpy.run_path(sys.argv[0], run_name="__main__")
