@@ -9,7 +9,6 @@ import types
 import pytest
 import torch
 from conftest import ROOT, clean_environment, make_model
-from inference_servers import environment_with
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -120,6 +119,8 @@ def test_kernels_that_give_other_results_are_not_used(model, norm, monkeypatch, 
 )
 def test_models_with_the_kernels_of_liger_have_the_results_of_their_own_code(types_of_models):
     """The real ones, by Triton's interpreter, in an environment of their own."""
+    from inference_servers import environment_with  # a plugin of pytest, imported by others as such
+
     files = ("requirements.txt", "launch/requirements.txt")
     lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
     packages = [line for line in lines if line and not line.startswith(("#", "-r"))]
