@@ -40,7 +40,8 @@ RUNS = {
 LABELS = {
     "weighted_sft": "weights published every step",
     "every_4": "every 4 steps",
-    "every_4_off_policy_mask": "every 4 steps, importance_sampling and off_policy_mask",
+    "every_4_ppo_clip": "every 4 steps, with ppo_clip",
+    "every_4_importance_sampling": "every 4 steps, with importance_sampling",
 }
 REACHED = 0.7  # mean reward of three steps
 

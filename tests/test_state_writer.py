@@ -51,6 +51,16 @@ def test_nothing_is_written_before_all_is_copied_and_training_does_not_wait(tmp_
     assert writer.wait()[0] == (tmp_path / "a.pt").stat().st_size and not writer.busy
 
 
+def test_where_nothing_is_trained_meanwhile_nothing_is_copied(tmp_path, monkeypatch):
+    writer = StateWriter(True, 1)
+    monkeypatch.setattr(writer, "_copied", lambda state: pytest.fail("copied"))
+    writer.at_once = True
+    writer.add(make_state()[1], str(tmp_path / "a.pt"))
+    assert (tmp_path / "a.pt").exists()
+    writer.start()
+    assert not writer.busy and writer.wait() == ((tmp_path / "a.pt").stat().st_size, None)
+
+
 @pytest.mark.parametrize("in_background", [True, False])
 def test_an_error_is_told_once(tmp_path, in_background):
     writer = StateWriter(in_background, 1)

@@ -205,7 +205,7 @@ class WeightedSFTTrainer:
         """Save a checkpoint of the last step; returns its folder, which is complete then. A collective."""
         self._finish_save()
         if self.step_number > (self.saved.step if self.saved else 0):
-            self._begin_save()
+            self._begin_save(waits=True)
             self._finish_save()
         return self.folder.checkpoints / f"step_{self.step_number}"
 
@@ -430,7 +430,7 @@ class WeightedSFTTrainer:
                 self._finish_save()
             if self._is_due(self.config.save_steps) or self.feed.journal_is_full():
                 self._finish_save()
-                self._begin_save()
+                self._begin_save(waits=False)
         return True
 
     def _is_due(self, every: int) -> bool:
@@ -489,7 +489,7 @@ class WeightedSFTTrainer:
             self.callbacks.call("on_end", self, self._exported)
         self.metrics.close()
 
-    def _begin_save(self) -> None:
+    def _begin_save(self, waits: bool) -> None:
         try:
             caller = json.loads(json.dumps(self.state))
         except (TypeError, ValueError) as error:
@@ -502,7 +502,7 @@ class WeightedSFTTrainer:
         metadata["config"] = self.config.public()
         metadata["versions"] = {name: version(name) for name in PACKAGES}
         with self.world.extended_timeout():
-            self._saving = Save(self.folder.checkpoints, metadata, self.engine, self.base_files, self.world)
+            self._saving = Save(self.folder.checkpoints, metadata, self.engine, self.base_files, self.world, waits)
         self._save_began, self._save_waited = start, time.monotonic() - start
 
     def _finish_save(self) -> None:

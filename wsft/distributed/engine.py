@@ -203,9 +203,11 @@ class Engine:
         with deepspeed.zero.GatheredParameters(params, enabled=self.stage == 3):
             yield
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, waits: bool) -> None:
         """Save the sharded parameters (with LoRA those of the adapters), optimizer and schedule into a new folder. A
-        collective, after which training can go on: `wait_saved` says how it ended."""
+        collective, after which training can go on: `wait_saved` says how it ended. `waits`: it does not go on, so that nothing
+        needs to be copied."""
+        self._writer.at_once = waits
         frozen = {"exclude_frozen_parameters": self._saves_trained_only}
         quietly(self._engine.save_checkpoint, str(folder.parent), tag=folder.name, save_latest=False, **frozen)
         self._writer.start()

@@ -27,6 +27,7 @@ class StateWriter:
     """
 
     def __init__(self, in_background: bool, ranks_here: int):
+        self.at_once = False  # for the files that are added next: nothing is trained meanwhile
         self._in_background, self._ranks_here = in_background, ranks_here
         self._copies: list[tuple[Any, str]] = []
         self._pinned: list[torch.Tensor] = []  # kept, since it takes long to make them; the first `_taken` hold copies
@@ -64,7 +65,7 @@ class StateWriter:
     def _copy(self, state: Any, path: str) -> bool:
         """Whether there was room for a copy."""
         try:
-            if not self._in_background or not self._fits(state):
+            if self.at_once or not self._in_background or not self._fits(state):
                 return False
             self._copies.append((self._copied(state), path))
         except (MemoryError, RuntimeError) as error:  # there was less after all

@@ -124,15 +124,24 @@ class Save:
 
     Args:
         files: those of the base model (rank 0 only).
+        waits: `finish` follows at once.
     """
 
-    def __init__(self, folder: Path, metadata: dict[str, Any], engine: Engine, files: dict[str, bytes] | None, world: World):
+    def __init__(
+        self,
+        folder: Path,
+        metadata: dict[str, Any],
+        engine: Engine,
+        files: dict[str, bytes] | None,
+        world: World,
+        waits: bool,
+    ):
         self.step, self._metadata, self._engine, self._files, self._world = metadata["step"], metadata, engine, files, world
         self._final = folder / f"step_{self.step}"
         self._aside = folder / f"{self._final.name}{_PARTIAL}"
         with self._explained():
             world.on_rank_0(lambda: _recreate(self._aside))
-            engine.save(self._aside / DEEPSPEED)
+            engine.save(self._aside / DEEPSPEED, waits)
             self._written = world.run_on_all_ranks(lambda: _save_random(self._aside / f"random_{world.rank}.pt"))
 
     def finish(self) -> Checkpoint:
