@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wsft import device
-from wsft.device import PeakMemory, device_type
+from wsft.device import PeakMemory, device_type, free_host_memory
 from wsft.errors import UserError
 from wsft.model.flops import rated_flops, step_flops
 from wsft.model.loading import empty_model
@@ -89,3 +89,22 @@ def test_a_gpu_that_torch_cannot_use_is_refused_unless_it_is_hidden(tmp_path, mo
         assert device_type("auto") == "cpu"
     with pytest.raises(UserError, match="finds no CUDA device"):
         device_type("cuda")
+
+
+@pytest.mark.parametrize("line, root, limit, used", [
+    ("0::/slurm/job_7/step_0", "", "memory.max", "memory.current"),
+    ("5:cpu:/x\n4:memory:/slurm/job_7/step_0", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+])  # fmt: skip
+def test_free_memory_is_within_the_limits_of_all_groups_above(line, root, limit, used, tmp_path):
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    job = groups / root / "slurm" / "job_7"
+    for folder in (proc / "self", job / "step_0"):
+        folder.mkdir(parents=True)
+    assert free_host_memory(proc, groups) is None
+    (proc / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4000 kB\n")
+    (proc / "self" / "cgroup").write_text(line + "\n")
+    assert free_host_memory(proc, groups) == 4_096_000
+    for folder, most in ((job / "step_0", "max"), (job, "3000000")):
+        (folder / limit).write_text(most + "\n")
+        (folder / used).write_text("1000000\n")
+    assert free_host_memory(proc, groups) == 2_000_000

@@ -117,13 +117,25 @@ class PeakMemory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def free_host_memory() -> float | None:
-    """Free bytes of this machine's memory, within the limit of the job's control group; None where it cannot be read."""
+def free_host_memory(proc: Path = Path("/proc"), control_groups: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Free bytes of this machine's memory, within the limits of this process's control group (as of a container or a SLURM job)
+    and of those above it; None where nothing can be read."""
     free = []
     with contextlib.suppress(OSError, TypeError):
-        free.append(int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        with contextlib.suppress(OSError, ValueError):
-            root = Path("/sys/fs/cgroup")
-            free.append(int((root / limit).read_text()) - int((root / used).read_text()))
+        free.append(int(re.search(r"MemAvailable:\s+(\d+)", (proc / "meminfo").read_text())[1]) * 1024)
+    own = ""
+    with contextlib.suppress(OSError):
+        own = (proc / "self" / "cgroup").read_text()
+    kinds = (
+        (control_groups, r"^0::/(.*)$", "memory.max", "memory.current"),
+        (control_groups / "memory", r"^\d+:[^:]*\bmemory\b[^:]*:/(.*)$", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )
+    for root, line, limit, used in kinds:
+        found = re.search(line, own, re.MULTILINE)
+        group = root / (found[1] if found else "")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # such as "max", which is no limit
+                free.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+            if folder == root:
+                break
     return min(free, default=None)
