@@ -13,7 +13,7 @@ from conftest import ROOT
 # top to bottom; a folder, or a module beside the folders, may import only from those below it
 FLOORS = """
 trainer dry_run export loss_head reference
-evaluation
+evaluation step_log
 training_step
 planning
 inspect report environment publish

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from wsft.config import WeightedSFTConfig
 from wsft.device import has_native_matmul
 from wsft.distributed import deepspeed_config
-from wsft.distributed.engine import BaseReference, Engine, Reference, StepResult
+from wsft.distributed.engine import BaseReference, Engine, Reference
 from wsft.distributed.process_start import start_ranks
 from wsft.distributed.signals import Stop, name_of
 from wsft.distributed.world import PeerFailed, World, ranks_from_environment, ranks_on_this_host
@@ -34,9 +33,9 @@ from wsft.loss.objectives import Objective
 from wsft.model.causal_lm import largest_layer
 from wsft.model.flops import StepFlops, rated_flops, step_flops
 from wsft.model.kernels import fuse
-from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer, some
+from wsft.model.loading import empty_model, load_model, load_model_config, load_reference, load_tokenizer
 from wsft.model.lora import Adapters, as_if_trained
-from wsft.planning import Plan, PlannedBatch, Planner
+from wsft.planning import PlannedBatch, Planner
 from wsft.publish.adapters import AdapterFolder
 from wsft.publish.folder import PublishFolder
 from wsft.publish.publisher import Publisher
@@ -51,23 +50,18 @@ from wsft.run.base_files import base_files, read_files
 from wsft.run.checkpoint import HUGGING_FACE, Checkpoint, Save, load_random, prune, resumable
 from wsft.run.export import export
 from wsft.run.fingerprint import contents_of
-from wsft.run.measurements import of_speed, of_tokens
+from wsft.run.measurements import of_speed
 from wsft.run.metrics import Metrics, NullMetrics, require_wandb
 from wsft.run.output_folder import RunFolder
+from wsft.step_log import NO_COUNTS, StepLog, TrainingDiverged
 from wsft.training_step import TrainingStep, choose_rows
 from wsft.user_code import Callbacks
 
 log = logging.getLogger(__name__)
 
-BAD_STEPS_ALLOWED = 3
-RATIO_TOLERANCE, RATIO_TOKENS = 0.03, 200  # from 1, of fresh data; the fewest tokens whose mean says something
 LORA_RATE = 2e-5  # below it a warning
 CHECKPOINT_BYTES = 16  # per parameter, at most: weights, float32 masters and Adam's two moments
 PACKAGES = ("torch", "deepspeed", "transformers", "numpy")
-
-
-class TrainingDiverged(UserError):
-    """Loss or gradients were not finite for three steps in a row."""
 
 
 class Stopped(SystemExit):
@@ -235,7 +229,7 @@ class WeightedSFTTrainer:
         ds = self._resolve_json(empty)
         contents = contents_of(self.config, model_config, self.tokenizer)
         self.saved = self._open_folder(contents)
-        progress = {"step": 0, "not_finite": 0, "without_signal": 0, "bad": 0, "feed": {}}
+        progress = {"step": 0, "feed": {}} | NO_COUNTS
         progress = self.saved.metadata if self.saved else progress
         self.processor = processor_of(self.config, model_config.get_text_config().vocab_size, self.tokenizer)
         with _private_files():
@@ -313,14 +307,13 @@ class WeightedSFTTrainer:
         self.evaluation = self._open_evaluation()
         if self.saved:
             load_random(self.saved, self.world.rank)
-        self.said, self.state = set(), progress.get("caller", {})
-        self.step_number, self.not_finite, self.bad = progress["step"], progress["not_finite"], progress["bad"]
-        self.without_signal = progress["without_signal"]
+        self.step_number, self.state = progress["step"], progress.get("caller", {})
         self.publisher = self._publisher(empty, precision)
         self.feed = Feed(self.config, self.source, planner, self.world, self.stop, progress["feed"], self.step_number)
         with _private_files():
             of_rank_0 = self.world.rank == 0
             self.metrics = Metrics(self.config, self.folder.path, self.step_number) if of_rank_0 else NullMetrics()
+        self.step_log = StepLog(self.config, self.metrics, progress)
         shown = self.config.public()
         source = "the caller" if self._is_given else shown["data"] or shown["source"] or shown["atropos_url"]
         log.info("batches from %s; results in %s", source, self.folder.path)
@@ -439,8 +432,7 @@ class WeightedSFTTrainer:
 
     def _train_on(self, batch: PlannedBatch, start: float, wait: float) -> None:
         """The optimizer steps on a batch, and publishing. `start`: when waiting for the batch began; `wait`: seconds of it."""
-        self._require_what_the_loss_needs(batch.missing)
-        self._warn_of_stale_updates(batch.plans)
+        self.step_log.expect(self.step_number + 1, batch.missing, batch.plans)
         self.metrics.set_status("training")
         proximal = [plan.at_start and self.take_step.score(plan.at_start) for plan in batch.plans]
         for number, (plan, prox_logp_N) in enumerate(zip(batch.plans, proximal, strict=True), 1):
@@ -460,21 +452,14 @@ class WeightedSFTTrainer:
             values |= of_speed(values["tokens/total"], plan.flops, spent, wait, self.world.size, self.rated_flops)
             if result.saved:
                 self._finish_save()
-            self._write_metrics(values, result)
+            try:
+                self._metrics = self.step_log.write(values, result)
+            except TrainingDiverged:
+                self._finish_save()
+                raise
+            self.callbacks.call("on_step", self, self._metrics)
             self._end_unless_published(failure)
             start, wait = time.monotonic(), 0.0
-
-    def _warn_of_stale_updates(self, plans: list[Plan]) -> None:
-        """Where the updates on a batch add to the age that its tokens have already."""
-        ages = [plan.metrics["data/staleness_max"] - number for number, plan in enumerate(plans)]
-        age, updates = np.nanmax([0.0, *ages]), self.config.updates_per_batch
-        if updates > 1 and age > 0 and "updates" not in self.said:
-            self.said.add("updates")
-            self.metrics.warn(
-                f"step {self.step_number + 1}: the batch holds tokens that are {age:.0f} steps old, and updates_per_batch "
-                f"{updates} adds up to {updates - 1}: correct for it (mismatch_cap, sequence_mask, max_staleness), or sample "
-                f"and train in turns"
-            )
 
     def _wind_up(self) -> None:
         """Save the last checkpoint, and record why the run ended."""
@@ -497,8 +482,8 @@ class WeightedSFTTrainer:
         self.metrics.set_status("saving a checkpoint")
         start = time.monotonic()
         self.metrics.sync()
-        counts = {"not_finite": self.not_finite, "without_signal": self.without_signal, "bad": self.bad}
-        metadata = self.metadata | {"step": self.step_number, "feed": self.feed.begin_checkpoint(), "caller": caller} | counts
+        metadata = self.metadata | {"step": self.step_number, "feed": self.feed.begin_checkpoint(), "caller": caller}
+        metadata |= self.step_log.counts
         metadata["config"] = self.config.public()
         metadata["versions"] = {name: version(name) for name in PACKAGES}
         with self.world.extended_timeout():
@@ -522,65 +507,6 @@ class WeightedSFTTrainer:
             "saved %s: %.2f GiB in %.1f s, of which training waited %.1f s; journal %.2f GiB",
             self.saved.folder, size, now - self._save_began, self._save_waited + now - start, self.feed.journal_gib,
         )  # fmt: skip
-
-    def _require_what_the_loss_needs(self, missing: dict[str, str]) -> None:
-        for name, instead in missing.items():
-            if self.config.strict:
-                raise UserError(
-                    f"the batch of step {self.step_number + 1} has no {name} on any trained token, and strict is set: have the "
-                    f"environments send them, or leave strict out ({instead}, then)"
-                )
-            if name not in self.said:
-                self.metrics.warn(f"step {self.step_number + 1}: no trained token of the batch has {name}: {instead}")
-            self.said.add(name)
-
-    def _write_metrics(self, values: dict[str, float], result: StepResult) -> None:
-        finite = math.isfinite(result.loss) and (result.applied or not result.signal)
-        self.bad = 0 if finite else self.bad + 1
-        self.not_finite += not finite
-        self.without_signal += not result.signal
-        of_step = {"loss": result.loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
-        of_run = {"steps/not_finite": self.not_finite, "steps/without_signal": self.without_signal}
-        of_run["memory/peak_gib"] = result.peak_gib
-        of_all = of_tokens(result.sums, result.maxima, values["tokens/trained"])
-        self._metrics = {"step": values["step"], **of_step, **values, **of_all, **of_run}
-        self.metrics.step(self._metrics)
-        self._warn(values["step"], result)
-        self._look_at_ratio(values, of_all["ratio/mean"], result.sums["behavior"])
-        self.callbacks.call("on_step", self, self._metrics)
-
-    def _look_at_ratio(self, values: dict[str, float], mean: float, num_tokens: float) -> None:
-        """Say, once, that the sampler's logprobs are not those of the model, on data that the current weights sampled."""
-        fresh = values["data/staleness_max"] == 0 or (values["step"] == 1 and math.isnan(values["data/staleness_max"]))
-        far = num_tokens >= RATIO_TOKENS and abs(mean - 1) > RATIO_TOLERANCE
-        if fresh and far and "ratio" not in self.said:
-            self.said.add("ratio")
-            self.metrics.warn(
-                f"step {values['step']}: the ratio to the sampler's logprobs is {mean:.3f} on average, on data of the weights "
-                f"before this step: they are of another distribution. Usual causes: top_p or top_k, another temperature "
-                f"(record_temperature), another chat template or model, a quantized server"
-            )
-
-    def _warn(self, step: int, result: StepResult) -> None:
-        if not result.signal:
-            self.metrics.warn(f"step {step}: no token has a weight: parameters, optimizer and schedule stay as they are")
-        if result.without_gradient:
-            names = result.without_gradient
-            self.metrics.warn(
-                f"step {step}: {len(names)} parameters ({some(names)}) had no gradient on any rank: experts may have got no "
-                f"token yet; else the model's own code detaches them, and they learn nothing"
-            )
-        if not self.bad:
-            return
-        skipped = result.signal and not result.applied
-        what = "gradients are not finite, the step was skipped" if skipped else "the loss is not finite"
-        self.metrics.warn(f"step {step}: {what} (loss {result.loss}, grad_norm {result.grad_norm}); {self.bad} in a row")
-        if self.bad >= BAD_STEPS_ALLOWED:
-            self._finish_save()
-            raise TrainingDiverged(
-                f"{self.bad} steps in a row were not finite, the last at step {step}: lower learning_rate, set "
-                f"max_grad_norm, or look at the advantages of the batches"
-            )
 
 
 @contextlib.contextmanager
