@@ -28,6 +28,14 @@ def environment_with(name, *installs):
     return python
 
 
+def environment_with_triton():
+    """Python with what wsft needs, Triton, whose interpreter needs no GPU, and liger-kernel."""
+    files = ("requirements.txt", "launch/requirements.txt")
+    lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
+    packages = [line for line in lines if line and not line.startswith(("#", "-r"))]
+    return environment_with("liger-0.8.5", ["install", "-q", *packages, "triton==3.7.1", "liger-kernel==0.8.5"])
+
+
 @pytest.fixture(scope="module")
 def vllm():
     """Python with vLLM for CPUs, and with what atroposlib's environments import (3.4 GB)."""

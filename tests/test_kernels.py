@@ -48,8 +48,10 @@ def liger_rope(q, k, cos, sin, unsqueeze_dim=1):
 own_rope, own_norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
 
 
-def change_to(norm, knows_rope=True):
-    def change(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, model=None):
+def change_to(norm, knows_rope=True, knows_mlp=True):
+    def change(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None):
+        if swiglu and not knows_mlp:
+            raise AttributeError("experts")
         assert not cross_entropy and not fused_linear_cross_entropy
         if rope and not knows_rope:
             raise NotImplementedError
@@ -92,9 +94,10 @@ def test_a_model_is_changed_and_no_other(model, settings, monkeypatch, caplog):
     assert modeling_llama.apply_rotary_pos_emb is (own_rope if settings else liger_rope)
 
 
-def test_rotary_embeddings_that_the_kernels_lack_are_the_models_own(model, monkeypatch, caplog):
+@pytest.mark.parametrize("lacking", ["knows_rope", "knows_mlp"])
+def test_what_the_kernels_lack_is_the_models_own(model, lacking, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(kernels, "find_kernels", lambda *_: change_to(LigerRMSNorm, knows_rope=False))
+    monkeypatch.setattr(kernels, "find_kernels", lambda *_: change_to(LigerRMSNorm, **{lacking: False}))
     monkeypatch.setattr(kernels, "version", lambda _: "0.8.5")
     fuse(model, config_of(), CPU)
     assert vars(model.model.norm)["forward"].__func__ is LigerRMSNorm.forward and "rotary" not in caplog.text
@@ -115,16 +118,14 @@ def test_kernels_that_give_other_results_are_not_used(model, norm, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "types_of_models", ["llama,qwen2,qwen3,mistral,olmo2,phi3,granite,smollm3", "gemma,gemma2,gemma3_text,glm4"]
+    "types_of_models",
+    ["llama,qwen2,qwen3,mistral,olmo2,phi3,granite,smollm3", "gemma,gemma2,gemma3_text,glm4,qwen3_moe,mixtral"],
 )
 def test_models_with_the_kernels_of_liger_have_the_results_of_their_own_code(types_of_models):
     """The real ones, by Triton's interpreter, in an environment of their own."""
-    from inference_servers import environment_with  # a plugin of pytest, imported by others as such
+    from inference_servers import environment_with_triton  # a plugin of pytest, imported by others as such
 
-    files = ("requirements.txt", "launch/requirements.txt")
-    lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
-    packages = [line for line in lines if line and not line.startswith(("#", "-r"))]
-    python = environment_with("liger-0.8.5", ["install", "-q", *packages, "triton==3.7.1", "liger-kernel==0.8.5"])
+    python = environment_with_triton()
     command, env = [python, "tests/liger_on_cpu.py", types_of_models], clean_environment(TRITON_INTERPRET="1")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -22,6 +22,8 @@ from wsft.config import WeightedSFTConfig
 from wsft.errors import UserError
 from wsft.model.small import small_copies
 
+# What is tried, one after the other. Rotary embeddings and gated MLPs, above all those of experts, are not right for all types.
+WITHOUT = [set(), {"rope"}, {"rope", "swiglu", "geglu"}]
 TOLERANCE = 1e-4  # of logits and gradients in float32, relative to their norm
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,8 @@ def fuse(
     if change is None:
         return
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
-    for rope in [True, False] if config.ref_model_name is None else [False]:  # for some types there are none
-        apply = functools.partial(_apply, change, rope)
+    for without in WITHOUT if config.ref_model_name is None else WITHOUT[1:]:
+        apply = functools.partial(_apply, change, without)
         if all_true(_is_right(model, device, apply, modules)):
             break
     else:
@@ -78,12 +80,12 @@ def fuse(
     apply(model)
     _restore(before, lambda value: isinstance(value, type))
     fused = Counter(type(module).__name__ for module, own in forward.items() if vars(module).get("forward") is not own)
-    shown = [f"{name} ({count})" for name, count in sorted(fused.items())] + ["rotary embeddings"] * rope
+    shown = [f"{name} ({count})" for name, count in sorted(fused.items())] + ["rotary embeddings"] * ("rope" not in without)
     log.info("kernels of liger-kernel %s for %s", version("liger-kernel"), ", ".join(shown) or "nothing")
 
 
-def _apply(change: Callable[..., None], rope: bool, model: PreTrainedModel) -> None:
-    options = {"rope": rope, "cross_entropy": False, "fused_linear_cross_entropy": False}
+def _apply(change: Callable[..., None], without: set[str], model: PreTrainedModel) -> None:
+    options = {"rope": True} | dict.fromkeys({"cross_entropy", "fused_linear_cross_entropy", *without}, False)
     known = inspect.signature(change).parameters
     change(model=model, **{name: value for name, value in options.items() if name in known})
 

@@ -221,9 +221,8 @@ def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
     """The most parameters that ZeRO-3 has gathered at a time: between the forward and the backward pass.
 
     Layers are gathered as a whole (`engine.Engine`), but for those that run several times in a pass, which need less than is
-    counted here. A module's parameters are kept after its forward pass if its backward
-    pass follows within `stage3_max_reuse_distance` parameters, of which those above the module count twice. Prefetched
-    parameters come in addition.
+    counted here. A module's parameters are kept after its forward pass if its backward pass follows within
+    `stage3_max_reuse_distance` parameters, of which those above the module count twice. Prefetched parameters come in addition.
     """
     reach, above, kept = int(zero.get("stage3_max_reuse_distance", 1e9)), 0, {}
     largest, whole = 0, sum(p.numel() for p in model.parameters())
