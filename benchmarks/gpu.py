@@ -152,7 +152,7 @@ def right(tiny: bool, results: Results) -> None:
 def head(tiny: bool, results: Results) -> None:
     rate = json.loads((results._path.parent / "card.json").read_text())["matmul_tflops"] * 1e12
     for tokens, hidden, vocab in HEAD_SHAPES[tiny]:
-        heads = ("wsft", "dense", "cce", "liger_scaled", "liger", "torch_none", "torch_sum") if CUDA else ("wsft", "dense")
+        heads = ("wsft", "dense") + CUDA * ("wsft_one_pass", "cce", "liger_scaled", "liger", "torch_none", "torch_sum")
         for name in heads:
             flags = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "masked": 0, "only": name, "device": DEVICE.type}
             flags |= {} if CUDA else {"dtype": "float32"}

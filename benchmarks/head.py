@@ -7,6 +7,7 @@ The masked tokens carry no loss: wsft never looks at them, the others compute an
 Each measurement is a process of its own. Its peak memory is above what it held before the forward pass, so that the gradients
 are among it. What cannot run here is reported and left out; benchmarks/requirements.txt has the peers.
 
+    wsft_one_pass  the gradient of the logits by one kernel (wsft/loss/one_pass.py)
     products    the three matrix products of the trained tokens alone, all at once: what no head can do without
     dense       all logits, cross_entropy: the usual model.forward(labels=...)
     checkpoint  chunks of 1,024 tokens, each under activation checkpointing
@@ -32,6 +33,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+import wsft.loss.head as loss_head
 from wsft.device import PeakMemory
 from wsft.loss.head import weighted_linear_cross_entropy
 
@@ -44,6 +46,11 @@ DEFAULTS = {
 
 def wsft(hidden, lm_head, targets, weights, trained):
     return weighted_linear_cross_entropy(hidden[trained], lm_head, targets[trained], weights[trained])
+
+
+def wsft_one_pass(*inputs):
+    loss_head.runs_in_one_pass = lambda logits: True
+    return wsft(*inputs)
 
 
 def products(hidden, lm_head, targets, weights, trained):
@@ -115,9 +122,12 @@ def torch_sum(*inputs):
 
 HEADS = {
     head.__name__: head
-    for head in (wsft, products, dense, checkpoint, deepspeed, trl, liger, liger_sum, liger_scaled, cce, torch_none, torch_sum)
-}
-OF_A_GPU = ("liger", "liger_sum", "liger_scaled", "cce")
+    for head in (
+        wsft, wsft_one_pass, products, dense, checkpoint, deepspeed, trl, liger, liger_sum, liger_scaled, cce, torch_none,
+        torch_sum,
+    )
+}  # fmt: skip
+OF_A_GPU = ("wsft_one_pass", "liger", "liger_sum", "liger_scaled", "cce")
 
 
 def make(args: argparse.Namespace, tokens: int) -> tuple[torch.Tensor, ...]:

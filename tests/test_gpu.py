@@ -22,8 +22,10 @@ from wsft.model.packing import Layout, VarlenMetadata
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("in_one_pass", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_the_head_on_a_gpu_gives_the_dense_gradients(dtype, tolerance):
+def test_the_head_on_a_gpu_gives_the_dense_gradients(dtype, tolerance, in_one_pass, monkeypatch):
+    monkeypatch.setattr("wsft.loss.head.runs_in_one_pass", lambda logits: in_one_pass)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def random(*shape):

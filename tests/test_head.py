@@ -1,12 +1,14 @@
 """The chunked head compared with its dense twin, the formula under autograd."""
 
 import functools
+import json
 import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import ROOT, clean_environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -154,7 +156,8 @@ def slow(name):
 @pytest.mark.parametrize("name", [slow("temperature"), slow("temperatures"), slow("softcap"), slow("all")])
 def test_one_kernel_computes_what_many_do(name, monkeypatch):
     """As on a GPU, where torch.compile makes it; chunks are of two sizes."""
-    monkeypatch.setattr(loss_head, "can_compile", lambda device: True)
+    for module in (loss_head, softmax):
+        monkeypatch.setattr(module, "can_compile", lambda device: True)
     assert_twins(make_inputs(dtype=torch.float32), make_options(name, dtype=torch.float32), 5, 1e-5)
     inputs, few = make_inputs(dtype=torch.bfloat16), make_options(name, dtype=torch.bfloat16)
     fused = head_loss(*inputs, **few)
@@ -163,6 +166,19 @@ def test_one_kernel_computes_what_many_do(name, monkeypatch):
     many = head_loss(*inputs, **few)
     for ours, theirs in zip(fused[:3] + fused_gradients, many[:3] + torch.autograd.grad(many.loss, inputs[:2]), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_kernel_of_one_pass_computes_what_two_passes_do():
+    """By Triton's interpreter, in an environment of its own; it truncates where a GPU rounds to bf16."""
+    from inference_servers import environment_with_triton  # a plugin of pytest, imported by others as such
+
+    command, env = [environment_with_triton(), "tests/one_pass_on_cpu.py"], clean_environment(TRITON_INTERPRET="1")
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout)
+    assert len(found) == 48 and all(error < (1e-2 if "bfloat16" in name else 1e-6) for name, error in found.items()), found
 
 
 def test_the_head_agrees_with_the_dense_interface():

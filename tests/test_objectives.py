@@ -440,6 +440,17 @@ def test_sums_of_no_tokens_are_0_and_absent_terms_have_no_metrics():
         assert not any(map(float, (*sums.values(), *maxima.values())))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_weights_that_do_not_depend_on_logp_are_known_beforehand(name):
+    case = CASES[name]
+    data = make(3, case.per_sequence)
+    for coefficients in (Coefficients(entropy=0.2), Coefficients(kl=0.1)):
+        terms = data.terms(case, coefficients, ref_logp_N=data.logp().detach() - 1)
+        (_, low), (_, high) = (terms(data.logp().detach() - shift, slice(None)) for shift in (0.0, 0.7))
+        assert (terms.weights_N is not None) == (torch.equal(low, high) and not coefficients.kl)
+        assert terms.weights_N is None or torch.equal(terms.weights_N, low)
+
+
 # -- an objective of one's own, and wrong ones -----------------------------------------------------------------------------
 
 MINE = """

@@ -30,6 +30,8 @@ CHUNK_TOKENS = 256  # at least
 # If it is not compiled to one kernel, the softmax runs over blocks of rows of a chunk, so that its float32 temporaries are
 # small and on a CPU stay in the cache (2.5 times as fast as over whole chunks).
 BLOCKS_PER_CHUNK = 16
+# Compute capabilities of GPUs on which `benchmarks/head.py` found `wsft_one_pass` faster than `wsft`. None was measured.
+ONE_PASS_ON: frozenset[tuple[int, int]] = frozenset()
 # Bytes that are converted to another type at a time: lm_head, if the device has no matrix products in its type; products that
 # are accumulated in float32, if it cannot output that type.
 CONVERTED_BYTES = 4 * 2**20
@@ -48,6 +50,7 @@ class TokenLoss(Protocol):
     """A loss per token that is a function of its logp."""
 
     of_sequences: bool  # whether it needs the logp of all N tokens at once
+    weights_N: torch.Tensor | None  # if they do not depend on logp
 
     def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, weight = -d loss / d logp) of the tokens `rows`, given their logp; both are constants for autograd."""
@@ -241,7 +244,7 @@ class _ChunkedHead(torch.autograd.Function):
         if terms.token_loss.of_sequences:
             for chunk in _slices(0, N, chunk_tokens):
                 for rows, block_RV in blocks(chunk, hidden_NH[chunk].to(product)):
-                    found_4N[1, rows] = Softmax.of_(block_RV, terms.targets_N[rows, None], shape.of_rows(rows)).logp_RJ[:, 0]
+                    found_4N[1, rows] = Softmax.of(block_RV, terms.targets_N[rows, None], shape.of_rows(rows)).logp_RJ[:, 0]
             terms = terms._replace(token_loss=_Known(*terms.token_loss(found_4N[1], slice(0, N))))
 
         for chunk in _slices(0, N, chunk_tokens):
@@ -285,25 +288,46 @@ def _to_gradient_(logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: Lo
     With p = softmax(z), the gradient of -logp is p - onehot; that of -entropy p * (log p + entropy) = p * (z - mean z); that of
     the divergence sum(q) * p - q.
     """
-    ids_RJ = terms.targets_N[rows].unsqueeze(1)
-    if terms.teacher:
-        ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, torch.promote_types(logits_RV.dtype, torch.float32))
-        ids_RJ = torch.cat([ids_RJ, ids_RK], dim=1)
-    softmax = Softmax.of_(logits_RV, ids_RJ, shape)
-    logp_R1, entropy_R1 = softmax.logp_RJ[:, :1], softmax.total_R1.log() - softmax.mean_z_R1
-    loss_R1, weights_R1 = (x.unsqueeze(1) for x in terms.token_loss(logp_R1.squeeze(1), rows))
-    mass_R1, onehot_RJ, bonus_R1 = weights_R1, weights_R1, None  # the gradient is p * (mass + bonus * z) - onehot
-    divergence_R1 = torch.zeros_like(logp_R1)
+    exact = torch.promote_types(logits_RV.dtype, torch.float32)
+    ids_RJ, bonus_R1 = terms.targets_N[rows, None], None
     if terms.entropy_weights_N is not None:
-        bonus_R1 = terms.entropy_weights_N[rows].unsqueeze(1).to(logp_R1.dtype)
-        loss_R1, mass_R1 = loss_R1 - bonus_R1 * entropy_R1, mass_R1 - bonus_R1 * softmax.mean_z_R1
+        bonus_R1 = terms.entropy_weights_N[rows, None].to(exact)
+    if terms.teacher:
+        ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, exact)
+        ids_RJ = torch.cat([ids_RJ, ids_RK], dim=1)
+
+    def factors(weights_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """mass, onehot, bonus: the gradient is p * (mass + bonus * (z - mean z)) - onehot."""
+        mass_R1 = onehot_RJ = weights_R.unsqueeze(1).to(exact)
+        if terms.teacher:
+            onehot_RJ = sum_of_equal_ids(ids_RJ, torch.cat([mass_R1, strength_R1 * q_RK], dim=1))
+            mass_R1 = mass_R1 + strength_R1 * q_RK.sum(1, keepdim=True)
+        return mass_R1, onehot_RJ, bonus_R1
+
+    known_N = terms.token_loss.weights_N if wants_gradient and runs_in_one_pass(logits_RV) else None
+    if known_N is not None:
+        from wsft.loss import one_pass  # imports triton
+
+        softmax = one_pass.differentiate_(logits_RV, ids_RJ, *factors(known_N[rows]), shape)
+    else:
+        softmax = Softmax.of(logits_RV, ids_RJ, shape)
+    logp_R1, entropy_R1 = softmax.logp_RJ[:, :1], softmax.total_R1.log() - softmax.mean_z_R1
+    loss_R, weights_R = terms.token_loss(logp_R1.squeeze(1), rows)
+    if wants_gradient and known_N is None:
+        differentiate_(logits_RV, softmax, ids_RJ, *factors(weights_R), shape)
+    loss_R1, divergence_R1 = loss_R.unsqueeze(1), torch.zeros_like(logp_R1)
+    if bonus_R1 is not None:
+        loss_R1 = loss_R1 - bonus_R1 * entropy_R1
     if terms.teacher:
         divergence_R1 = (torch.xlogy(q_RK, q_RK) - q_RK * softmax.logp_RJ[:, 1:]).sum(1, keepdim=True)
-        loss_R1, mass_R1 = loss_R1 + strength_R1 * divergence_R1, mass_R1 + strength_R1 * q_RK.sum(1, keepdim=True)
-        onehot_RJ = sum_of_equal_ids(ids_RJ, torch.cat([weights_R1, strength_R1 * q_RK], dim=1))
-    if wants_gradient:
-        differentiate_(softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+        loss_R1 = loss_R1 + strength_R1 * divergence_R1
     return torch.cat([loss_R1, logp_R1, entropy_R1, divergence_R1], dim=1).T
+
+
+def runs_in_one_pass(logits_RV: torch.Tensor) -> bool:
+    """Whether the kernel of one_pass.py is used: where it was measured to be faster than the two passes of softmax.py."""
+    device = logits_RV.device
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in ONE_PASS_ON and logits_RV.dtype.itemsize <= 4
 
 
 def _parts(lm_head_VH: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:

@@ -284,6 +284,11 @@ class Objective:
         return self.function not in _WITHOUT_BEHAVIOR
 
     @property
+    def is_constant(self) -> bool:
+        """Whether the weight does not depend on logp."""
+        return self.function in (weighted_sft, sft)
+
+    @property
     def zero_weight_without_advantage(self) -> bool:
         """Whether the weight is always 0 of a token, or, with `of_sequences`, of all tokens of a sequence, of advantage 0."""
         return self.function in set(OBJECTIVES.values()) - _WITHOUT_ADVANTAGE and not self.args.get("tau")

@@ -1,4 +1,4 @@
-"""The softmax over a block of logits, in place, and its derivative. Used by the chunked head (head.py).
+"""The softmax over a block of logits, and its derivative, in place. Used by the chunked head (head.py).
 
 Letters: R rows of a block, V vocabulary, J entries of a row that are needed (the target, entries of a teacher).
 """
@@ -31,48 +31,51 @@ class LogitShape(NamedTuple):
     def logit_scale(self) -> float | torch.Tensor:
         return self.scale / self.temperature
 
-    def apply_(self, z: torch.Tensor) -> torch.Tensor:
-        """Apply them to products [R, any], in place."""
+    def apply(self, products: torch.Tensor) -> torch.Tensor:
+        """z of products [R, any], in float32 or a larger type; the products themselves if they are that."""
+        z, factor = products.to(_exact(products)), self.logit_scale
         if self.softcap is None:
-            return z.mul_(self.logit_scale)
-        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+            return z if isinstance(factor, float) and factor == 1 else z * factor
+        return (z * (self.scale / self.softcap)).tanh_().mul_(self.softcap / self.temperature)
 
     def derivative(self, z: torch.Tensor) -> torch.Tensor | float:
-        """Derivative of the result of `apply_` with respect to the products."""
+        """Derivative of the result of `apply` with respect to the products."""
         return self.logit_scale * (1 - (z * self.temperature / self.softcap).square()) if self.softcap else self.logit_scale
 
 
 class Softmax(NamedTuple):
-    """Of R rows of logits, overwritten with exp(z - max z), and of J of their entries."""
+    """Of R rows of logits z, and of J of their entries."""
 
-    exp_RV: torch.Tensor
     peak_R1: torch.Tensor  # max z
-    total_R1: torch.Tensor  # the sum of exp
+    total_R1: torch.Tensor  # the sum of exp(z - max z)
     mean_z_R1: torch.Tensor  # of z - max z
     z_RJ: torch.Tensor  # - max z
     logp_RJ: torch.Tensor
 
     @classmethod
-    def of_(cls, logits_RV: torch.Tensor, ids_RJ: torch.Tensor, shape: LogitShape) -> Softmax:
-        exact = torch.promote_types(logits_RV.dtype, torch.float32)
-        z_RJ = shape.apply_(logits_RV.gather(1, ids_RJ).to(exact))
-        peak_R1, total_R1, mean_z_R1 = _fused(_exponentiate_, logits_RV)(logits_RV, shape)
+    def of(cls, products_RV: torch.Tensor, ids_RJ: torch.Tensor, shape: LogitShape) -> Softmax:
+        z_RJ = shape.apply(products_RV.gather(1, ids_RJ))
+        peak_R1, total_R1, mean_z_R1 = _fused(_statistics, products_RV)(products_RV, shape)
         z_RJ -= peak_R1
-        return cls(logits_RV, peak_R1, total_R1, mean_z_R1, z_RJ, z_RJ - total_R1.log())
+        return cls(peak_R1, total_R1, mean_z_R1, z_RJ, z_RJ - total_R1.log())
 
 
-def _exponentiate_(logits_RV: torch.Tensor, shape: LogitShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Overwrites logits with exp(z - max z). Returns max z, the sum of exp, and the mean of z - max z, [R, 1] each."""
-    z = shape.apply_(logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)))
+def _exact(like: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(like.dtype, torch.float32)
+
+
+def _statistics(products_RV: torch.Tensor, shape: LogitShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """max z, the sum of exp(z - max z), and the mean of z - max z, [R, 1] each."""
+    z = shape.apply(products_RV)
     peak_R1 = z.amax(1, keepdim=True)
-    exp = z.sub_(peak_R1).exp()
+    z = z - peak_R1
+    exp = z.exp()
     total_R1 = exp.sum(1, keepdim=True)
-    mean_z_R1 = z.mul_(exp).sum(1, keepdim=True) / total_R1
-    logits_RV.copy_(exp)
-    return peak_R1, total_R1, mean_z_R1
+    return peak_R1, total_R1, z.mul_(exp).sum(1, keepdim=True) / total_R1
 
 
 def differentiate_(
+    products_RV: torch.Tensor,
     softmax: Softmax,
     ids_RJ: torch.Tensor,
     mass_R1: torch.Tensor,
@@ -80,28 +83,45 @@ def differentiate_(
     bonus_R1: torch.Tensor | None,
     shape: LogitShape,
 ) -> None:
-    """Overwrites exp with derivative * (p * (mass + bonus * z) - onehot), where onehot is nonzero at `ids`.
-
-    The entries at `ids` are written directly: subtracting 1 from p in the buffer's type would lose precision.
-    """
-    exp_RV, peak_R1, total_R1, _, z_RJ, logp_RJ = softmax
-    at_ids_RJ = logp_RJ.exp() * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z_RJ) - onehot_RJ
+    """Overwrites products with derivative * (p * (mass + bonus * (z - mean z)) - onehot), where onehot is nonzero at `ids`."""
+    peak_R1, total_R1, mean_z_R1, *_ = softmax
+    # quotients are copies of what may be views, see LogitShape.of_rows
     bonus = None if bonus_R1 is None else bonus_R1 / total_R1
-    _fused(_spread_, exp_RV)(exp_RV, mass_R1 / total_R1, bonus, peak_R1, shape)
-    exp_RV.scatter_(1, ids_RJ, (shape.derivative(z_RJ + peak_R1) * at_ids_RJ).to(exp_RV.dtype))
+    _fused(_spread_, products_RV)(products_RV, peak_R1, mean_z_R1, mass_R1 / total_R1, bonus, shape)
+    write_at_ids_(products_RV, softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+
+
+def write_at_ids_(
+    gradient_RV: torch.Tensor,
+    softmax: Softmax,
+    ids_RJ: torch.Tensor,
+    mass_R1: torch.Tensor,
+    onehot_RJ: torch.Tensor,
+    bonus_R1: torch.Tensor | None,
+    shape: LogitShape,
+) -> None:
+    """Write the entries where onehot is not 0. Subtracting it from p in the type of the gradient would lose precision."""
+    peak_R1, _, mean_z_R1, z_RJ, logp_RJ = softmax
+    factor_RJ = mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * (z_RJ - mean_z_R1)
+    at_ids_RJ = shape.derivative(z_RJ + peak_R1) * (logp_RJ.exp() * factor_RJ - onehot_RJ)
+    gradient_RV.scatter_(1, ids_RJ, at_ids_RJ.to(gradient_RV.dtype))
 
 
 def _spread_(
-    exp_RV: torch.Tensor, mass_R1: torch.Tensor, bonus_R1: torch.Tensor | None, peak_R1: torch.Tensor, shape: LogitShape
+    products_RV: torch.Tensor,
+    peak_R1: torch.Tensor,
+    mean_z_R1: torch.Tensor,
+    mass_R1: torch.Tensor,
+    bonus_R1: torch.Tensor | None,
+    shape: LogitShape,
 ) -> None:
-    """Overwrites exp with derivative * exp * (mass + bonus * z)."""
-    if bonus_R1 is None and shape.softcap is None:
-        exp_RV.mul_(shape.logit_scale * mass_R1)
-        return
-    exp = exp_RV.to(mass_R1.dtype)
-    z = exp.clamp_min(torch.finfo(exp.dtype).tiny).log_()
-    exp = exp * (mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * z)
-    exp_RV.copy_(exp.mul_(shape.derivative(z + peak_R1)))
+    """Overwrites products with derivative * exp(z - max z) * (mass + bonus * (z - mean z))."""
+    z = shape.apply(products_RV)
+    factor, derivative = mass_R1, shape.derivative(z)
+    z = z.sub_(peak_R1)  # may overwrite products
+    if bonus_R1 is not None:
+        factor = factor + bonus_R1 * (z - mean_z_R1)
+    products_RV.copy_(z.exp_().mul_(factor * derivative))
 
 
 _compiled = functools.cache(functools.partial(torch.compile, dynamic=True))

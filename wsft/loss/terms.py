@@ -71,6 +71,13 @@ class TokenTerms(Movable):
     def of_sequences(self) -> bool:
         return self.objective.of_sequences or (self.corrections.of_sequences and self.prox_logp_N is None)
 
+    @functools.cached_property
+    def weights_N(self) -> torch.Tensor | None:
+        """Weights with the factor of the reduction, where they do not depend on logp."""
+        if not self.objective.is_constant or self.coefficients.kl or self.corrections:
+            return None
+        return self(torch.zeros_like(self.scale_N), slice(None))[1]
+
     def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, -d loss / d logp) of some tokens, see `head.TokenLoss`."""
         weights, _ = self.weigh(logp, rows)
