@@ -85,7 +85,7 @@ class SmallServer:
         if path == "/reset_prefix_cache" and not self.keeps_cache:
             self.cached = None
         if path == "/update_weight_version":
-            self.version = body["new_version"]
+            self.version, self.current = body["new_version"], None
             print("version", self.version, flush=True)
         if path == "/v1/load_lora_adapter":
             adapted = PeftModel.from_pretrained(copy.deepcopy(self.worker.model), body["lora_path"])

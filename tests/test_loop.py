@@ -98,3 +98,13 @@ def test_requests_run_on_the_adapter_that_was_published_last():
             ask(app, "POST", path, {"model": model} if model else {})
             assert vllm_app.asked == (path, {"model": served}) and (running[-1]["wsft_1_7"] == 1) == (served != "another")
     assert ask(app, "GET", "/wsft")["running"] == {}
+
+
+def test_a_run_that_publishes_whole_weights_ends_the_adapter_of_an_earlier_one():
+    app = Middleware(vllm_app)
+    ask(app, "POST", "/wsft/adapter", {"name": "wsft_1_7", "version": "7", "base": ["small"]})
+    ask(app, "POST", "/update_weight_version", {"new_version": "0"})
+    assert vllm_app.asked == ("/update_weight_version", {"new_version": "0"})
+    answer = generate(app, weight_versions=True)
+    assert "model" not in vllm_app.asked[1] and answer["finish_reasons"][0]["weight_versions"] == SPANS
+    assert ask(app, "GET", "/wsft")["adapter"] is None

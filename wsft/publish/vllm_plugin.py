@@ -157,7 +157,7 @@ class Middleware:
     """ASGI middleware. `GET /wsft` tells the trainer that the extension is there, `POST /generate` is Atropos's route.
 
     After `POST /wsft/adapter {"name", "version", "base"}` requests for the models in `base`, or for none, run on that adapter,
-    and their version is the adapter's. `GET /wsft` counts the running requests of each adapter, which must not be unloaded.
+    and their version is the adapter's, until whole weights are loaded (by a later run) and get a version. `GET /wsft` counts the running requests of each adapter, which must not be unloaded.
     """
 
     def __init__(self, app: Any):
@@ -172,6 +172,9 @@ class Middleware:
         elif route == ("POST", "/wsft/adapter"):
             self._adapter = json.loads(await _read(receive))
             await _answer(send, 200, {})
+        elif route == ("POST", "/update_weight_version"):
+            self._adapter = None
+            await self._app(scope, receive, send)
         elif route == ("GET", "/weight_info") and self._adapter:
             await _answer(send, 200, {"weight_version": self._adapter["version"]})
         elif route == ("POST", "/generate"):
