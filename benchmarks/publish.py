@@ -139,8 +139,8 @@ def main() -> None:
         print(f"{name:<7} all {shown(found[0])}  pause {shown(found[1])}  {gib / statistics.median(found[0]):.2f} GiB/s")
     if copy:
         print(f"plain copy of the folder's files {shown(copy)}")
-    tenth = memory[max(len(memory) // 10 - 1, 0)]
-    print(f"memory after {max(len(memory) // 10, 1)} versions {tenth:.2f} GiB, after {len(memory)}: {memory[-1]:.2f} GiB")
+    counts = sorted({max(len(memory) // 10, 1), max(len(memory) // 2, 1), len(memory)})
+    print("memory after", ", ".join(f"{count} versions {memory[count - 1]:.2f} GiB" for count in counts))
     if not args.discarded and "adapter" not in args.transports:
         mean, largest = publishing.differences(args.model)
         print(f"difference of logprobs from the model's, mean and maximum: {mean:.1e} {largest:.1e}")

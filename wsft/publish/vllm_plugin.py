@@ -157,7 +157,8 @@ class Middleware:
     """ASGI middleware. `GET /wsft` tells the trainer that the extension is there, `POST /generate` is Atropos's route.
 
     After `POST /wsft/adapter {"name", "version", "base"}` requests for the models in `base`, or for none, run on that adapter,
-    and their version is the adapter's, until whole weights are loaded (by a later run) and get a version. `GET /wsft` counts the running requests of each adapter, which must not be unloaded.
+    and their version is the adapter's, until whole weights are loaded (by a later run) and get a version. `GET /wsft` counts
+    the running requests of each adapter, which must not be unloaded.
     """
 
     def __init__(self, app: Any):
