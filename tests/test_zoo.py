@@ -5,6 +5,7 @@ or refused in a sentence, by run and dry run alike. CI has one model for each ca
 """
 
 import contextlib
+import io
 import json
 import math
 import re
@@ -16,17 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_group, run_ranks, run_script, write_groups
+from conftest import make_group, run_ranks, write_groups
 from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import register_parametrization
 from transformers.pytorch_utils import Conv1D
 from zoo import REMOTE, VOCAB, ZOO, make, reading
 
 from wsft import WeightedSFTConfig
+from wsft.dry_run import dry_run
+from wsft.errors import UserError
 from wsft.model.loading import passes_of
 from wsft.model.lora import Adapters
 
 LEARNING_RATE, BATCH_SIZE, RANKS = 0.1, 12, 2
+TOGETHER = 8  # models in one start of the ranks, for a table
 EXACT = 2e-5
 PEFT = re.compile(r"base_model\.model\.(.*)\.weight")  # names in an adapter's file
 OTHER = "mtp.layers.0.weight"  # in the file but not in the model, like layers for multi-token prediction
@@ -207,9 +211,12 @@ def unlike(exported, original, trained):
 
 
 def dry(run):
-    flags = [f"--{key}={value}" for key, value in run.items()]
-    code, output = run_script("train.py", *flags, "--dry_run", f"--ranks={RANKS}")
-    return {"dry": sentence(output)} if code else {}
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        try:
+            fits = dry_run(WeightedSFTConfig(**run, dry_run=True, ranks=RANKS))
+        except UserError as error:
+            return {"dry": f"error: {error}"}
+    return {} if fits else {"dry": sentence(output.getvalue())}
 
 
 def sentence(output):
@@ -260,15 +267,23 @@ def test_every_model_is_trained_exactly_or_refused_in_a_sentence(name, tmp_path,
 def main(table, *given):
     names, settings = [word for word in given if "=" not in word], dict(word.split("=") for word in given if "=" in word)
     settings = {name: json.loads(value) for name, value in settings.items()}
+    names, size = names or list(ZOO), TOGETHER
     with open(table, "a", buffering=1) as file:
-        for name in names or ZOO:
+        while names:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    (row,) = train([name], Path(folder), np.random.default_rng(0), **settings)
+                    rows = train(names[:size], Path(folder), np.random.default_rng(0), **settings)
                 except Exception:
-                    row = {"name": name, "untried": traceback.format_exc()[-600:]}
-            print(json.dumps(row), file=file)
-            print(json.dumps(row)[:250], flush=True)
+                    if size > 1:
+                        size = 1  # until the one is found that cannot be tried
+                        continue
+                    rows = [{"name": names[0], "untried": traceback.format_exc()[-600:]}]
+                    size = TOGETHER
+            refused = next((i for i, row in enumerate(rows) if "refused" in row), len(rows))  # it ended the ranks
+            for row in rows[: refused + 1]:
+                print(json.dumps(row), file=file)
+                print(json.dumps(row)[:250], flush=True)
+            names = names[len(rows[: refused + 1]) :]
 
 
 if __name__ == "__main__":
