@@ -213,3 +213,13 @@ def test_a_row_holds_what_rollouts_share_once(rng):
     assert trained_N.tolist() == [12, 13, 14, *range(16, 24), 26, 27, 28]
     assert pack(batch, [1, 2], 0, batch.prefixes(range(3)))[2].lengths == (20, 5)  # alone in its row
     assert pack(batch, [], 0, batch.prefixes(range(3)))[2].lengths == (2,)
+
+
+def test_a_rank_without_rollouts_runs_tokens_of_the_batch(rng):
+    """Not pad tokens, whose embedding may be 0, where a model's derivatives need not be finite."""
+    batch = of_groups([make_group(rng, [5, 4])])
+    tokens_1T, trained_N, _ = pack(batch, [], 3, batch.prefixes(range(2)))
+    assert tokens_1T.tolist() == [batch.tokens[:2].tolist()] and not len(trained_N)
+    filler = pad(batch, [], 3, shortest=11)
+    assert filler["tokens"].tolist() == [[*batch.tokens.tolist(), 3, 3]]
+    assert not filler["loss_masks"].any() and not filler["attention_mask"].any()

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
+from zoo import config_of
 
 from wsft import WeightedSFTConfig
 from wsft.errors import UserError
@@ -331,6 +332,15 @@ def test_attention_and_mlp_projections_are_adapted_whatever_the_architecture(kin
     found = Adapters.for_model(model, (), WeightedSFTConfig(model_name="m", lora_rank=3))
     assert sorted({name.rpartition(".")[2] for name in found.modules}) == sorted(ends)
     assert sorted(found.left_out) == left_out
+
+
+@pytest.mark.parametrize("name, left_out", [
+    ("longcat_flash", "routers"), ("zaya", "routers"), ("gemma3n_text", "AltUp"),
+])  # fmt: skip
+def test_routers_of_any_size_are_not_adapted(name, left_out):
+    model = empty_model(config_of(name), False)
+    found = Adapters.for_model(model, (), WeightedSFTConfig(model_name="m", lora_rank=3))
+    assert left_out in found.left_out and not any("router" in module or "altup" in module for module in found.modules)
 
 
 @pytest.mark.parametrize(

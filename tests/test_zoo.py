@@ -5,6 +5,7 @@ or refused in a sentence, by run and dry run alike. CI has one model for each ca
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
@@ -83,7 +84,7 @@ class AddLow(torch.nn.Module):
 def adapt(model, folder, lora_rank):
     """Add the adapters with which a run begins; returns name -> parameter."""
     config = WeightedSFTConfig(model_name=str(folder), lora_rank=lora_rank, seed=42)
-    passes = passes_of(model.config, True, SETTINGS["max_token_len"], torch.float32)
+    passes = passes_of(copy.deepcopy(model.config), True, SETTINGS["max_token_len"], torch.float32)
     adapters = Adapters.for_model(passes.model, passes.unreached(), config)
     start = reading(folder, torch.float32)
     adapters.put_into(start, config.seed)
@@ -244,10 +245,11 @@ def test_one_of_each_cause_is_trained_exactly(tmp_path, rng):
 
 
 @pytest.mark.parametrize(
-    "names", [["qwen3_moe", "mamba"], pytest.param(["falcon_h1", "qwen2_5_vl", "mamba"], marks=pytest.mark.slow)]
+    "names",
+    [["qwen3_moe", "gemma3n_text", "mamba"], pytest.param(["falcon_h1", "qwen2_5_vl", "mamba"], marks=pytest.mark.slow)],
 )
 def test_adapters_of_mixtures_hybrids_and_multimodal_models_are_trained_exactly(names, tmp_path, rng):
-    """Or refused: Mamba has no attention."""
+    """Or refused: Mamba has no attention. The derivative of Gemma 3n is not finite where an embedding is 0."""
     rows = train(names, tmp_path, rng, lora_rank=3)
     for row in rows:
         assert_exact_or_refused(row)

@@ -121,6 +121,8 @@ def _adapt(module: torch.nn.Module, name: str, rank: int, scaling: float, seed: 
     module.scaling, module.on, module.as_if_trained = scaling, True, False
 
 
+# words in names of modules of a layer that are neither attention nor MLP
+_BESIDE = {"per_layer": "per-layer inputs", "altup": "AltUp", "adapter": "the model's own adapters"}
 _NO_TEXT, _NO_LAYER, _EXPERT = "what no text reaches", "outside of the decoder layers", "experts"
 
 
@@ -137,25 +139,33 @@ class _Choice:
         places = [i for i, part in enumerate(parts) if part.isdigit()]
         if f"{name}.weight" in self._unreached:
             return _NO_TEXT
-        if not places or module not in self._decoder:
+        inner = parts[places[0] + 1 :] if places else []
+        if not inner or module not in self._decoder:
             return _NO_LAYER
-        inner = parts[places[0] + 1 :]
-        if len(places) > 1 or any("expert" in part and "shared" not in part for part in inner):
+        listed = any(self._lists_experts(parts[:place]) for place in places[1:])
+        if listed or any("expert" in part and "shared" not in part for part in inner):
             return _EXPERT
-        gates = any("router" in part or part.endswith("gate") for part in inner)
-        if gates and len(module.weight) in {1, *self.experts}:
+        gates = any(part.endswith("gate") for part in inner) and len(module.weight) in {1, *self.experts}
+        if gates or any("router" in part for part in inner):
             return "routers"
         for i in range(places[0] + 2, len(parts)):  # modules within the layer
             within = self._model.get_submodule(".".join(parts[:i]))
             if "att" not in parts[i - 1] and any(isinstance(each, torch.nn.Conv1d) for each in within.children()):
                 return "state-space and convolution blocks"
-        if any(part.startswith("per_layer") for part in inner):
-            return "per-layer inputs"
+        beside = [reason for word, reason in _BESIDE.items() if any(word in part for part in inner)]
+        if beside:
+            return beside[0]
         if min(sizes_of(module)) <= self._rank:
             return f"matrices of at most {self._rank} rows or columns"
         if type(module) not in (torch.nn.Linear, Conv1D) and not _is_linear(module):
             return "modules that are no plain projections"
         return ""
+
+    def _lists_experts(self, path: list[str]) -> bool:
+        """Whether the module there, within a layer, has as many children as there are experts. Several attentions and MLPs in a
+        layer are listed, too (LongCat)."""
+        children = list(self._model.get_submodule(".".join(path)).children())
+        return "att" not in path[-1] and len(children) in self.experts
 
 
 def sizes_of(module: torch.nn.Module) -> tuple[int, int]:

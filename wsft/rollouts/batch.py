@@ -243,7 +243,7 @@ class AtroposBatchProcessor:
 
 
 def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2) -> dict[str, torch.Tensor]:
-    """The given rollouts as right-padded rows, all [B, T]. Without rollouts, one untrained row of pad tokens.
+    """The given rollouts as right-padded rows, all [B, T]. Without rollouts, one untrained row, see `_untrained`.
 
     T is at least `shortest`: some models treat an input of one token as a step of generation."""
     spans = batch.spans()
@@ -256,6 +256,8 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2)
         "inference_logprobs": torch.full(shape, math.nan, dtype=torch.float32),
         "attention_mask": torch.zeros(shape, dtype=torch.bool),
     }
+    if spans == [slice(0, 0)]:
+        padded["tokens"][0] = _untrained(batch, shape[1], pad_token_id)
     for b, span in enumerate(spans):
         n = span.stop - span.start
         padded["tokens"][b, :n] = torch.from_numpy(batch.tokens[span])
@@ -266,10 +268,19 @@ def pad(batch: Batch, rows: Iterable[int], pad_token_id: int, shortest: int = 2)
     return padded
 
 
+def _untrained(batch: Batch, length: int, pad_token_id: int) -> torch.Tensor:
+    """Tokens for a rank that has no rollouts: the first of the batch. The embedding of a pad token may be 0, where the
+    derivative of a norm is infinite: times a gradient of 0 it would be NaN (Gemma 3n)."""
+    tokens = torch.full((length,), pad_token_id, dtype=torch.int64)
+    first = torch.from_numpy(batch.tokens[:length])
+    tokens[: len(first)] = first
+    return tokens
+
+
 def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -> tuple[torch.Tensor, torch.Tensor, Layout]:
     """The given rollouts in one row: tokens [1, T] int64, flat positions of the trained ones [N], the layout.
 
-    Neighbours of one cluster share a prefix segment. Without rollouts, two untrained pad tokens.
+    Neighbours of one cluster share a prefix segment. Without rollouts, two untrained tokens.
     """
     spans, segments, parents = batch.spans(), [], []
     for _, neighbours in itertools.groupby(rows, key=lambda i: prefixes.clusters[i]):
@@ -282,7 +293,7 @@ def pack(batch: Batch, rows: list[int], pad_token_id: int, prefixes: Prefixes) -
         segments += [slice(spans[i].start + n, spans[i].stop) for i in cluster]
         parents += [parent] * len(cluster)
     if not segments:
-        return torch.full((1, 2), pad_token_id, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), Layout.of([2])
+        return _untrained(batch, 2, pad_token_id).unsqueeze(0), torch.zeros(0, dtype=torch.int64), Layout.of([2])
     tokens, trained = (np.concatenate([field[segment] for segment in segments]) for field in (batch.tokens, batch.loss_mask))
     layout = Layout(tuple(segment.stop - segment.start for segment in segments), tuple(parents))
     return torch.from_numpy(tokens).unsqueeze(0), torch.from_numpy(np.flatnonzero(trained)), layout
