@@ -21,6 +21,7 @@ from wsft import trainer  # noqa: E402
 from wsft.distributed.state_writer import StateWriter  # noqa: E402
 from wsft.rollouts import journal  # noqa: E402
 from wsft.run import checkpoint  # noqa: E402
+from wsft.step_log import StepLog  # noqa: E402
 
 place, count, *flags = sys.argv[1:]
 left, _, only = count.partition("@")
@@ -64,7 +65,7 @@ def never(*args):
 
 def late(function):
     """The function; the first time once `count` more steps are in metrics.jsonl."""
-    wanted, steps, note, start = [left], threading.Semaphore(0), trainer.WeightedSFTTrainer._warn, StateWriter.start
+    wanted, steps, note, start = [left], threading.Semaphore(0), StepLog._warn, StateWriter.start
 
     def noted(*args):
         steps.release()
@@ -81,7 +82,7 @@ def late(function):
             wanted[0] -= 1
         return function(*args)
 
-    trainer.WeightedSFTTrainer._warn, StateWriter.start = noted, started
+    StepLog._warn, StateWriter.start = noted, started
     return wrapped
 
 
@@ -94,10 +95,10 @@ Journal, os_of_journal = journal.Journal, types.SimpleNamespace(**vars(os))
 match place:
     case "step":  # a step is taken and in metrics.jsonl; the checkpoint before it is complete
         StateWriter.busy = property(lambda self: bool(self._thread and self._thread.join()))
-        trainer.WeightedSFTTrainer._warn = killing(trainer.WeightedSFTTrainer._warn)
+        StepLog._warn = killing(StepLog._warn)
     case "unwritten":  # a step is taken, while nothing is written of the checkpoint before it
         StateWriter._write = never
-        trainer.WeightedSFTTrainer._warn = killing(trainer.WeightedSFTTrainer._warn)
+        StepLog._warn = killing(StepLog._warn)
     case "late":  # steps are taken while a checkpoint is written: no death
         StateWriter._write = late(StateWriter._write)
     case "fetch":  # a batch has come, and is not in the journal

@@ -99,7 +99,7 @@ def adapt(model, folder, lora_rank):
     return found
 
 
-def reference(folder, batches, dtype, lora_rank=None):
+def reference(folder, batches, dtype, lora_rank=None, learning_rate=LEARNING_RATE):
     """Parameters after a step of SGD on each batch: one rollout at a time, dense, with the code of transformers alone. With
     `lora_rank` those of the adapters."""
     model = reading(folder, dtype)
@@ -116,7 +116,7 @@ def reference(folder, batches, dtype, lora_rank=None):
         with torch.no_grad():
             for param in params.values():
                 if param.grad is not None:
-                    param -= LEARNING_RATE * param.grad
+                    param -= learning_rate * param.grad
     return params
 
 
@@ -127,13 +127,13 @@ def logits_of(model, tokens):
         return model.language_model(input_ids=tokens, use_cache=False).logits
 
 
-def reference_in_float64(folder, batches, lora_rank):
+def reference_in_float64(folder, batches, *settings):
     """Or in float32, where the model's code runs in nothing else. What it raises, where it does not run at all."""
     try:
-        return reference(folder, batches, torch.float64, lora_rank)
+        return reference(folder, batches, torch.float64, *settings)
     except RuntimeError:
         with contextlib.suppress(RuntimeError):
-            return reference(folder, batches, torch.float32, lora_rank)
+            return reference(folder, batches, torch.float32, *settings)
     except Exception as error:
         return error
     return RuntimeError("the model does not run")
@@ -171,8 +171,8 @@ def train(names, folder, rng, bf16=False, **changes):
             model_name=str(model), data=data, output_dir=str(folder / f"{name}.run"), deepspeed=str(folder / "ds.json")
         )
         runs.append(SETTINGS | there | changes)
-    lora_rank = changes.get("lora_rank")
-    wanted = [reference_in_float64(folder / name, made, lora_rank) for name in names]
+    settings = lora_rank, _ = changes.get("lora_rank"), changes.get("learning_rate", LEARNING_RATE)
+    wanted = [reference_in_float64(folder / name, made, *settings) for name in names]
     (folder / "runs.json").write_text(json.dumps(runs))
     results = run_ranks(["tests/train_many.py", folder / "runs.json"], RANKS, timeout=120 + 20 * len(names))
     output = results[0][1]
@@ -194,7 +194,7 @@ def train(names, folder, rng, bf16=False, **changes):
             row["export"] = unlike(weights_of(final), weights_of(Path(run["model_name"])), values)
         row["error"], row["worst"] = worst(found, values)
         if row["error"] > EXACT:
-            row["float32"] = worst(reference(run["model_name"], made, torch.float32, lora_rank), values)[0]
+            row["float32"] = worst(reference(run["model_name"], made, torch.float32, *settings), values)[0]
     return rows
 
 
