@@ -34,7 +34,10 @@ class WeightedSFTModel(torch.nn.Module):
         super().__init__()
         self.model = model
         # ZeRO-3 gathers parameters around the forward of the module that owns them, so the loss is computed in that forward
-        model.get_output_embeddings().__class__ = LossHead
+        head = model.get_output_embeddings()
+        # logits by its own code where its class has some, which the passes on the meta device then see
+        plain = type(head).forward in (torch.nn.Linear.forward, LossHead.forward)
+        head.__class__ = LossHead if plain else type(f"Loss{type(head).__name__}", (LossHead, type(head)), {})
         # found on the meta device (meta_passes.py): classes of modules that route by data, names of layers that run once in a
         # pass, and whether to try packed rows
         self.routed: set[type[torch.nn.Module]] = set()

@@ -14,6 +14,8 @@ _MOVING = re.compile(
     "slice|select|index|view|_unsafe_view|reshape|unsqueeze|squeeze|expand|permute|transpose|t|alias|clone|detach|_to_copy"
 )
 
+_LINEAR = {"linear", "addmm", "mm", "matmul", "bmm"}  # the head itself; "add" too if it has a bias
+
 
 class HeadArithmetic(TorchDispatchMode):
     """A context that traces the operations on hidden states before the head, and on logits after it.
@@ -29,13 +31,14 @@ class HeadArithmetic(TorchDispatchMode):
         super().__init__()
         self._tokens = tokens
         head = model.get_output_embeddings()
+        self._linear = _LINEAR | ({"add"} if head.bias is not None else set())
         self._hooks = [
             *(module.register_forward_hook(lambda _, __, made: self._leave_body(made)) for module in model.modules()),
             head.register_forward_pre_hook(lambda _, given: self._enter_head(given[0])),
             head.register_forward_hook(lambda _, __, logits: self._leave_head(logits)),
         ]
         self._followed: dict[int, torch.Tensor] = {}
-        self._are_logits = False
+        self._in_head = self._are_logits = False
         self.vocab_size = None
         self._forget()
 
@@ -61,9 +64,11 @@ class HeadArithmetic(TorchDispatchMode):
         if (self._followed and not self._follows(hidden)) or hidden.shape[:-1].numel() != self._tokens:
             self.unknown.append("other hidden states than the last")
         self._followed.clear()
+        self._follow(hidden)
+        self._in_head = True
 
     def _leave_head(self, logits: torch.Tensor) -> None:
-        self._are_logits = True
+        self._in_head, self._are_logits = False, True
         self._follow(logits)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -84,7 +89,7 @@ class HeadArithmetic(TorchDispatchMode):
             self.bound *= factor
         elif name == "tanh" and self._are_logits and self.bound is None:
             self.bound = 1.0
-        elif not _MOVING.fullmatch(name):
+        elif not _MOVING.fullmatch(name) and not (self._in_head and name in self._linear):
             self.unknown.append(name)
 
     def options(self) -> dict[str, float | int]:
