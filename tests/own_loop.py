@@ -43,7 +43,8 @@ class Events:
 
 
 class Gathers:
-    """For --callbacks: prints for each step how often rank 0 gathered parameters, in forward and in backward passes."""
+    """For --callbacks: prints for each step how often rank 0 gathered parameters, in forward and in backward passes, and how
+    many are gathered with a module that is not theirs."""
 
     def __init__(self):
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
@@ -59,7 +60,8 @@ class Gathers:
 
     def on_step(self, trainer, metrics):
         if trainer.world.rank == 0:
-            print("gathers", json.dumps([*self.counts.values()]), flush=True)
+            foreign = sum(len(getattr(module, "_external_params", ())) for module in trainer.model.modules())
+            print("gathers", json.dumps([*self.counts.values(), foreign]), flush=True)
         self.counts |= dict.fromkeys(self.counts, 0)
 
 

@@ -141,7 +141,8 @@ def test_second_shares_within_hosts_change_nothing(tiny_model, tiny_untied_model
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_layers_are_gathered_as_a_whole(lora_rank, tmp_path, rng):
-    """Embedding, four layers, norm and head: not each matrix by itself, and in backward passes not twice."""
+    """Embedding, four layers, norm and head: not each matrix by itself, in backward passes not twice, and the head for itself
+    alone, not for the whole pass."""
     ds = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
     ds = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "zero_optimization": ds}
     (tmp_path / "ds.json").write_text(json.dumps(ds))
@@ -151,5 +152,5 @@ def test_layers_are_gathered_as_a_whole(lora_rank, tmp_path, rng):
     settings |= {"callbacks": "tests.own_loop:Gathers"} | ({"lora_rank": lora_rank} if lora_rank else {})
     (code, output), _ = run_ranks(["train.py", *flags(settings)], 2)
     assert code == 0, output
-    _, *steps = re.findall(r"gathers \[(\d+), (\d+)\]", output)  # the first is that of checks at the start, too
-    assert steps and all(int(forward) <= 7 and int(backward) <= 7 for forward, backward in steps)
+    _, *steps = re.findall(r"gathers \[(\d+), (\d+), (\d+)\]", output)  # the first is that of checks at the start, too
+    assert steps and all(int(forward) <= 7 and int(backward) <= 7 and foreign == "0" for forward, backward, foreign in steps)

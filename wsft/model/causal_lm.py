@@ -120,7 +120,8 @@ class WeightedSFTModel(torch.nn.Module):
         # the one shift: position t-1 scores token t. By index_select, whose backward pass does not sort the indices
         hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, trained_N - 1)
         targets_N, head = tokens_BT.flatten()[trained_N], self.model.get_output_embeddings()
-        return head(hidden_NH.to(head.weight.dtype), targets_N, weights, **options, **self.logit_options)
+        dtype = next(head.parameters()).dtype  # not head.weight: ZeRO-3 would from now on gather it for this whole pass
+        return head(hidden_NH.to(dtype), targets_N, weights, **options, **self.logit_options)
 
     @torch.no_grad()
     def check_head(self, device: torch.device) -> None:
@@ -155,8 +156,10 @@ class WeightedSFTModel(torch.nn.Module):
         self.train(mode)
 
     def _sum_of_parameters(self) -> float:
-        """Sum over this rank's partition of the parameters."""
-        return sum(float(getattr(param, "ds_tensor", param).sum(dtype=torch.float64)) for param in self.parameters())
+        """Sum over this rank's partition of the parameters, in pieces, since torch copies to float64 what it sums in that."""
+        partitions = (getattr(param, "ds_tensor", param).flatten() for param in self.parameters())
+        sums = [piece.sum(dtype=torch.float64) for partition in partitions for piece in partition.split(2**22)]
+        return float(torch.stack(sums).sum())
 
     @contextlib.contextmanager
     def _scaled_states(self, scale: float) -> Iterator[None]:

@@ -31,7 +31,7 @@ def small_copies(model: PreTrainedModel, device: torch.device, attention: str) -
     Args:
         attention: name of the attention that the copies use.
     """
-    layers = _layers_needed(model)
+    layers = _layers_needed(type(model), model.config)
     for layers_kept, narrow in ((layers, True), (layers, False), (None, False)):
         config = copy.deepcopy(model.config)
         try:
@@ -75,10 +75,15 @@ def _at_most(value: Any, most: int) -> Any:
     return min(value, most) if isinstance(value, int) else value
 
 
-def _layers_needed(model: PreTrainedModel) -> int | None:
+def _layers_needed(model_class: type[PreTrainedModel], config: PretrainedConfig) -> int | None:
     """The number of layers, from the first, among which there is each kind of layer, and two at least. None if unknown."""
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    for module in model.modules():
+    number = getattr(config.get_text_config(), "num_hidden_layers", None)
+    try:
+        with torch.device("meta"):  # a new model, since DeepSpeed numbers the modules of one that it trains
+            whole = model_class._from_config(copy.deepcopy(config))
+    except (ArithmeticError, *STOPS):
+        return None
+    for module in whole.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == number:
             kinds = [_kind_of(layer) for layer in module]
             return max(2, 1 + max(map(kinds.index, kinds)))
