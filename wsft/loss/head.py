@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from wsft.device import can_compile, has_native_matmul, memory_bytes
-from wsft.loss.softmax import LogitShape, Softmax, differentiate_, sum_of_equal_ids
+from wsft.loss.softmax import Factors, LogitShape, Softmax, differentiate_, sum_of_equal_ids
 
 # Bytes of a chunk's logits in float32. On a CPU larger chunks were not faster. Each chunk reads and writes the gradient of
 # lm_head once: on a GPU this takes as long as the matrix products of some hundred rows; on a CPU smaller chunks cost up to a
@@ -296,25 +296,24 @@ def _to_gradient_(logits_RV: torch.Tensor, rows: slice, terms: _Terms, shape: Lo
         ids_RK, q_RK, strength_R1 = terms.teacher.of_rows(rows, exact)
         ids_RJ = torch.cat([ids_RJ, ids_RK], dim=1)
 
-    def factors(weights_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """mass, onehot, bonus: the gradient is p * (mass + bonus * (z - mean z)) - onehot."""
+    def factors(weights_R: torch.Tensor) -> Factors:
         mass_R1 = onehot_RJ = weights_R.unsqueeze(1).to(exact)
         if terms.teacher:
             onehot_RJ = sum_of_equal_ids(ids_RJ, torch.cat([mass_R1, strength_R1 * q_RK], dim=1))
             mass_R1 = mass_R1 + strength_R1 * q_RK.sum(1, keepdim=True)
-        return mass_R1, onehot_RJ, bonus_R1
+        return Factors(ids_RJ, onehot_RJ, mass_R1, bonus_R1)
 
     known_N = terms.token_loss.weights_N if wants_gradient and runs_in_one_pass(logits_RV) else None
     if known_N is not None:
         from wsft.loss import one_pass  # imports triton
 
-        softmax = one_pass.differentiate_(logits_RV, ids_RJ, *factors(known_N[rows]), shape)
+        softmax = one_pass.differentiate_(logits_RV, factors(known_N[rows]), shape)
     else:
         softmax = Softmax.of(logits_RV, ids_RJ, shape)
     logp_R1, entropy_R1 = softmax.logp_RJ[:, :1], softmax.total_R1.log() - softmax.mean_z_R1
     loss_R, weights_R = terms.token_loss(logp_R1.squeeze(1), rows)
     if wants_gradient and known_N is None:
-        differentiate_(logits_RV, softmax, ids_RJ, *factors(weights_R), shape)
+        differentiate_(logits_RV, softmax, factors(weights_R), shape)
     loss_R1, divergence_R1 = loss_R.unsqueeze(1), torch.zeros_like(logp_R1)
     if bonus_R1 is not None:
         loss_R1 = loss_R1 - bonus_R1 * entropy_R1

@@ -11,21 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from wsft.loss.softmax import LogitShape, Softmax, write_at_ids_
+from wsft.loss.softmax import Factors, LogitShape, Softmax, write_at_ids_
 
 BLOCK, WARPS = 8192, 16  # entries of a row at a time
 
 
-def differentiate_(
-    products_RV: torch.Tensor,
-    ids_RJ: torch.Tensor,
-    mass_R1: torch.Tensor,
-    onehot_RJ: torch.Tensor,
-    bonus_R1: torch.Tensor | None,
-    shape: LogitShape,
-) -> Softmax:
+def differentiate_(products_RV: torch.Tensor, factors: Factors, shape: LogitShape) -> Softmax:
     """The softmax of products in float32 or a smaller type, which are overwritten as by `softmax.differentiate_`."""
-    R, V = products_RV.shape
+    (R, V), (ids_RJ, _, mass_R1, bonus_R1) = products_RV.shape, factors
     z_RJ = shape.apply(products_RV.gather(1, ids_RJ))
     # z = outer * (tanh(inner * product) or product)
     inner = shape.scale / shape.softcap if shape.softcap else 1.0
@@ -37,7 +30,7 @@ def differentiate_(
     peak_R1, total_R1, mean_z_R1 = found_3R.unsqueeze(2)
     z_RJ -= peak_R1
     softmax = Softmax(peak_R1, total_R1, mean_z_R1, z_RJ, z_RJ - total_R1.log())
-    write_at_ids_(products_RV, softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+    write_at_ids_(products_RV, softmax, factors, shape)
     return softmax
 
 

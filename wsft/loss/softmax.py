@@ -74,34 +74,28 @@ def _statistics(products_RV: torch.Tensor, shape: LogitShape) -> tuple[torch.Ten
     return peak_R1, total_R1, z.mul_(exp).sum(1, keepdim=True) / total_R1
 
 
-def differentiate_(
-    products_RV: torch.Tensor,
-    softmax: Softmax,
-    ids_RJ: torch.Tensor,
-    mass_R1: torch.Tensor,
-    onehot_RJ: torch.Tensor,
-    bonus_R1: torch.Tensor | None,
-    shape: LogitShape,
-) -> None:
-    """Overwrites products with derivative * (p * (mass + bonus * (z - mean z)) - onehot), where onehot is nonzero at `ids`."""
+class Factors(NamedTuple):
+    """Of the gradient of R losses with respect to z: p * (mass + bonus * (z - mean z)) - onehot."""
+
+    ids_RJ: torch.Tensor  # where onehot is not 0
+    onehot_RJ: torch.Tensor
+    mass_R1: torch.Tensor
+    bonus_R1: torch.Tensor | None
+
+
+def differentiate_(products_RV: torch.Tensor, softmax: Softmax, factors: Factors, shape: LogitShape) -> None:
+    """Overwrites products with the gradient with respect to them."""
     peak_R1, total_R1, mean_z_R1, *_ = softmax
     # quotients are copies of what may be views, see LogitShape.of_rows
-    bonus = None if bonus_R1 is None else bonus_R1 / total_R1
-    _fused(_spread_, products_RV)(products_RV, peak_R1, mean_z_R1, mass_R1 / total_R1, bonus, shape)
-    write_at_ids_(products_RV, softmax, ids_RJ, mass_R1, onehot_RJ, bonus_R1, shape)
+    bonus = None if factors.bonus_R1 is None else factors.bonus_R1 / total_R1
+    _fused(_spread_, products_RV)(products_RV, peak_R1, mean_z_R1, factors.mass_R1 / total_R1, bonus, shape)
+    write_at_ids_(products_RV, softmax, factors, shape)
 
 
-def write_at_ids_(
-    gradient_RV: torch.Tensor,
-    softmax: Softmax,
-    ids_RJ: torch.Tensor,
-    mass_R1: torch.Tensor,
-    onehot_RJ: torch.Tensor,
-    bonus_R1: torch.Tensor | None,
-    shape: LogitShape,
-) -> None:
+def write_at_ids_(gradient_RV: torch.Tensor, softmax: Softmax, factors: Factors, shape: LogitShape) -> None:
     """Write the entries where onehot is not 0. Subtracting it from p in the type of the gradient would lose precision."""
     peak_R1, _, mean_z_R1, z_RJ, logp_RJ = softmax
+    ids_RJ, onehot_RJ, mass_R1, bonus_R1 = factors
     factor_RJ = mass_R1 if bonus_R1 is None else mass_R1 + bonus_R1 * (z_RJ - mean_z_R1)
     at_ids_RJ = shape.derivative(z_RJ + peak_R1) * (logp_RJ.exp() * factor_RJ - onehot_RJ)
     gradient_RV.scatter_(1, ids_RJ, at_ids_RJ.to(gradient_RV.dtype))
