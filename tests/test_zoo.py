@@ -5,7 +5,6 @@ or refused in a sentence, by run and dry run alike. CI has one model for each ca
 """
 
 import contextlib
-import copy
 import io
 import json
 import math
@@ -84,7 +83,7 @@ class AddLow(torch.nn.Module):
 def adapt(model, folder, lora_rank):
     """Add the adapters with which a run begins; returns name -> parameter."""
     config = WeightedSFTConfig(model_name=str(folder), lora_rank=lora_rank, seed=42)
-    passes = passes_of(copy.deepcopy(model.config), True, SETTINGS["max_token_len"], torch.float32)
+    passes = passes_of(model.config, True, SETTINGS["max_token_len"], torch.float32)
     adapters = Adapters.for_model(passes.model, passes.unreached(), config)
     start = reading(folder, torch.float32)
     adapters.put_into(start, config.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import logging
 import re
@@ -90,7 +91,8 @@ def class_for(config: PretrainedConfig) -> type:
 
 
 def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model on the meta device, with names and shapes but without memory. UserError if there is no such model."""
+    """The model on the meta device, with names and shapes but without memory, and a config of its own. UserError if there is no
+    such model."""
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not known and not getattr(config, "auto_map", None):
         raise UserError(
@@ -99,7 +101,7 @@ def empty_model(config: PretrainedConfig, trust_remote_code: bool, dtype: torch.
         )
     try:
         with torch.device("meta"):
-            return class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return class_for(config).from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError) as error:
         raise UserError(f"a model of {type(config).__name__} cannot be made: {first_line(error)}") from error
 
