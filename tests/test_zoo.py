@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils.parametrize import register_parametrization
 from transformers.pytorch_utils import Conv1D
 from zoo import REMOTE, VOCAB, ZOO, make, reading
+from zoo_table import EXACT, is_exact
 
 from wsft import WeightedSFTConfig
 from wsft.dry_run import dry_run
@@ -31,7 +32,6 @@ from wsft.model.lora import Adapters
 
 LEARNING_RATE, BATCH_SIZE, RANKS = 0.1, 12, 2
 TOGETHER = 8  # models in one start of the ranks, for a table
-EXACT = 2e-5
 PEFT = re.compile(r"base_model\.model\.(.*)\.weight")  # names in an adapter's file
 OTHER = "mtp.layers.0.weight"  # in the file but not in the model, like layers for multi-token prediction
 SETTINGS = dict(
@@ -233,7 +233,7 @@ def assert_exact_or_refused(row):
     if "refused" in row:
         assert row["refused"].startswith("error: ") and row["refused"] == row.get("dry"), row
     else:
-        assert "dry" not in row and row["error"] <= max(EXACT, 5 * row.get("float32", 0)) and not row["export"], row
+        assert "dry" not in row and is_exact(row), row
 
 
 def test_one_of_each_cause_is_trained_exactly(tmp_path, rng):
