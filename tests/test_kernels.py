@@ -122,7 +122,7 @@ def test_kernels_that_give_other_results_are_not_used(model, norm, monkeypatch, 
     ["llama,qwen2,qwen3,mistral,olmo2,phi3,granite,smollm3", "gemma,gemma2,gemma3_text,glm4,qwen3_moe,mixtral"],
 )
 def test_models_with_the_kernels_of_liger_have_the_results_of_their_own_code(types_of_models):
-    """The real ones, by Triton's interpreter, in an environment of their own."""
+    """The real ones, by Triton's interpreter, in an environment of their own. Of mixtures of experts the norms alone."""
     from inference_servers import environment_with_triton  # a plugin of pytest, imported by others as such
 
     python = environment_with_triton()
@@ -130,7 +130,8 @@ def test_models_with_the_kernels_of_liger_have_the_results_of_their_own_code(typ
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     for name, found in json.loads(done.stdout.splitlines()[-1]).items():
-        assert isinstance(found, dict) and len(found["fused"]) == 2 and found["difference"] < 1e-5, (name, found)
+        assert isinstance(found, dict) and found["difference"] < 1e-5, (name, found)
+        assert len(found["fused"]) == (1 if name in ("qwen3_moe", "mixtral") else 2), (name, found)
 
 
 def test_all_ranks_run_the_same_code(model, monkeypatch):
