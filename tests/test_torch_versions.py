@@ -18,7 +18,8 @@ def test_attention_head_and_exact_steps_hold_on(version, tmp_path):
     files = ("requirements.txt", "launch/requirements.txt", "tests/requirements.txt")
     lines = [line for name in files for line in (ROOT / name).read_text().splitlines()]
     packages = [line for line in lines if line and not line.startswith(NOT_NEEDED)]
-    python = environment_with(f"torch-{version}", ["install", "-q", f"torch=={version}"], ["install", "-q", *packages])
+    installs = ["install", "-q", f"torch=={version}"], ["install", "-q", *packages]
+    python = environment_with(f"torch-{version}", *installs, ["install", "-q", "--no-deps", "atroposlib==0.4.0"])
     env = clean_environment(TORCH_EXTENSIONS_DIR=str(tmp_path), PATH=f"{python.parent}:{os.environ['PATH']}")
     tests = [f"tests/test_{name}.py" for name in FILES]
     command = [python, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
