@@ -246,6 +246,7 @@ def test_train_py_ends_with_the_sentence_and_no_traceback(settings):
     command = [sys.executable, "train.py", "--model_name=no/such/folder", "--device=cpu"]
     ((code, output),) = run_together([command], [clean_environment()])
     assert code == 1 and "train.py: error: no model in 'no/such/folder'" in output and "Traceback" not in output
+    assert "starting" not in output  # and compiling an op
 
 
 @pytest.mark.parametrize("packing", [True, False])
