@@ -131,12 +131,22 @@ def test_publishing_takes_a_bucket_of_the_gpu_and_two_of_the_host_or_over_nccl_o
     "row, shape, name, ranks",
     [
         ("7B on 8 GPUs", QWEN_7B, "zero3", 8),
-        pytest.param("7B on 1 GPU", QWEN_7B, "zero3_offload_optimizer", 1, marks=pytest.mark.slow),
-        pytest.param("70B on 4 x 8 GPUs", LLAMA_70B, "zero3", 32, marks=pytest.mark.slow),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in [
+                ("7B on 1 GPU", QWEN_7B, "zero3_offload_optimizer", 1),
+                ("70B on 4 x 8 GPUs", LLAMA_70B, "zero3", 32),
+                ("7B on 1 GPU, LoRA", QWEN_7B, "zero3", 1),
+                ("7B on 8 GPUs, LoRA", QWEN_7B, "zero3", 8),
+                ("70B on 8 GPUs, LoRA", LLAMA_70B, "zero3", 8),
+                ("70B on 1 GPU, LoRA", LLAMA_70B, "zero3_offload", 1),
+            ]
+        ),
     ],
 )
 def test_what_fits_where_in_the_launchers_readme_is_what_the_dry_run_says(row, shape, name, ranks, settings, tmp_path, capsys):
     there = dict(device="auto", gpu_memory_gib=79, ranks=ranks, deepspeed=f"ds_configs/{name}.json")
+    there |= {"lora_rank": 16} if "LoRA" in row else {}
     fits, text = estimate(settings, capsys, model_name=make_shape(tmp_path / "model", **shape), **there)
     assert fits, text
     line = re.search(rf"^\| {row} .*\| `{name}.json` \|.*", (ROOT / "launch" / "README.md").read_text(), re.M)[0]

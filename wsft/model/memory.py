@@ -158,7 +158,7 @@ def needs(
     rearranged = max(0, filled * width + converted - int(work.held * filled / whole))
     out.passes["gradients being reduced"] = max(alone * width, rearranged)
     if stage == 3 and (num_ranks > 1 or _offloads(zero, "param")):  # a single rank gathers nothing
-        out.passes["gathered layers"] = _gathered(model, zero) * width
+        out.passes["gathered layers"] = _gathered(model, zero, num_ranks) * width
     out.passes |= {"activations": work.held, "a layer, or the head": max(work.layer, work.head)}
     group = min(updated, int(zero.get("sub_group_size", 1e9))) if stage == 3 else updated
     if _offloads(zero, "optimizer"):
@@ -217,12 +217,13 @@ def _reduction(zero: dict[str, Any], sizes: list[int], on_gpu: bool) -> tuple[in
     return buffers * (bucket if on_gpu else filled), filled if zero["stage"] in (0, 3) else 0, alone
 
 
-def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
+def _gathered(model: torch.nn.Module, zero: dict[str, Any], num_ranks: int) -> int:
     """The most parameters that ZeRO-3 has gathered at a time: between the forward and the backward pass.
 
     Layers are gathered as a whole (`engine.Engine`), but for those that run several times in a pass, which need less than is
     counted here. A module's parameters are kept after its forward pass if its backward pass follows within
-    `stage3_max_reuse_distance` parameters, of which those above the module count twice. Prefetched parameters come in addition.
+    `stage3_max_reuse_distance` parameters, of which those above the module count twice. Prefetched parameters come in addition,
+    and the buffer into which a layer or they were gathered, until each parameter is copied out of it.
     """
     reach, above, kept = int(zero.get("stage3_max_reuse_distance", 1e9)), 0, {}
     largest, whole = 0, sum(p.numel() for p in model.parameters())
@@ -235,7 +236,9 @@ def _gathered(model: torch.nn.Module, zero: dict[str, Any]) -> int:
             kept |= own
         above += sum(own.values())
     ahead = int(zero.get("stage3_prefetch_bucket_size", 5e7))
-    return min(whole, max(sum(kept.values()), largest) + ahead)
+    layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)), default=0)
+    copied = min(whole, max(layer, ahead)) if num_ranks > 1 else 0
+    return min(whole, max(sum(kept.values()), largest) + ahead) + copied
 
 
 def _temporaries(kind: str, options: dict[str, Any], on_gpu: bool) -> int:
