@@ -106,7 +106,7 @@ class Engine:
             raise UserError(f"DeepSpeed cannot start with its JSON as it stands: {type(error).__name__}: {error}") from error
         model.run = self._engine.__call__
         _require_rates(self._engine, ds)
-        set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # public since torch 2.14
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # private before torch 2.14
         for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's own have NCCL's default of 10 minutes
             set_timeout(collective_timeout(world.timeout_s), group)
         if isinstance(self._engine.optimizer, FP16_UnfusedOptimizer):

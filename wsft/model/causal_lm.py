@@ -158,8 +158,7 @@ class WeightedSFTModel(torch.nn.Module):
     def _sum_of_parameters(self) -> float:
         """Sum over this rank's partition of the parameters, in pieces, since torch copies to float64 what it sums in that."""
         partitions = (getattr(param, "ds_tensor", param).flatten() for param in self.parameters())
-        sums = [piece.sum(dtype=torch.float64) for partition in partitions for piece in partition.split(2**22)]
-        return float(torch.stack(sums).sum())
+        return sum(float(piece.sum(dtype=torch.float64)) for partition in partitions for piece in partition.split(2**24))
 
     @contextlib.contextmanager
     def _scaled_states(self, scale: float) -> Iterator[None]:
