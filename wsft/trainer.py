@@ -126,7 +126,7 @@ class WeightedSFTTrainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.folder))
             self.stop = stack.enter_context(Stop())
-            if os.environ["WORLD_SIZE"] == "1":  # at once; several ranks fail together, when they have met
+            if os.environ["WORLD_SIZE"] == "1":  # before an op is compiled; several ranks fail together, after that
                 require_wandb(self.config)
                 load_model_config(self.config.model_name, self.config)
             world = start_ranks(self.config)
